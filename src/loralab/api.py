@@ -1,0 +1,110 @@
+"""The Python interface: `train` and the `Run` that it returns.
+
+Owns nothing but the shape of the interface; the workflows do the work.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loralab.evaluation.generate import GenerationSettings
+from loralab.progress import Reporter
+from loralab.run import Json, RunFolder, open_run, read_json, read_metrics
+from loralab.workflows.configure import load_run_config
+from loralab.workflows.evaluate import evaluate as evaluate_workflow
+from loralab.workflows.generate import generate as generate_workflow
+from loralab.workflows.train import train as train_workflow
+
+
+class Run:
+    """A finished run.
+
+    Args:
+        path: the run folder.
+
+    Raises:
+        RunFolderError: there is no run in that folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder: RunFolder = open_run(Path(path))
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.folder.path
+
+    @property
+    def record(self) -> Json:
+        """The content of `run.json`."""
+        return read_json(self.folder.record)
+
+    @property
+    def metrics(self) -> list[Json]:
+        """The lines of `metrics.jsonl`."""
+        return read_metrics(self.folder.metrics)
+
+    def adapter(self) -> Path:
+        """Return the adapter folder, in PEFT's layout."""
+        return self.folder.adapter
+
+    def evaluate(self, *, data: str | None = None, overrides: Sequence[str] = ()) -> Json:
+        """Compare base and adapter on the run's own split, or on other data.
+
+        Args:
+            data: file, folder or Hub id instead of the run's split.
+            overrides: `section.key=value` on top of the run's configuration.
+
+        Returns:
+            The content of `evaluation.json`.
+        """
+        return evaluate_workflow(self.path, overrides=overrides, data=data, reporter=Reporter())
+
+    def generate(
+        self, prompts: str | Sequence[str], *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        """Answer prompts with the adapter.
+
+        Args:
+            prompts: one user turn, or several.
+            max_new_tokens: longest answer, in tokens.
+            temperature: 0 takes the most likely token.
+            seed: of sampling.
+
+        Returns:
+            One answer per prompt, without its stop token.
+        """
+        chosen = [prompts] if isinstance(prompts, str) else list(prompts)
+        settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        results = generate_workflow(self.path, chosen, settings=settings, reporter=Reporter())
+        return [result["adapter"]["text"] for result in results]
+
+
+def train(
+    config: str | Path | Mapping[str, Any],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    **overrides: Any,
+) -> Run:
+    """Train an adapter and evaluate it.
+
+    Args:
+        config: path of a YAML file, or its content as a nested mapping.
+        resume: go on from the newest checkpoint of the output folder.
+        overwrite: replace an earlier run in the output folder.
+        reporter: told of progress; silent by default.
+        **overrides: sections (`training={"seed": 1}`) or dotted keys (`**{"training.seed": 1}`).
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: the configuration, data, model or folder cannot be used.
+        StoppedBySignal: SIGINT or SIGTERM came; a checkpoint was written.
+    """
+    source = Path(config) if isinstance(config, str) else config
+    loaded = load_run_config(source, overrides)
+    folder = train_workflow(loaded, reporter=reporter or Reporter(), resume=resume, overwrite=overwrite)
+    return Run(folder.path)

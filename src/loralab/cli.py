@@ -1,0 +1,273 @@
+"""The command line: arguments in, exit code out.
+
+Owns options, exit codes and what is printed. Each command imports its workflow when it runs,
+so that help and configuration errors never wait for torch.
+"""
+
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loralab.config.load import describe_field, field_by_key
+from loralab.config.schema import Config
+from loralab.console import ConsoleReporter
+from loralab.errors import LoralabError
+
+app = typer.Typer(
+    name="loralab",
+    help="LoRA fine-tuning that proves what it claims: train, evaluate, compare, use.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, on top of the configuration.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or an adapter folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+
+
+def schema_option(key: str, flag: str | None = None) -> Any:
+    """Return the option for a field of the configuration; its name and help are the field's own."""
+    name = flag or "--" + key.rpartition(".")[2].replace("_", "-")
+    return typer.Option(name, help=f"{describe_field(key)} [{key}]", show_default=False)
+
+
+BatchSize = Annotated[int | None, schema_option("evaluation.batch_size")]
+MaxLength = Annotated[int | None, schema_option("data.max_length")]
+Device = Annotated[str | None, schema_option("model.device")]
+Split = Annotated[str | None, schema_option("evaluation.split")]
+MaxNewTokens = Annotated[int | None, schema_option("evaluation.max_new_tokens")]
+BaseModel = Annotated[str | None, schema_option("model.name", "--model")]
+
+
+def _overrides(given: list[str] | None, **options: Any) -> list[str]:
+    keys = {
+        "batch_size": "evaluation.batch_size",
+        "max_length": "data.max_length",
+        "device": "model.device",
+        "split": "evaluation.split",
+        "max_new_tokens": "evaluation.max_new_tokens",
+    }
+    return [*(given or []), *(f"{keys[name]}={value}" for name, value in options.items() if value is not None)]
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", help="Run folder; replaced when it holds an earlier demo.")
+    ] = Path("runs/demo"),
+) -> None:
+    """Run the whole pipeline on an embedded model and data set, offline, in about a minute."""
+    from loralab.workflows.demo import run_demo
+
+    folder, lines = run_demo(output, reporter=ConsoleReporter())
+    for line in lines:
+        print(line)
+    print(f"report: {folder.report.absolute()}")
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the shipped recipes."""
+    from loralab.workflows.recipes import list_recipes
+
+    found = list_recipes()
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("recipe", "what it does")
+    for name, summary in found.items():
+        table.add_row(name, summary)
+    Console().print(table)
+
+
+@app.command()
+def init(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe; `loralab recipes` lists them.")],
+    output: Annotated[Path | None, typer.Option("--output", help="File to write; RECIPE.yaml by default.")] = None,
+) -> None:
+    """Write a recipe as a commented YAML file."""
+    from loralab.workflows.recipes import write_recipe
+
+    path = write_recipe(recipe, output)
+    print(f"wrote {path}; next: loralab train {path} data.train=YOUR_FILE")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration."""
+    _print_json(Config.model_json_schema())
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, or the run folder to go on with.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter: configuration in, run folder out."""
+    from loralab.workflows.configure import load_run_config
+
+    if resume and overwrite:
+        raise typer.BadParameter("--resume and --overwrite exclude each other")
+    source = config / "config.yaml" if (config / "config.yaml").is_file() else config
+    loaded = load_run_config(source, overrides or [])
+    from loralab.workflows.train import train as run_training
+
+    folder = run_training(loaded, reporter=ConsoleReporter(), resume=resume, overwrite=overwrite)
+    if as_json:
+        _print_json(json.loads(folder.record.read_text(encoding="utf-8")))
+    else:
+        print(folder.path)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder, or an adapter folder.")] = None,
+    overrides: Overrides = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="The same as RUN, as an option.")] = None,
+    model: BaseModel = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="File, saved data set or Hub id to evaluate on, instead of the run's.")
+    ] = None,
+    split: Split = None,
+    batch_size: BatchSize = None,
+    max_length: MaxLength = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure loss and perplexity of base and adapter on a split."""
+    target = _one_target(run, adapter)
+    chosen = _overrides(overrides, batch_size=batch_size, max_length=max_length, device=device)
+    if split is not None and data is None:
+        chosen.append(f"evaluation.split={split}")
+    from loralab.workflows.evaluate import evaluate as run_evaluation
+
+    result = run_evaluation(
+        target, overrides=chosen, base_model=model, data=data, data_split=split, reporter=ConsoleReporter()
+    )
+    if as_json:
+        _print_json(result)
+        return
+    table = Table("", "base", "adapter")
+    for name in ("eval_loss", "perplexity", "eval_loss_batch_mean", "supervised_tokens", "num_examples", "num_batches"):
+        table.add_row(name, _figure(result["base"][name]), _figure(result[name]))
+    console = Console()
+    console.print(table)
+    console.print(_difference(result["difference"]))
+
+
+def _one_target(run: Path | None, adapter: Path | None) -> Path:
+    if (run is None) == (adapter is None):
+        raise typer.BadParameter("give one adapter: RUN, or --adapter DIR")
+    target = run or adapter
+    if target is None:
+        raise typer.BadParameter("give one adapter: RUN, or --adapter DIR")
+    return target
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _difference(difference: dict[str, Any]) -> str:
+    text = f"adapter - base: {difference['eval_loss']:+.4f} nats per token"
+    if difference["low"] is None:
+        return text
+    interval = f"{difference['level']:.0%} interval {difference['low']:+.4f} to {difference['high']:+.4f}"
+    verdict = "" if difference["low"] > 0 or difference["high"] < 0 else "; no difference seen"
+    return f"{text}, {interval}{verdict}"
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    overrides: Overrides = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A user turn; may be repeated.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="File with one prompt per line.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message before every prompt.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Let the base model answer too.")] = False,
+    model: BaseModel = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampled tokens.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prompt the adapter under its prompt contract."""
+    from loralab.workflows.prompts import read_prompts
+
+    prompts = read_prompts(prompt or [], file, None if sys.stdin.isatty() else sys.stdin)
+    from loralab.evaluation.generate import GenerationSettings
+    from loralab.workflows.generate import generate as run_generation
+
+    limit = max_new_tokens or field_by_key("evaluation.max_new_tokens").default
+    results = run_generation(
+        run,
+        prompts,
+        settings=GenerationSettings(max_new_tokens=limit, temperature=temperature, top_p=top_p, seed=seed),
+        system=system,
+        with_base=base,
+        overrides=_overrides(overrides, device=device, max_new_tokens=max_new_tokens),
+        base_model=model,
+        reporter=ConsoleReporter(),
+    )
+    if as_json:
+        _print_json({"answers": results})
+        return
+    for result in results:
+        _print_answer(result, labelled=base or len(results) > 1)
+
+
+def _print_answer(result: dict[str, Any], *, labelled: bool) -> None:
+    if not labelled:
+        print(result["adapter"]["text"])
+        return
+    print(f"=== {result['prompt']}")
+    if "base" in result:
+        print(f"--- base\n{result['base']['text']}\n--- adapter")
+    print(f"{result['adapter']['text']}\n")
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Rebuild plots, page and model card from the run folder."""
+    from loralab.run import open_run
+    from loralab.workflows.report import build_report
+
+    folder = open_run(run)
+    build_report(folder)
+    print(folder.report)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("loralab").setLevel(logging.INFO)
+    try:
+        app()
+    except LoralabError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped before anything was written", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""Reading a configuration: file, then command line, then defaults; all problems at once.
+
+Owns the order of sources, the origin of every value and the wording of configuration errors.
+"""
+
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from loralab.config.checks import Finding, check_config
+from loralab.config.schema import Config
+from loralab.config.yaml_lines import parse_scalar, parse_yaml
+from loralab.errors import ConfigError, Problem
+from loralab.lookup import nearest_name
+
+Check = Callable[[Config], list[Finding]]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """A valid configuration and where each of its values came from.
+
+    Attributes:
+        config: the configuration.
+        origin: "default", "FILE:LINE" or "command line" by dotted key, for every field.
+        name: name of the run: the configuration file's without suffix.
+    """
+
+    config: Config
+    origin: dict[str, str]
+    name: str
+
+
+def load_config(
+    source: Path | Mapping[str, Any] | None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    checks: Iterable[Check] = (),
+    name: str | None = None,
+) -> LoadedConfig:
+    """Read, override and check a configuration.
+
+    Args:
+        source: a YAML file, a nested mapping, or None for overrides alone.
+        overrides: `section.key=value` strings, or a mapping of dotted keys or nested sections.
+        checks: rules of other layers, run beside those of `checks.py`.
+        name: name of the run; the file's by default.
+
+    Raises:
+        ConfigError: with one problem per mistake.
+    """
+    values, lines, problems = _read_source(source)
+    file_name = str(source) if isinstance(source, Path) else "config"
+    origin = {key: f"{file_name}:{line}" for key, line in lines.items()}
+    if not isinstance(source, Path):
+        origin.update(dict.fromkeys(_flatten(values), "argument"))
+    problems += _apply_overrides(values, overrides, origin)
+    config = None
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        problems += _describe_errors(error.errors(), origin)
+    if config is not None:
+        findings = [finding for check in (check_config, *checks) for finding in check(config)]
+        problems += [Problem(f.what, _where(f.key, origin), f.fix) for f in findings]
+    if problems or config is None:
+        raise ConfigError.from_problems(problems)
+    default_name = source.stem if isinstance(source, Path) else "run"
+    return LoadedConfig(config, _complete_origin(config, origin), name or default_name)
+
+
+def dump_config(config: Config) -> str:
+    """Return the whole configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _read_source(source: Path | Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, int], list[Problem]]:
+    if source is None:
+        return {}, {}, []
+    if not isinstance(source, Path):
+        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}, {}, []
+    document = parse_yaml(read_config_text(source), str(source))
+    if document.problems:
+        raise ConfigError.from_problems(document.problems)
+    if not isinstance(document.value, dict):
+        got = "nothing" if document.value is None else type(document.value).__name__
+        raise ConfigError(
+            f"expected sections (model:, data:, ...), got {got}",
+            where=str(source),
+            fix="start from a recipe: loralab init gpt2-alpaca",
+        )
+    return document.value, document.lines, []
+
+
+def read_config_text(path: Path) -> str:
+    """Return the text of a configuration file.
+
+    Raises:
+        ConfigError: it is missing, a folder, unreadable or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        near = nearest_name(path.name, siblings)
+        hint = f"did you mean {str(path.parent / near)!r}?" if near else "write one with: loralab init gpt2-alpaca"
+        raise ConfigError(f"no such file: {str(path)!r}", where="argument CONFIG", fix=hint) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8 text (byte {error.start})", where=str(path), fix="save it as UTF-8") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"cannot read {str(path)!r}: {reason}", where="argument CONFIG", fix="give a YAML file"
+        ) from None
+
+
+def _apply_overrides(
+    values: dict[str, Any], overrides: Sequence[str] | Mapping[str, Any], origin: dict[str, str]
+) -> list[Problem]:
+    problems: list[Problem] = []
+    if isinstance(overrides, Mapping):
+        for key, value in _flatten(overrides).items():
+            _set_dotted(values, key, value)
+            origin[key] = "argument"
+        return problems
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        where = f"command line: {text}"
+        if not equals or not key.strip():
+            problems.append(Problem(f"not an override: {text!r}", where, "write section.key=value"))
+            continue
+        try:
+            value = parse_scalar(raw)
+        except yaml.YAMLError:
+            value = raw
+        if not _set_dotted(values, key.strip(), value):
+            problems.append(Problem(f"{key!r} goes below a single value", where, "write section.key=value"))
+        for stale in [known for known in origin if known.startswith(f"{key.strip()}.")]:
+            del origin[stale]
+        origin[key.strip()] = "command line"
+    return problems
+
+
+def _set_dotted(values: dict[str, Any], key: str, value: Any) -> bool:
+    *parents, last = key.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            return False
+    values[last] = value
+    return True
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, Mapping) and dotted.count(".") < 1:
+            flat.update(_flatten(value, f"{dotted}."))
+        else:
+            flat[dotted] = value
+    return flat
+
+
+def _where(key: str, origin: Mapping[str, str]) -> str:
+    probe = key
+    while probe:
+        if probe in origin:
+            place = origin[probe]
+            file_name, _, line = place.rpartition(":")
+            return f"{file_name} line {line}, key {key}" if line.isdigit() else f"{place}, key {key}"
+        probe = probe.rpartition(".")[0]
+    return f"key {key}"
+
+
+def _describe_errors(errors: Sequence[ErrorDetails], origin: Mapping[str, str]) -> list[Problem]:
+    grouped: dict[str, list[ErrorDetails]] = {}
+    for error in errors:
+        grouped.setdefault(_dotted_field(error["loc"]), []).append(error)
+    return [_describe_field(key, group, origin) for key, group in grouped.items()]
+
+
+def _dotted_field(location: Sequence[str | int]) -> str:
+    """Return the dotted key of an error's location, without the names of union members behind it."""
+    model: type[BaseModel] | None = Config
+    parts: list[str] = []
+    for part in location:
+        if model is None:
+            break
+        parts.append(str(part))
+        field = model.model_fields.get(str(part))
+        model = section_of(field.annotation) if field else None
+    return ".".join(parts)
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the section class that an annotation (`X` or `X | None`) names, or None."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def _describe_field(key: str, errors: Sequence[ErrorDetails], origin: Mapping[str, str]) -> Problem:
+    first, where = errors[0], _where(key, origin)
+    if first["type"] == "extra_forbidden":
+        return Problem(f"unknown key: {key!r}", where, _suggest_key(key))
+    if first["type"] == "missing":
+        section, _, name = key.rpartition(".")
+        return Problem(
+            f"missing key: {key!r}",
+            where,
+            f"add it: {section + ': {' if section else ''}{name}: ...{'}' if section else ''}",
+        )
+    wanted = " or ".join(dict.fromkeys(_lower_first(error["msg"]) for error in errors))
+    return Problem(f"{key} got {first['input']!r}: {wanted}", where, f"{key}: {describe_field(key)}")
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def field_by_key(key: str) -> Any:
+    """Return the pydantic field of a dotted key, or None where there is none."""
+    model: type[BaseModel] | None = Config
+    field = None
+    for part in key.split("."):
+        field = model.model_fields.get(part) if model else None
+        model = section_of(field.annotation) if field else None
+    return field
+
+
+def describe_field(key: str) -> str:
+    """Return the one-sentence description of the field at a dotted key ("" where there is none)."""
+    field = field_by_key(key)
+    return (field.description or "") if field else ""
+
+
+def schema_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Return the dotted keys of all fields that hold a value, in the order of declaration."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        section = section_of(field.annotation)
+        keys += schema_keys(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
+    return keys
+
+
+def _suggest_key(key: str) -> str:
+    section, _, name = key.rpartition(".")
+    known = schema_keys()
+    same_name = [k for k in known if k.rpartition(".")[2] == name]
+    if same_name:
+        return f"did you mean {same_name[0]!r}?"
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
+    near = nearest_name(name, siblings or list(Config.model_fields))
+    if near:
+        return f"did you mean {near!r}?"
+    anywhere = nearest_name(name, [k.rpartition(".")[2] for k in known])
+    if anywhere:
+        return f"did you mean {next(k for k in known if k.endswith('.' + anywhere))!r}?"
+    return f"known in {section or 'the file'}: {', '.join(siblings or Config.model_fields)}"
+
+
+def _complete_origin(config: Config, origin: Mapping[str, str]) -> dict[str, str]:
+    complete = {}
+    for key in _flatten_fields(config):
+        probe = key
+        while probe and (probe not in origin or (probe != key and probe in Config.model_fields)):
+            probe = probe.rpartition(".")[0]
+        complete[key] = origin[probe] if probe else "default"
+    return complete
+
+
+def _flatten_fields(model: BaseModel, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        keys += _flatten_fields(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else [f"{prefix}{name}"]
+    return keys

@@ -1,0 +1,219 @@
+"""The configuration: every field, declared once with type, default and description.
+
+Owns names, types, defaults and the one-sentence descriptions from which help, the JSON
+schema and the reference come. Does not own rules that span sections (`checks.py`) or the
+reading of files (`load.py`). No torch here: help and configuration errors must be quick.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A frozen group of fields; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelConfig(Section):
+    """The base model and how it is held in memory."""
+
+    name: str = Field(description="Base model: a local folder or a Hub id.", min_length=1)
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a Hub model; null takes the default branch."
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Storage and compute type of the frozen weights; auto takes bfloat16 where "
+        "the hardware multiplies it, else float32.",
+    )
+    quantization: Literal["none"] = Field(
+        "none", description="Quantization of the frozen weights; this version loads them as they are."
+    )
+    attn_implementation: Literal["auto", "eager", "sdpa"] = Field(
+        "auto", description="Attention of the base model; auto takes sdpa where the model has it."
+    )
+    device: str = Field(
+        "auto", description="Where to compute: auto, cpu, cuda, cuda:N or mps.", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model; only for sources that you trust."
+    )
+    base_dropout: Literal["off", "as_configured"] = Field(
+        "off",
+        description="Dropout inside the frozen base while training; off, because noise in frozen "
+        "layers slows training and regularises nothing that is trained.",
+    )
+
+
+class DataConfig(Section):
+    """Where rows come from and how they become tokens."""
+
+    train: str | list[str] = Field(
+        description="Training data: a local file, a glob, a Hub id (OWNER/NAME[:CONFIG][@REVISION][#SPLIT]) or a list."
+    )
+    validation: str | list[str] | float | int | None = Field(
+        None,
+        description="Validation data: a file, the name of a split, a fraction below 1 or a number of training rows; "
+        "null for none.",
+    )
+    test: str | list[str] | float | int | None = Field(
+        None, description="Test data, in the same forms as validation; never seen in training."
+    )
+    split_method: Literal["random", "first"] = Field(
+        "random", description="Which rows a fraction or number takes: random (by split_seed) or the first ones."
+    )
+    split_seed: NonNegativeInt = Field(42, description="Seed of the random split; part of the data fingerprint.")
+    format: str = Field("auto", description="Row format: auto, alpaca, prompt_completion or text.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Column of your data for each field of the format: {field: column}."
+    )
+    template: str = Field(
+        "auto", description="Prompt template: auto, tokenizer, alpaca, none or the path of a Jinja file."
+    )
+    stop_tokens: list[str] | None = Field(
+        None,
+        description="Tokens that end an answer, most important first; null takes what the template writes "
+        "after an answer, else the tokenizer's end token.",
+    )
+    train_on: Literal["response", "last_response", "all"] = Field(
+        "response", description="Which tokens carry loss: every answer, the last answer, or all; text is always all."
+    )
+    max_length: PositiveInt = Field(512, description="Longest example, in tokens, prompt and answer together.")
+    truncation: Literal["right", "drop", "error"] = Field(
+        "right", description="What happens to a longer example: its answer is cut, it is dropped, or the run stops."
+    )
+    long_text: Literal["split", "truncate"] = Field(
+        "split", description="Text longer than max_length: split into windows that predict every token once, or cut."
+    )
+    on_bad_row: Literal["error", "drop"] = Field(
+        "error", description="A row with a missing or non-string field: stop, or drop and count it."
+    )
+    max_dropped_fraction: Fraction = Field(
+        0.05, description="Largest share of rows that may be dropped, 0 to 1; more stops the run."
+    )
+    num_workers: NonNegativeInt | Literal["auto"] = Field(
+        "auto", description="Processes that tokenize; 0 works in the main process, auto goes by rows and cores."
+    )
+    cache_dir: str | None = Field(
+        None, description="Folder of tokenized data, keyed by content; null takes the user's cache folder."
+    )
+
+
+class LoraConfig(Section):
+    """The adapter."""
+
+    variant: Literal["lora"] = Field("lora", description="Kind of adapter.")
+    r: PositiveInt = Field(8, description="Rank of the update matrices.")
+    alpha: PositiveFloat = Field(16.0, description="Scale: the update is multiplied by alpha / r.")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="Dropout probability at the adapter's input, 0 to below 1."
+    )
+    target_modules: str | list[str] = Field(
+        "auto",
+        description="Layers that get an adapter: auto (all linear layers but the head), attention, or a list of names.",
+    )
+
+
+class EarlyStopping(Section):
+    """When to stop before the last step."""
+
+    metric: str = Field(
+        "eval_loss", description="What must improve: loss (mean of the logged window), eval_loss or perplexity."
+    )
+    patience: PositiveInt = Field(3, description="Logged windows or evaluations without improvement before stopping.")
+    min_delta: NonNegativeFloat = Field(0.0, description="Smallest change that counts as an improvement.")
+
+
+class TrainingConfig(Section):
+    """The optimizer's steps: B x K x D rows each."""
+
+    num_train_epochs: PositiveFloat = Field(3.0, description="Passes over the training rows.")
+    max_steps: PositiveInt | None = Field(None, description="Optimizer steps; overrides num_train_epochs when set.")
+    per_device_train_batch_size: PositiveInt = Field(8, description="Rows per device and micro-step (B).")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="Micro-steps per optimizer step (K).")
+    learning_rate: PositiveFloat = Field(2e-4, description="Peak learning rate.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
+        Field("linear", description="Learning-rate schedule after warm-up.")
+    )
+    warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="Share of the steps in which the learning rate rises from 0."
+    )
+    warmup_steps: NonNegativeInt = Field(0, description="Steps of warm-up; an alternative to warmup_ratio.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay of the adapter weights.")
+    max_grad_norm: NonNegativeFloat = Field(
+        1.0, description="Gradients are scaled down to this norm, after normalisation; 0 never clips."
+    )
+    optim: Literal["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"] = Field(
+        "adamw_torch", description="Optimizer, by its transformers name."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time, same gradients."
+    )
+    seed: NonNegativeInt = Field(42, description="Seed of adapter weights, order of rows and dropout.")
+    logging_steps: PositiveInt = Field(10, description="Steps between two lines of metrics.jsonl.")
+    save_strategy: Literal["epoch", "steps", "no"] = Field(
+        "epoch", description="When a checkpoint is written, besides on SIGINT and SIGTERM."
+    )
+    save_steps: PositiveInt = Field(500, description="Steps between two checkpoints when save_strategy is steps.")
+    save_total_limit: PositiveInt | None = Field(
+        2, description="Checkpoints kept, the newest and the best; null keeps all."
+    )
+    load_best_model_at_end: bool = Field(
+        False, description="End with the adapter of the best evaluation loss, not of the last step."
+    )
+    early_stopping: EarlyStopping | None = Field(None, description="Stop early when a metric no longer improves.")
+
+
+class EvaluationConfig(Section):
+    """What is measured, when, and on what."""
+
+    strategy: Literal["epoch", "steps", "no"] = Field(
+        "epoch", description="When the validation loss is measured while training."
+    )
+    steps: PositiveInt = Field(100, description="Steps between two evaluations when strategy is steps.")
+    batch_size: PositiveInt = Field(8, description="Rows per evaluation batch.")
+    split: Literal["auto", "train", "validation", "test"] = Field(
+        "auto", description="Split of the final evaluation; auto takes test, else validation."
+    )
+    num_samples: NonNegativeInt = Field(
+        4, description="Prompts of that split that base and adapter answer at the end, for the report."
+    )
+    max_new_tokens: PositiveInt = Field(128, description="Longest generated answer, in tokens.")
+    bootstrap_samples: PositiveInt = Field(
+        2000, description="Resamples behind the confidence interval of the difference."
+    )
+
+
+class OutputConfig(Section):
+    """Where the run folder goes."""
+
+    dir: str | None = Field(None, description="Run folder; null makes runs/<name of the config file>.")
+
+
+class AdvancedConfig(Section):
+    """Rarely needed."""
+
+    trainer_args: dict[str, object] = Field(
+        default_factory=dict,
+        description="Further transformers.TrainingArguments by name, from an allow-list.",
+    )
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: ModelConfig = Field(description="The base model.")
+    data: DataConfig = Field(description="The data.")
+    lora: LoraConfig = Field(default_factory=LoraConfig, description="The adapter.")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="The optimizer's steps.")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="What is measured.")
+    output: OutputConfig = Field(default_factory=OutputConfig, description="The run folder.")
+    advanced: AdvancedConfig = Field(default_factory=AdvancedConfig, description="Rarely needed.")

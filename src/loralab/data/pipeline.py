@@ -1,0 +1,159 @@
+"""Rows to units, in order, in this process or in several.
+
+Owns chunks, worker processes and the wording of row errors.
+"""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+from loralab.data.example import Example
+from loralab.data.formats import FORMATS, RowError, rename_columns
+from loralab.data.prompter import Prompter
+from loralab.data.sources import Row
+from loralab.data.tokenize import TokenizeSettings, Unit, tokenize_examples
+from loralab.errors import DataError
+
+CHUNK_ROWS = 256
+# Below this many rows, starting processes costs more than they save.
+ROWS_IN_PROCESS = 2048
+_MAX_AUTO_WORKERS = 8
+_CHUNKS_AHEAD = 4
+
+RowUnits = tuple[int, list[Unit]]
+
+
+@dataclass(frozen=True, slots=True)
+class RowTokenizer:
+    """Turns rows of one format into units.
+
+    Attributes:
+        prompter: the tokenizer with its template.
+        format: name of the rows' format.
+        columns: column of the data for each field of the format.
+        settings: what decides on tokens.
+        on_bad_row: "error" or "drop".
+    """
+
+    prompter: Prompter
+    format: str
+    columns: dict[str, str]
+    settings: TokenizeSettings
+    on_bad_row: Literal["error", "drop"]
+
+    def __call__(self, rows: Sequence[Row]) -> list[RowUnits]:
+        """Return number and units of each row.
+
+        Raises:
+            DataError: a bad row and `on_bad_row` is "error"; the message names it.
+        """
+        examples = [self._example(row) for row in rows]
+        good = [(row, example) for row, example in zip(rows, examples, strict=True) if example is not None]
+        units = iter(self._tokenize(good))
+        return [
+            (row.number, [Unit(dropped="bad_row")] if example is None else next(units))
+            for row, example in zip(rows, examples, strict=True)
+        ]
+
+    def _example(self, row: Row) -> Example | None:
+        try:
+            return FORMATS[self.format].build(rename_columns(row.fields, self.columns))
+        except RowError as error:
+            if self.on_bad_row == "drop":
+                return None
+            raise DataError(
+                str(error), where=row.describe(), fix="mend the row, map data.columns, or set data.on_bad_row: drop"
+            ) from None
+
+    def _tokenize(self, good: Sequence[tuple[Row, Example]]) -> list[list[Unit]]:
+        examples = [example for _, example in good]
+        try:
+            return list(tokenize_examples(examples, prompter=self.prompter, settings=self.settings))
+        except DataError as error:
+            # Again one by one, to name the row: the common case stays one tokenizer call.
+            for row, example in good:
+                try:
+                    list(tokenize_examples([example], prompter=self.prompter, settings=self.settings))
+                except DataError as single:
+                    problem = single.problems[0]
+                    raise DataError(
+                        problem.what, where=f"{row.describe()}, {problem.where}", fix=problem.fix
+                    ) from error
+            raise
+
+
+def tokenize_rows(
+    rows: Iterable[Row], tokenizer: RowTokenizer, *, workers: int | Literal["auto"]
+) -> Iterator[RowUnits]:
+    """Yield number and units of every row, in order.
+
+    Args:
+        rows: read as they are needed.
+        tokenizer: what to do with them.
+        workers: processes; 0 stays in this one, "auto" starts them once there are many rows.
+    """
+    iterator = iter(rows)
+    if workers == "auto":
+        for chunk in _chunks(itertools.islice(iterator, ROWS_IN_PROCESS)):
+            yield from tokenizer(chunk)
+        workers = _auto_workers()
+    if workers > 1 or (workers == 1 and sys.platform != "linux"):
+        yield from _tokenize_in_processes(iterator, tokenizer, workers)
+        return
+    for chunk in _chunks(iterator):
+        yield from tokenizer(chunk)
+
+
+def _auto_workers() -> int:
+    # Only Linux forks cheaply and safely here; elsewhere a new process imports everything anew.
+    if sys.platform != "linux" or multiprocessing.current_process().daemon:
+        return 0
+    return min(len(os.sched_getaffinity(0)), _MAX_AUTO_WORKERS)
+
+
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
+        yield chunk
+
+
+_worker_tokenizer: RowTokenizer | None = None
+
+
+def _install(tokenizer: RowTokenizer) -> None:
+    global _worker_tokenizer  # noqa: PLW0603 - set once, when the worker process starts
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_tokenizer = tokenizer
+
+
+def _tokenize_chunk(chunk: list[Row]) -> list[RowUnits]:
+    if _worker_tokenizer is None:
+        raise RuntimeError("worker process was not installed")
+    return _worker_tokenizer(chunk)
+
+
+def _tokenize_in_processes(rows: Iterator[Row], tokenizer: RowTokenizer, workers: int) -> Iterator[RowUnits]:
+    first = next(_chunks(rows), None)
+    if first is None:
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_install, initargs=(tokenizer,)) as pool:
+        pending: deque[Future[list[RowUnits]]] = deque()
+        try:
+            for chunk in itertools.chain([first], _chunks(rows)):
+                pending.append(pool.submit(_tokenize_chunk, chunk))
+                if len(pending) > workers * _CHUNKS_AHEAD:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

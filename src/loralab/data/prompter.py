@@ -1,0 +1,195 @@
+"""The one place where prompts are made: messages to text to token ids.
+
+Owns the serving call, the stop tokens and the prompt contract that travels with an adapter.
+Training takes its prompts from here too, so what is trained is what is sent.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from loralab.data.example import Message
+from loralab.errors import DataError, PromptContractError
+from loralab.lookup import suggest
+
+CONTRACT_VERSION = 1
+_PROBE = "loralab-probe-answer"
+_GOLDEN_PROMPTS = ("What is the capital of France?", "Sort these: 3, 1, 2.", "Grüße, 世界! 👋\n\nSecond line.")
+
+
+@dataclass(frozen=True, slots=True)
+class StopTokens:
+    """Tokens that end an answer.
+
+    Attributes:
+        ids: token ids, the one that training writes first.
+        texts: the same tokens as text.
+        reason: where they come from.
+    """
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    reason: str
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the tokenizer starts plain text with its bos token."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def apply_stop_setting(tokenizer: PreTrainedTokenizerBase, setting: Sequence[str] | None) -> None:
+    """Make the first of `data.stop_tokens` the tokenizer's end token, so that templates write it.
+
+    Raises:
+        DataError: a stop token is not one token of the vocabulary.
+    """
+    if setting is None:
+        return
+    if not setting:
+        raise DataError("no stop token given", where="key data.stop_tokens", fix="list at least one, or remove the key")
+    vocabulary = tokenizer.get_vocab()
+    for text in setting:
+        if text not in vocabulary:
+            known = [*tokenizer.all_special_tokens] or list(vocabulary)[:8]
+            raise DataError(
+                f"not a token of this tokenizer: {text!r}", where="key data.stop_tokens", fix=suggest(text, known)
+            )
+    tokenizer.eos_token = setting[0]
+
+
+class Prompter:
+    """A tokenizer with its template and stop tokens.
+
+    Args:
+        tokenizer: with `chat_template` set.
+        stop_setting: `data.stop_tokens`, already applied by `apply_stop_setting`.
+
+    Raises:
+        DataError: the template cannot be rendered, or there is no stop token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_setting: Sequence[str] | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.stop = self._resolve_stop(stop_setting)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """Return the text that the template makes of `messages`.
+
+        Raises:
+            DataError: the template refuses them.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [message.as_dict() for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:  # a template is a program: whatever it raises is its own
+            raise DataError(
+                f"the template cannot render {' > '.join(m.role for m in messages)}: {error}",
+                where="key data.template",
+                fix="choose another data.template, or mend the Jinja file",
+            ) from error
+        return str(text)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of rendered texts; the template alone decides on special tokens."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of the serving call: the rendered messages and the generation prompt."""
+        return self.encode([self.render(messages, add_generation_prompt=True)])[0]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, without stop tokens at the end."""
+        kept = list(ids)
+        while kept and kept[-1] in self.stop.ids:
+            kept.pop()
+        return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+
+    def split_turn(self, messages: Sequence[Message], turn: int) -> tuple[str, str]:
+        """Return prompt and answer text of one assistant turn.
+
+        The prompt is the serving call's text; the answer is the rest of the rendering, up to and
+        including the stop token (without one where the template writes none).
+
+        Raises:
+            DataError: the rendering of the turn does not begin with its own prompt.
+        """
+        prompt = self.render(messages[:turn], add_generation_prompt=True)
+        whole = self.render(messages[: turn + 1], add_generation_prompt=False)
+        if not whole.startswith(prompt):
+            raise DataError(
+                f"the template does not extend its own prompt at turn {turn + 1} ({messages[turn].role})",
+                where="key data.template",
+                fix="choose another data.template: with this one, training would not see what serving sends",
+            )
+        rest, content = whole[len(prompt) :], messages[turn].content
+        if content not in rest:
+            content = content.strip()
+        start = rest.find(content) + len(content) if content in rest else 0
+        ends = [rest.find(text, start) + len(text) for text in self.stop.texts if text in rest[start:]]
+        return prompt, rest[: min(ends)] if ends else rest
+
+    def contract(self) -> dict[str, Any]:
+        """Return the prompt contract: template, stop tokens and golden prompts with their ids."""
+        template = str(self.tokenizer.chat_template)
+        return {
+            "version": CONTRACT_VERSION,
+            "template": template,
+            "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+            "special_tokens": "written by the template alone (add_special_tokens=False)",
+            "stop_token_ids": list(self.stop.ids),
+            "stop_tokens": list(self.stop.texts),
+            "golden": [{"prompt": p, "ids": self.encode_prompt([Message("user", p)])} for p in _GOLDEN_PROMPTS],
+        }
+
+    def check_contract(self, contract: Mapping[str, Any], *, where: str) -> None:
+        """Check that this prompter sends what the contract's golden prompts promise.
+
+        Raises:
+            PromptContractError: template, stop tokens or golden ids differ.
+        """
+        fix = "restore the adapter folder's tokenizer files, or train again with the new template"
+        now = self.contract()
+        for key in ("template", "stop_token_ids"):
+            if now[key] != contract.get(key):
+                what = f"prompt contract broken: {key} is {now[key]!r}, trained with {contract.get(key)!r}"
+                raise PromptContractError(what, where=where, fix=fix)
+        for golden in contract.get("golden", []):
+            ids = self.encode_prompt([Message("user", golden["prompt"])])
+            if ids != golden["ids"]:
+                what = f"prompt contract broken: {golden['prompt']!r} gives ids {ids}, trained with {golden['ids']}"
+                raise PromptContractError(what, where=where, fix=fix)
+
+    def _ids_of(self, tokens: Sequence[str]) -> tuple[int, ...]:
+        vocabulary = self.tokenizer.get_vocab()
+        return tuple(vocabulary[token] for token in tokens)
+
+    def _resolve_stop(self, setting: Sequence[str] | None) -> StopTokens:
+        tokenizer = self.tokenizer
+        if setting:
+            return StopTokens(self._ids_of(setting), tuple(setting), "set in data.stop_tokens")
+        text = self.render([Message("user", "question"), Message("assistant", _PROBE)], add_generation_prompt=False)
+        behind = text.rpartition(_PROBE)[2].lstrip()
+        written = [token for token in tokenizer.all_special_tokens if token and behind.startswith(token)]
+        stops = [max(written, key=len)] if written else []
+        reason = f"the template writes {stops[0]} after an answer" if stops else ""
+        if tokenizer.eos_token is not None and tokenizer.eos_token not in stops:
+            stops.append(tokenizer.eos_token)
+            ends = "the tokenizer's end token"
+            reason = f"{reason}; {ends} also stops" if reason else f"{ends} (the template writes none)"
+        if not stops:
+            raise DataError(
+                "this tokenizer has no end token and the template writes none",
+                where="key data.stop_tokens",
+                fix=f"name one, for example data.stop_tokens: [{(tokenizer.all_special_tokens or ['</s>'])[0]!r}]",
+            )
+        return StopTokens(self._ids_of(stops), tuple(stops), reason)

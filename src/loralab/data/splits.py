@@ -1,0 +1,57 @@
+"""Which rows are for training, validation and test.
+
+Owns splits by fraction and number; splits by file or name are sources of their own.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from loralab.config.schema import DataConfig
+from loralab.errors import DataError
+
+Indices = npt.NDArray[np.int64]
+
+
+def split_units(total: int, data: DataConfig) -> dict[str, Indices]:
+    """Divide `total` units by `data.validation` and `data.test` where these are amounts.
+
+    The same total, amounts, method and seed give the same parts, whatever the tokenizer.
+
+    Returns:
+        "train" and each part asked for: unit numbers, ascending.
+
+    Raises:
+        DataError: a part would be empty, or none would be left for training.
+    """
+    amounts = {
+        name: _count(amount, total, name)
+        for name, amount in (("validation", data.validation), ("test", data.test))
+        if isinstance(amount, (int, float))
+    }
+    taken = sum(amounts.values())
+    if taken >= total:
+        raise DataError(
+            f"validation and test would take {taken} of {total} rows and leave none for training",
+            where="keys data.validation, data.test",
+            fix="give smaller amounts, or more rows",
+        )
+    order = np.arange(total, dtype=np.int64)
+    if data.split_method == "random":
+        order = np.random.default_rng(data.split_seed).permutation(total).astype(np.int64)
+    parts: dict[str, Indices] = {}
+    start = 0
+    for name, count in amounts.items():
+        parts[name] = np.sort(order[start : start + count])
+        start += count
+    return {"train": np.sort(order[start:]), **parts}
+
+
+def _count(amount: float, total: int, name: str) -> int:
+    count = round(amount * total) if isinstance(amount, float) else int(amount)
+    if count < 1:
+        raise DataError(
+            f"{name} {amount} of {total} rows is no row",
+            where=f"key data.{name}",
+            fix="give a larger fraction, or a number",
+        )
+    return count

@@ -1,0 +1,128 @@
+"""The exception tree: every error that loralab raises on purpose.
+
+    LoralabError
+      UserError              exit 2: the user can mend it
+        ConfigError            a value, key or combination in the configuration
+        DataError              a file, row or split that cannot be used
+        ModelError             a base model, tokenizer or adapter that cannot be loaded
+        RunFolderError         an output folder in the way, or not a run folder
+        StorageError           a disk that is full or not writable
+        TrainingDivergedError  a loss that is not finite
+      ProofError             exit 3: a proof failed
+        PromptContractError    the prompt is not the one that the adapter was trained on
+      StoppedBySignal        exit 128 + signal: stopped on request
+
+Owns the form of a message (what, where, fix); printing it is the CLI's.
+"""
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake, in the three lines that a user reads.
+
+    Attributes:
+        what: what is wrong, with the value that was got.
+        where: file and line, key, or row.
+        fix: what to do about it.
+    """
+
+    what: str
+    where: str
+    fix: str
+
+    def render(self) -> str:
+        """Return the three lines."""
+        return f"error: {self.what}\nwhere: {self.where}\nfix:   {self.fix}"
+
+
+class LoralabError(Exception):
+    """Root of all errors raised on purpose; carries one problem or several.
+
+    Args:
+        what: what is wrong, with the value that was got.
+        where: file and line, key, or row.
+        fix: what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str, fix: str) -> None:
+        self.problems: tuple[Problem, ...] = (Problem(what, where, fix),)
+        super().__init__(what)
+
+    @classmethod
+    def from_problems(cls, problems: Sequence[Problem]) -> "LoralabError":
+        """Build one error that reports all `problems`; at least one is needed."""
+        first = problems[0]
+        error = cls(first.what, where=first.where, fix=first.fix)
+        error.problems = tuple(problems)
+        return error
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.problems)  # errors cross from worker processes
+
+    def __str__(self) -> str:
+        return "\n\n".join(problem.render() for problem in self.problems)
+
+
+def _rebuild(kind: type[LoralabError], problems: tuple[Problem, ...]) -> LoralabError:
+    return kind.from_problems(problems)
+
+
+class UserError(LoralabError):
+    """A mistake that the user can mend."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A value, key or combination in the configuration that cannot be used."""
+
+
+class DataError(UserError):
+    """A file, row or split that cannot be used."""
+
+
+class ModelError(UserError):
+    """A base model, tokenizer or adapter that cannot be loaded or used."""
+
+
+class RunFolderError(UserError):
+    """An output folder that is in the way, or a folder that is no run folder."""
+
+
+class StorageError(UserError):
+    """A disk that is full or a folder that cannot be written."""
+
+
+class TrainingDivergedError(UserError):
+    """A training loss that is not a finite number."""
+
+
+class ProofError(LoralabError):
+    """A proof failed: what was promised does not hold."""
+
+    exit_code = 3
+
+
+class PromptContractError(ProofError):
+    """The prompt that would be sent is not the one that the adapter was trained on."""
+
+
+class StoppedBySignal(LoralabError):
+    """The run was asked to stop and did, after what it says in `fix`.
+
+    Args:
+        signal_number: the signal that asked (2 = SIGINT, 15 = SIGTERM).
+        where: the run folder, or the stage that was under way.
+        fix: how to go on.
+    """
+
+    def __init__(self, signal_number: int, *, where: str, fix: str) -> None:
+        self.exit_code = 128 + signal_number
+        name = signal.Signals(signal_number).name
+        super().__init__(f"stopped by {name}", where=where, fix=fix)

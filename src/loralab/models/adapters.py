@@ -1,0 +1,183 @@
+"""Adapters: building, loading, saving and hashing them.
+
+Owns the table of variants and the choice of target layers. The on-disk form is PEFT's.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftConfig, TaskType
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from loralab.config.schema import LoraConfig
+from loralab.errors import ConfigError, ModelError
+from loralab.lookup import look_up, nearest_name
+from loralab.models.precision import Resolved
+from loralab.models.supervised import SupervisedPeftModel
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+_ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)(\.|$)")
+
+
+def build_adapter(
+    base: PreTrainedModel, lora: LoraConfig, *, seed: int
+) -> tuple[SupervisedPeftModel, dict[str, Resolved[str]]]:
+    """Put a fresh adapter on a frozen base; its weights are float32 masters.
+
+    Args:
+        base: the frozen base model.
+        lora: the adapter section.
+        seed: of the adapter's initial weights.
+
+    Returns:
+        The model with its adapter, and the automatic choices.
+
+    Raises:
+        ConfigError: a target layer that does not exist.
+    """
+    targets = resolve_target_modules(base, lora)
+    build = look_up(VARIANTS, lora.variant, kind="adapter variant", where="key lora.variant")
+    torch.manual_seed(seed)
+    model = SupervisedPeftModel(base, build(lora, base, targets.value), autocast_adapter_dtype=True)
+    chosen = {"target_modules": Resolved(", ".join(targets.value), targets.reason)}
+    reason = model.check_head()
+    path = "full logits" if reason else "gathered"
+    chosen["head"] = Resolved(path, reason or "head(gathered hidden states) equals the model's own logits")
+    return model, chosen
+
+
+def _build_lora(lora: LoraConfig, base: PreTrainedModel, targets: list[str]) -> PeftLoraConfig:
+    conv = any(isinstance(m, Conv1D) for n, m in base.named_modules() if n.rpartition(".")[2] in targets)
+    return PeftLoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        fan_in_fan_out=conv,
+        task_type=TaskType.CAUSAL_LM,
+    )
+
+
+def linear_layers(base: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return every linear layer but the output head, by full name."""
+    head = base.get_output_embeddings()
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+
+
+def resolve_target_modules(base: PreTrainedModel, lora: LoraConfig) -> Resolved[list[str]]:
+    """Choose the layers that get an adapter, by the last part of their names.
+
+    Raises:
+        ConfigError: a name that matches no linear layer; the names that exist are listed.
+    """
+    layers = linear_layers(base)
+    setting = lora.target_modules
+    if setting == "auto":
+        return Resolved(_last_parts(layers), "all linear layers but the head")
+    if setting == "attention":
+        inside = [name for name in layers if _ATTENTION.search(name.rpartition(".")[0])]
+        if inside:
+            return Resolved(_last_parts(inside), "the linear layers inside attention")
+        raise ConfigError(
+            "no attention layer was recognised by name",
+            where="key lora.target_modules",
+            fix=f"list names: {', '.join(_last_parts(layers))}",
+        )
+    names = [setting] if isinstance(setting, str) else setting
+    known = _last_parts(layers)
+    missing = [name for name in names if not any(layer == name or layer.endswith(f".{name}") for layer in layers)]
+    if missing or not names:
+        near = nearest_name(missing[0], known) if missing else None
+        hint = f"did you mean {near!r}? " if near else ""
+        raise ConfigError(
+            f"no linear layer is named {', '.join(map(repr, missing)) or '(nothing)'}",
+            where="key lora.target_modules",
+            fix=f"{hint}layers of this model: {', '.join(known)}",
+        )
+    return Resolved(list(names), "set in lora.target_modules")
+
+
+def _last_parts(names: "dict[str, nn.Module] | list[str]") -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def load_adapter(base: PreTrainedModel, folder: Path, *, where: str = "argument RUN") -> SupervisedPeftModel:
+    """Put a saved adapter on its base, frozen.
+
+    Raises:
+        ModelError: no adapter there, or it does not fit this base.
+    """
+    config = read_adapter_config(folder, where=where)
+    config.inference_mode = True
+    try:
+        model = SupervisedPeftModel(base, config, autocast_adapter_dtype=True)
+        result = model.load_adapter(str(folder), "default", is_trainable=False)
+    except (ValueError, RuntimeError, KeyError, SafetensorError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"the adapter does not fit this base: {first}",
+            where=str(folder),
+            fix="name the base that it was trained on",
+        ) from error
+    unexpected = list(getattr(result, "unexpected_keys", []))
+    missing = [key for key in getattr(result, "missing_keys", []) if "lora_" in key]
+    if unexpected or missing:
+        raise ModelError(
+            f"the adapter does not fit this base: {len(missing)} tensors missing, {len(unexpected)} match nothing "
+            f"(first: {(missing + unexpected)[0]})",
+            where=str(folder),
+            fix="name the base that it was trained on",
+        )
+    model.check_head()
+    model.eval()
+    return model
+
+
+def read_adapter_config(folder: Path, *, where: str = "argument RUN") -> PeftConfig:
+    """Read an adapter's configuration.
+
+    Raises:
+        ModelError: there is no adapter in `folder`, or no safetensors weights.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        what = f"no {CONFIG_FILE} in {str(folder)!r}" if folder.is_dir() else f"no such folder: {str(folder)!r}"
+        raise ModelError(what, where=where, fix="give a run folder, or the adapter folder inside it")
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ModelError(
+            f"no {WEIGHTS_FILE} in {str(folder)!r}", where=where, fix="adapters are read from safetensors only"
+        )
+    try:
+        config: PeftConfig = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ModelError(f"cannot read {CONFIG_FILE}: {error}", where=str(folder), fix="restore the file") from error
+    return config
+
+
+def adapter_sha256(folder: Path) -> str:
+    """Return the SHA-256 over name, dtype, shape and bytes of the adapter's tensors, sorted by name."""
+    digest = hashlib.sha256()
+    with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as tensors:
+        for name in sorted(tensors.keys()):
+            tensor = tensors.get_tensor(name).contiguous()
+            digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+VariantBuilder = Callable[[LoraConfig, PreTrainedModel, list[str]], PeftConfig]
+VARIANTS: dict[str, VariantBuilder] = {"lora": _build_lora}

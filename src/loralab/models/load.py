@@ -1,0 +1,219 @@
+"""Loading the base model and its tokenizer.
+
+Owns the checks before a load (folder, weights, dtype) and the wording of what fails. Weights
+are safetensors only; remote code runs only when asked for.
+"""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from loralab.config.schema import ModelConfig
+from loralab.errors import ModelError
+from loralab.lookup import nearest_name
+from loralab.models.precision import Resolved
+from loralab.run import file_sha256
+
+logger = logging.getLogger(__name__)
+
+
+def check_local_model(name: str, *, where: str = "key model.name") -> None:
+    """Check a model named by a local path; a Hub id passes.
+
+    Raises:
+        ModelError: the path does not exist, or is no folder with a config and safetensors weights.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        if _looks_like_path(name):
+            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            near = nearest_name(path.name, siblings)
+            fix = f"did you mean {str(path.parent / near)!r}?" if near else "give a folder that exists, or a Hub id"
+            raise ModelError(f"no such model folder: {name!r}", where=where, fix=fix)
+        return
+    if not path.is_dir():
+        raise ModelError(f"not a folder: {name!r}", where=where, fix="give the folder that holds config.json")
+    if not (path / "config.json").is_file():
+        hint = (
+            "an adapter is no base model: name its base"
+            if (path / "adapter_config.json").is_file()
+            else ("give a folder in the Hugging Face layout")
+        )
+        raise ModelError(f"no config.json in {name!r}", where=where, fix=hint)
+    if not any(path.glob("*.safetensors")):
+        others = sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".ckpt"})
+        got = f"; found {', '.join(others)}" if others else ""
+        raise ModelError(
+            f"model folder without safetensors weights: {name!r}{got}",
+            where=where,
+            fix="put model.safetensors there (other formats are pickles that may run code: convert them first)",
+        )
+
+
+def _looks_like_path(name: str) -> bool:
+    return (
+        name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or Path(name).parent.name in {"..", "."}
+    )
+
+
+def model_source(name: str) -> str:
+    """Return the absolute path of a local model folder, or the Hub id as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name
+
+
+def _explain(error: Exception, model: ModelConfig, what: str) -> ModelError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "trust_remote_code" in str(error):
+        fix = "set model.trust_remote_code: true if you trust the code that comes with it"
+    elif Path(model.name).expanduser().is_dir():
+        fix = "check that folder: loralab needs config.json, *.safetensors and the tokenizer's files"
+    else:
+        fix = (
+            "check the spelling, the network, and for gated models `hf auth login` or HF_TOKEN; or give a local folder"
+        )
+    return ModelError(f"cannot load the {what} of {model.name!r}: {first}", where="key model.name", fix=fix)
+
+
+def load_tokenizer(model: ModelConfig, *, folder: Path | None = None) -> PreTrainedTokenizerBase:
+    """Load the base model's tokenizer, or the one saved in an adapter's `folder`.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder) if folder is not None else model_source(model.name),
+            revision=None if folder is not None else model.revision,
+            trust_remote_code=model.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise _explain(error, model, "tokenizer") from error
+    return tokenizer
+
+
+def load_model_config(model: ModelConfig) -> PreTrainedConfig:
+    """Load the base model's configuration, without weights.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            model_source(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise _explain(error, model, "configuration") from error
+    return config
+
+
+def check_length(config: PreTrainedConfig, max_length: int) -> None:
+    """Check that `max_length` tokens have positions in the model.
+
+    Raises:
+        ModelError: the model has fewer positions.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and max_length > limit:
+        raise ModelError(
+            f"max_length {max_length} is more than the model's {limit} positions",
+            where="key data.max_length",
+            fix=f"set data.max_length: {limit} or less",
+        )
+
+
+def load_base_model(
+    model: ModelConfig, *, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, dict[str, Resolved[str]]]:
+    """Load the base model, frozen, in `dtype` on `device`.
+
+    Returns:
+        The model, and the automatic choices that were made.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    config = load_model_config(model)
+    dropout = _set_dropout(config, model)
+    attention = resolve_attention(model, config)
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # progress is the reporter's
+    try:
+        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model_source(model.name),
+            config=config,
+            revision=model.revision,
+            dtype=dtype,
+            attn_implementation=attention.value,
+            use_safetensors=True,
+            trust_remote_code=model.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise _explain(error, model, "weights") from error
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+    base.requires_grad_(False)
+    base.to(device)  # type: ignore[arg-type]
+    base.config.use_cache = False
+    held: str = model.quantization
+    quantization = Resolved(held, "set in model.quantization or by default")
+    return base, {"base_dropout": dropout, "attn_implementation": attention, "quantization": quantization}
+
+
+def resolve_attention(model: ModelConfig, config: PreTrainedConfig) -> Resolved[str]:
+    """Choose the attention implementation."""
+    if model.attn_implementation != "auto":
+        return Resolved(model.attn_implementation, "set in model.attn_implementation")
+    architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if architecture is not None and getattr(architecture, "_supports_sdpa", False):
+        return Resolved("sdpa", "the model supports it")
+    return Resolved("eager", "the model has no sdpa attention")
+
+
+def _set_dropout(config: PreTrainedConfig, model: ModelConfig) -> Resolved[str]:
+    names = [n for n, v in config.to_dict().items() if isinstance(v, float) and _is_dropout(n) and v > 0]
+    if model.base_dropout == "as_configured":
+        listed = ", ".join(f"{name} {getattr(config, name)}" for name in names) or "the model has none"
+        return Resolved("as_configured", f"set in model.base_dropout ({listed})")
+    for name in names:
+        setattr(config, name, 0.0)
+    why = "noise in frozen layers slows training and regularises nothing that is trained"
+    return Resolved("off", f"{why} (turned off: {', '.join(names) or 'nothing, the model has none'})")
+
+
+def _is_dropout(name: str) -> bool:
+    return "dropout" in name or name.endswith(("_pdrop", "layerdrop"))
+
+
+def model_sha256(name: str) -> str | None:
+    """Return a hash over a local model's weight files, or None for a Hub id (its revision counts)."""
+    path = Path(name).expanduser()
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if not files:
+        return None
+    return hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """Return the number of all parameters and of trainable ones."""
+    sizes: list[tuple[int, bool]] = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+
+
+def describe_model(model: ModelConfig, base: PreTrainedModel) -> dict[str, Any]:
+    """Return what the record of a run says of the base model."""
+    revision = model.revision or getattr(base.config, "_commit_hash", None)
+    return {
+        "name": model.name,
+        "revision": revision,
+        "architecture": type(base).__name__,
+        "sha256": model_sha256(model.name),
+    }

@@ -1,0 +1,188 @@
+"""The model card: `adapter/README.md`, which people read where the adapter is shared.
+
+Owns what is said to strangers: no local path leaves the machine, and every value is escaped for
+the YAML front matter, a Markdown table or running text.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from loralab.reports.facts import Facts, dig, dig_table, load_facts
+from loralab.reports.provenance import describe_data
+from loralab.reports.sections import describe_overview, describe_scores
+from loralab.reports.usage import describe_usage
+from loralab.reports.wording import assess, format_value
+from loralab.run import Json, RunFolder, write_text
+
+TEMPLATE = "model_card.md.jinja"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+ABSOLUTE_PATH = re.compile(r"(?<![\w/.:<>])(?:file:/{2})?(?:~?/|[A-Za-z]:[\\/]|\\\\)[^\s'\"`|<>,;:()\[\]{}]+")
+MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]<>#|~$])")
+HYPERPARAMETERS = {
+    "lora": ("variant", "r", "alpha", "dropout", "target_modules"),
+    "training": (
+        "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
+        "seed",
+    ),
+    "data": ("max_length", "truncation", "train_on", "split_method", "split_seed"),
+    "model": ("precision", "quantization", "base_dropout"),
+}  # fmt: skip
+
+
+class Markdown(str):
+    """Text that is Markdown already and is not escaped again."""
+
+    __slots__ = ()
+
+
+def write_model_card(folder: RunFolder) -> Path:
+    """Write the model card of a run's adapter; what the run folder lacks, the card says.
+
+    Raises:
+        RunFolderError: a file of the run is there but broken.
+    """
+    facts = load_facts(folder)
+    hub_id = find_hub_id(facts)
+    front_matter = yaml.safe_dump(_front_matter(hub_id), sort_keys=False, allow_unicode=True)
+    body = _environment().get_template(TEMPLATE).render(_card_context(facts, hub_id))
+    path = folder.adapter / "README.md"
+    text = f"---\n{front_matter}---\n\n{body}"
+    write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
+    return path
+
+
+def find_hub_id(facts: Facts) -> str | None:
+    """Return the base model's Hub id, or None for a folder.
+
+    The configuration of a run names folders by their absolute paths; only folders are hashed as a whole.
+    """
+    name = facts.base_model or ""
+    names = (name, str(dig(facts.config, "model", "name") or ""))
+    is_folder = any(map(_is_absolute, names)) or bool(dig(facts.record, "model", "sha256"))
+    return name if HUB_ID.fullmatch(name) and not is_folder else None
+
+
+def _front_matter(hub_id: str | None) -> Json:
+    base = {"base_model": hub_id, "base_model_relation": "adapter"} if hub_id else {}
+    return {**base, "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "loralab"]}
+
+
+def _card_context(facts: Facts, hub_id: str | None) -> dict[str, Any]:
+    base = hub_id or path_name(facts.base_model or "base model")
+    data = _without_paths(describe_data(facts), keep=("text", "stop_rows"))
+    return {
+        "name": path_name(facts.name),
+        "base": base,
+        "on_hub": hub_id is not None,
+        "revision": dig(facts.record, "model", "revision") if hub_id else None,
+        "base_sha256": dig(facts.record, "model", "sha256"),
+        "overview": [(name, base if name == "Base model" else value) for name, value in describe_overview(facts)],
+        "status": str(facts.record.get("status") or "unknown"),
+        "verdict": assess(facts),
+        "scores": _without_paths(describe_scores(facts)),
+        "data": data,
+        "hyperparameters": _without_paths(list(_hyperparameters(facts))),
+        "usage": describe_usage(
+            facts,
+            base=base if hub_id else f"path/to/{base}",
+            revision=dig(facts.record, "model", "revision") if hub_id else None,
+            run="path/to/this/adapter",
+            adapter="path/to/this/adapter",
+        ),
+        "versions": _versions(facts),
+        "adapter_sha256": facts.record.get("adapter_sha256"),
+    }
+
+
+def _versions(facts: Facts) -> list[tuple[str, str]]:
+    own = facts.record.get("loralab_version")
+    versions = {**({"loralab": own} if own else {}), **dig_table(facts.record, "versions")}
+    return [(name, str(value)) for name, value in versions.items()]
+
+
+def _hyperparameters(facts: Facts) -> Iterator[tuple[str, str]]:
+    """Yield the settings that shape the adapter, with what "auto" became."""
+    for section, fields in HYPERPARAMETERS.items():
+        for field in fields:
+            value = dig(facts.config, section, field)
+            if value == "auto":
+                value = dig(facts.record, "resolved", field, "value") or value
+            if value is not None:
+                yield f"{section}.{field}", format_value(value)
+
+
+def path_name(text: str) -> str:
+    """Return the last part of a path, whichever system wrote it; other text as it stands."""
+    name = PureWindowsPath(text).name if "\\" in text else PurePosixPath(text).name
+    return name or "model"
+
+
+def _is_absolute(text: str) -> bool:
+    return PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
+
+
+def _without_paths(value: Any, *, keep: tuple[str, ...] = ()) -> Any:
+    """Return `value` with every absolute path in its texts cut to its last part, but under the keys `keep`."""
+    if isinstance(value, str):
+        return (
+            path_name(value)
+            if _is_absolute(value)
+            else ABSOLUTE_PATH.sub(lambda match: path_name(match.group()), value)
+        )
+    if isinstance(value, dict):
+        return {key: child if key in keep else _without_paths(child, keep=keep) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(child, keep=keep) for child in value]
+    return value
+
+
+def escape_markdown(value: Any) -> str:
+    """Return a value as text that Markdown shows literally, in one line; `Markdown` stays as it is."""
+    if isinstance(value, Markdown):
+        return value
+    line = " ".join(str(value).split()).replace("&", "&amp;")
+    return MARKDOWN_SPECIAL.sub(r"\\\1", line)
+
+
+def code(value: Any) -> Markdown:
+    """Return a value as inline code, outside tables."""
+    text = " ".join(str(value).split()) or " "
+    fence = "`" * (_longest_run(text) + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return Markdown(f"{fence}{pad}{text}{pad}{fence}")
+
+
+def code_cell(value: Any) -> Markdown:
+    """Return a value as inline code in a table, where a bar ends the cell even inside code."""
+    return Markdown(code(value).replace("|", "\\|"))
+
+
+def code_block(value: Any, language: str = "") -> Markdown:
+    """Return a value as a fenced block that the value cannot close."""
+    fence = "`" * max(3, _longest_run(str(value)) + 1)
+    return Markdown(f"{fence}{language}\n{str(value).rstrip()}\n{fence}")
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("loralab", "reports"),
+        undefined=StrictUndefined,
+        # No HTML: `finalize` escapes every value that the template writes for Markdown.
+        autoescape=False,  # noqa: S701
+        finalize=escape_markdown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(code=code, code_cell=code_cell, code_block=code_block)
+    return environment

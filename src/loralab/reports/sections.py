@@ -1,0 +1,213 @@
+"""What the page of a run says, as plain values for its template: how it ended and what came out.
+
+Owns the choice and order of facts; what the run was made from is in `provenance.py`. Wording of
+numbers is `wording.py`'s, looks are the template's.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loralab.reports.facts import Facts, dig, dig_list, dig_number, dig_table
+from loralab.reports.provenance import describe_choices, describe_data, describe_machine, describe_settings
+from loralab.reports.usage import describe_usage
+from loralab.reports.wording import (
+    MISSING,
+    assess,
+    format_bytes,
+    format_count,
+    format_loss,
+    format_number,
+    format_parameters,
+    format_perplexity,
+    format_seconds,
+    format_share,
+    format_time,
+)
+from loralab.run import Json
+
+Pairs = list[tuple[str, str]]
+
+STATUS_WORDS = {
+    "completed": "Completed",
+    "interrupted": "Interrupted",
+    "failed": "Failed",
+    "running": "Running, or ended without notice",
+}
+EVALUATED_ON = {
+    "num_examples": "Rows",
+    "supervised_tokens": "Supervised tokens",
+    "batch_size": "Batch size",
+    "max_length": "Longest example, in tokens",
+}
+NOT_METRICS = {"eval_loss", "eval_loss_batch_mean", "perplexity", "num_batches", *EVALUATED_ON}
+
+
+def report_context(facts: Facts, *, picture: Callable[[Path], str | None]) -> dict[str, Any]:
+    """Return the variables of `report.html.jinja`.
+
+    Args:
+        facts: the run.
+        picture: returns the address under which a picture file is shown, None where it is missing.
+    """
+    return {
+        "title": facts.name,
+        "status": describe_status(facts),
+        "overview": describe_overview(facts),
+        "verdict": assess(facts),
+        "scores": describe_scores(facts),
+        "plots": describe_plots(facts, picture),
+        "samples": describe_samples(facts),
+        "data": describe_data(facts),
+        "settings": describe_settings(facts),
+        "choices": describe_choices(facts),
+        "events": describe_events(facts),
+        "machine": describe_machine(facts),
+        "usage": describe_usage(
+            facts,
+            base=facts.base_model or "BASE_MODEL",
+            revision=dig(facts.record, "model", "revision"),
+            run=str(facts.folder.path),
+            adapter=str(facts.folder.adapter),
+        ),
+        "has_adapter": facts.folder.adapter.is_dir(),
+        "version": str(facts.record.get("loralab_version") or ""),
+    }
+
+
+def describe_status(facts: Facts) -> Json:
+    """Return how the run ended."""
+    status = str(facts.record.get("status") or "")
+    return {
+        "kind": status if status in STATUS_WORDS else "unknown",
+        "words": STATUS_WORDS.get(status, status or "Status unknown"),
+        "reason": str(facts.record.get("stopped_because") or ""),
+        "finished": format_time(facts.record.get("finished_at")) if facts.record.get("finished_at") else "",
+    }
+
+
+def describe_overview(facts: Facts) -> Pairs:
+    """Return the run in a few facts."""
+    trainable = dig_number(facts.record, "model", "trainable_parameters")
+    share = format_share(trainable, dig_number(facts.record, "model", "parameters"))
+    steps, epochs = dig_number(facts.record, "steps"), dig_number(facts.record, "epochs")
+    kept = dig_number(facts.data, "splits", "train", "rows_kept")
+    pairs = [
+        ("Base model", facts.base_model or MISSING),
+        ("Trained parameters", format_parameters(trainable) + (f" ({share})" if share else "")),
+        ("Training rows", format_count(kept)),
+        ("Steps", format_count(steps) + (f" ({format_number(epochs)} epochs)" if epochs is not None else "")),
+        ("Training time", format_seconds(dig_number(facts.record, "train_seconds"))),
+        ("Peak memory", format_bytes(dig_number(facts.record, "peak_memory_bytes"))),
+    ]
+    return [(name, value) for name, value in pairs if value != MISSING]
+
+
+def describe_events(facts: Facts) -> Pairs:
+    """Return what happened while training: when, by step or time, and what."""
+    events = [event for event in dig_list(facts.record, "events") if isinstance(event, dict)]
+    return [(_moment(event), str(event.get("what") or "")) for event in events]
+
+
+def _moment(event: Json) -> str:
+    step = dig_number(event, "step")
+    return format_time(event.get("at")) if step is None else f"step {format_count(step)}"
+
+
+def describe_scores(facts: Facts) -> Json | None:
+    """Return the losses of base and adapter, or None where neither was measured."""
+    evaluation = facts.evaluation
+    sides = [("Base model", dig_table(evaluation, "base")), ("Adapter", evaluation)]
+    losses = [dig_number(side, "eval_loss") for _, side in sides]
+    largest = max((loss for loss in losses if loss is not None), default=0.0)
+    if largest <= 0:
+        return None
+    extra = [key for key in evaluation if key not in NOT_METRICS and dig_number(evaluation, key) is not None]
+    rows = [
+        {
+            "name": name,
+            "loss": format_loss(loss),
+            "perplexity": _perplexity(side),
+            "batch_mean": format_loss(dig_number(side, "eval_loss_batch_mean")),
+            "extra": [format_loss(dig_number(side, key)) for key in extra],
+            "share": round(100 * (loss or 0) / largest, 1),
+        }
+        for (name, side), loss in zip(sides, losses, strict=True)
+    ]
+    return {"rows": rows, "extra": extra, "details": _evaluation_details(evaluation)}
+
+
+def _perplexity(side: Json) -> str:
+    return "\u221e" if side.get("perplexity") == math.inf else format_perplexity(dig_number(side, "perplexity"))
+
+
+def _evaluation_details(evaluation: Json) -> Pairs:
+    pairs = [("Split", str(dig(evaluation, "split") or MISSING))]
+    pairs += [(name, format_count(dig_number(evaluation, key))) for key, name in EVALUATED_ON.items()]
+    pairs.append(("Interval", str(dig(evaluation, "difference", "method") or MISSING)))
+    return [(name, value) for name, value in pairs if value != MISSING]
+
+
+def describe_plots(facts: Facts, picture: Callable[[Path], str | None]) -> list[Json]:
+    """Return the pictures that the run folder has, each with its numbers as text."""
+    plots = []
+    for name, title, curves in (
+        ("loss.png", "Loss", (("loss", "Training loss"), ("eval_loss", "Validation loss"))),
+        ("learning_rate.png", "Learning rate", (("learning_rate", "Learning rate"),)),
+        ("gradient_norm.png", "Gradient norm", (("grad_norm", "Gradient norm"),)),
+    ):
+        address = picture(facts.folder.plots / name)
+        if address:
+            words = " ".join(filter(None, (_describe_curve(facts.metrics, key, label) for key, label in curves)))
+            plots.append({"title": title, "address": address, "text": words or f"{title} against optimizer steps."})
+    return plots
+
+
+def _describe_curve(metrics: list[Json], key: str, label: str) -> str:
+    points = [(dig_number(row, "step"), dig_number(row, key)) for row in metrics]
+    known = [(step, value) for step, value in points if step is not None and value is not None]
+    if not known:
+        return ""
+    (first_step, first), (last_step, last) = known[0], known[-1]
+    if first_step == last_step:
+        return f"{label}: {format_number(last)} at step {format_count(last_step)}."
+    return (
+        f"{label}: {format_number(first)} at step {format_count(first_step)}, "
+        f"{format_number(last)} at step {format_count(last_step)}."
+    )
+
+
+def describe_samples(facts: Facts) -> Json | None:
+    """Return the answers side by side, or None where there are none."""
+    sides = (("base", "Base model"), ("adapter", "Adapter"))
+    rows = [row for row in dig_list(facts.samples, "samples") if isinstance(row, dict)]
+    if not rows:
+        return None
+    samples = [
+        {
+            "prompt": _text(row, "prompt"),
+            "reference": _text(row, "reference"),
+            "answers": [
+                {
+                    "name": name,
+                    "side": side,
+                    "text": _text(row, f"{side}_output"),
+                    "stopped": row.get(f"{side}_stopped"),
+                }
+                for side, name in sides
+            ],
+        }
+        for row in rows
+    ]
+    return {
+        "rows": samples,
+        "split": str(dig(facts.samples, "split") or ""),
+        "limit": format_count(dig_number(facts.samples, "max_new_tokens")),
+        "stopped": {side: sum(row.get(f"{side}_stopped") is True for row in rows) for side, _ in sides},
+    }
+
+
+def _text(row: Json, key: str) -> str:
+    value = row.get(key)
+    return "" if value is None else str(value)

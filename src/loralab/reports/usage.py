@@ -1,0 +1,73 @@
+"""How to use the adapter, as text to copy: the command and a plain PEFT program.
+
+Owns those two texts for the HTML report and the model card.
+"""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from loralab.reports.facts import Facts, dig, dig_list
+
+DEFAULT_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Texts to copy.
+
+    Attributes:
+        command: a shell command.
+        program: a Python program.
+    """
+
+    command: str
+    program: str
+
+
+def describe_usage(facts: Facts, *, base: str, revision: str | None, run: str, adapter: str) -> Usage:
+    """Return how to prompt the adapter.
+
+    Args:
+        facts: the run.
+        base: where the base model is, a Hub id or a folder.
+        revision: commit of a base model on the Hub, if known.
+        run: what `loralab generate` is given.
+        adapter: what PEFT is given.
+    """
+    # Not HTML: the program is escaped as a whole where it is shown; its values are Python literals.
+    environment = Environment(
+        loader=PackageLoader("loralab", "reports"),
+        undefined=StrictUndefined,
+        autoescape=False,  # noqa: S701
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    program = environment.get_template("peft_program.jinja").render(
+        base=_literal(base),
+        adapter=_literal(adapter),
+        revision=_literal(revision),
+        dtype=_literal(dig(facts.record, "resolved", "precision", "value")),
+        stop_ids=_stop_ids(dig_list(facts.data, "stop_tokens", "ids")),
+        max_new_tokens=_new_tokens(facts),
+    )
+    return Usage(command=f"loralab generate {shlex.quote(run)}", program=program)
+
+
+def _literal(value: object) -> str | None:
+    """Return a Python string literal, in double quotes where JSON's way of writing it is Python's too."""
+    text = str(value)
+    quoted = json.dumps(text) if text.isascii() else ascii(text)
+    return quoted if value else None
+
+
+def _stop_ids(ids: Sequence[object]) -> list[int]:
+    return [value for value in ids if isinstance(value, int)]
+
+
+def _new_tokens(facts: Facts) -> int:
+    value = dig(facts.config, "evaluation", "max_new_tokens")
+    return value if isinstance(value, int) else DEFAULT_NEW_TOKENS

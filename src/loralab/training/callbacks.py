@@ -1,0 +1,217 @@
+"""What happens around the steps: logging, progress, checkpoints, early stopping, signals.
+
+Owns the reactions; `trainer.py` owns the steps themselves.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loralab.config.schema import EarlyStopping
+from loralab.progress import Reporter
+from loralab.training.checkpoint import rotate_checkpoints, seal_checkpoint
+from loralab.training.sampler import StepSampler
+from loralab.training.state import RunState
+
+LOGGED = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+
+
+class MetricsWriter(TrainerCallback):
+    """Appends one JSON object per logged step to `metrics.jsonl`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write what was logged, when it is a training or evaluation line."""
+        chosen = {k: v for k, v in (logs or {}).items() if k in LOGGED or k.startswith("eval_")}
+        if not chosen:
+            return
+        finite = {k: (v if math.isfinite(v) else None) for k, v in chosen.items()}
+        line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **finite}
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Remove the lines behind `step`, which a resumed run writes again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue  # the line that a kill cut short
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+class ProgressReporter(TrainerCallback):
+    """Tells the reporter how far training is."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+        self.detail = ""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Report the step."""
+        self.reporter.progress("train", state.global_step, state.max_steps, detail=self.detail)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Take the newest figures; say evaluation results as a line."""
+        logs = logs or {}
+        if "loss" in logs:
+            self.detail = f"loss {logs['loss']:.4f}, {logs['tokens_per_second']:,.0f} tokens/s"
+        if "eval_loss" in logs:
+            text = f"validation loss {logs['eval_loss']:.4f} (perplexity {logs['eval_perplexity']:.2f})"
+            self.reporter.say(f"step {state.global_step}: {text}")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Close the stage."""
+        self.reporter.finish("train")
+
+
+class EpochSetter(TrainerCallback):
+    """Gives the sampler its epoch; Trainer does so only after a resume, and the order must not differ."""
+
+    def __init__(self, sampler: StepSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Choose the epoch that the step lies in."""
+        self.sampler.set_epoch(state.global_step // len(self.sampler))
+
+
+class EarlyStopper(TrainerCallback):
+    """Watches one metric: notes its best step, and stops when it no longer improves."""
+
+    def __init__(self, run_state: RunState, *, metric: str, stopping: EarlyStopping | None, save_best: bool) -> None:
+        self.run_state = run_state
+        self.metric = metric
+        self.stopping = stopping
+        self.save_best = save_best
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Compare the metric with its best."""
+        key = "eval_perplexity" if self.metric == "perplexity" else self.metric
+        value = (logs or {}).get(key)
+        if value is None:
+            return
+        best, delta = self.run_state.best_value, self.stopping.min_delta if self.stopping else 0.0
+        if best is None or value < best - delta:
+            self.run_state.best_value, self.run_state.best_step = float(value), state.global_step
+            self.run_state.without_improvement = 0
+            control.should_save |= self.save_best
+            return
+        self.run_state.without_improvement += 1
+        if self.stopping is not None and self.run_state.without_improvement >= self.stopping.patience:
+            control.should_training_stop = True
+            self.run_state.stopped_because = (
+                f"early stopping: {self.metric} has not been below {best:.4f} (step {self.run_state.best_step}) "
+                f"for {self.stopping.patience} observations"
+            )
+
+
+@dataclass
+class StopRequest:
+    """A signal that asked the run to stop.
+
+    Attributes:
+        signal_number: the signal, or None while there is none.
+    """
+
+    signal_number: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal_number is not None
+
+
+@contextmanager
+def catching_signals(on_first: Callable[[], None]) -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request; a second one ends the process at once."""
+    request = StopRequest()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        request.signal_number = number
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        on_first()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class SignalStop(TrainerCallback):
+    """Ends training at the next step, with a checkpoint, once a signal has asked for it."""
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save and stop."""
+        if self.request:
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave out what the end of an epoch would otherwise bring."""
+        if self.request:
+            control.should_evaluate = False
+            control.should_save = False
+
+
+class CheckpointSealer(TrainerCallback):
+    """Seals what Trainer has saved into the staging folder, and rotates."""
+
+    def __init__(self, folder: Path, *, run_state: RunState, contract: Mapping[str, Any], keep: int | None) -> None:
+        self.folder = folder
+        self.run_state = run_state
+        self.contract = contract
+        self.keep = keep
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Seal the newest checkpoint."""
+        started = time.perf_counter()
+        staged = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        self.run_state.save(staged)
+        seal_checkpoint(staged, self.folder, contract=self.contract)
+        rotate_checkpoints(self.folder, keep=self.keep, best_step=self.run_state.best_step)
+        self.run_state.pause_clock(time.perf_counter() - started)

@@ -1,0 +1,89 @@
+"""What a run must remember between steps and across a resume, besides weights and optimizer.
+
+Owns the running sums of the logged window, what early stopping has seen, and the clock.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+STATE_FILE = "loralab_state.json"
+
+
+@dataclass
+class RunState:
+    """Saved with every checkpoint, restored before a resumed run goes on.
+
+    Attributes:
+        window_total: nats since the last logged line.
+        window_count: supervised tokens since then.
+        best_value: best value of the watched metric so far, or None.
+        best_step: its step.
+        without_improvement: observations since the best one.
+        stopped_because: why training ended before its last step, or None.
+        train_seconds: seconds of training before this process.
+        train_tokens: tokens laid out so far.
+        train_examples: rows trained on so far.
+    """
+
+    window_total: float = 0.0
+    window_count: int = 0
+    best_value: float | None = None
+    best_step: int | None = None
+    without_improvement: int = 0
+    stopped_because: str | None = None
+    train_seconds: float = 0.0
+    train_tokens: int = 0
+    train_examples: int = 0
+    window_tokens: int = field(default=0)
+    _started: float = field(default_factory=time.perf_counter, repr=False)
+    _window_started: float = field(default_factory=time.perf_counter, repr=False)
+    _paused: float = field(default=0.0, repr=False)
+
+    def start_clock(self) -> None:
+        """Count seconds from here."""
+        self._started = self._window_started = time.perf_counter()
+        self._paused = 0.0
+
+    def pause_clock(self, seconds: float) -> None:
+        """Leave `seconds` (an evaluation, a save) out of the throughput of the window."""
+        self._paused += seconds
+
+    def add_step(self, *, total: float, count: int, tokens: int, examples: int) -> None:
+        """Add one optimizer step to the window."""
+        self.window_total += total
+        self.window_count += count
+        self.window_tokens += tokens
+        self.train_tokens += tokens
+        self.train_examples += examples
+
+    def close_window(self) -> tuple[float, float]:
+        """Return the window's token-weighted mean loss and tokens per second, and begin a new one."""
+        now = time.perf_counter()
+        seconds = max(now - self._window_started - self._paused, 1e-9)
+        mean = self.window_total / max(self.window_count, 1)
+        rate = self.window_tokens / seconds
+        self.window_total, self.window_count, self.window_tokens = 0.0, 0, 0
+        self._window_started, self._paused = now, 0.0
+        return mean, rate
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Seconds of training in all processes so far."""
+        return self.train_seconds + time.perf_counter() - self._started
+
+    def save(self, folder: Path) -> None:
+        """Write the state into a checkpoint folder."""
+        values = {key: value for key, value in asdict(self).items() if not key.startswith("_")}
+        values["train_seconds"] = self.elapsed_seconds
+        (folder / STATE_FILE).write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "RunState":
+        """Read the state of a checkpoint folder."""
+        values: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        values["stopped_because"] = None
+        values["window_tokens"] = 0  # its time is not known any more
+        return cls(**values)

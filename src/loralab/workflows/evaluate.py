@@ -1,0 +1,189 @@
+"""Base against adapter on a split: losses in pairs, and answers side by side.
+
+Owns what `evaluation.json` and `samples.json` hold, and the `eval` command.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loralab.config.schema import EvaluationConfig
+from loralab.data.dataset import prepare_data
+from loralab.data.prompter import Prompter
+from loralab.data.store import TokenStore
+from loralab.errors import DataError
+from loralab.evaluation.generate import GenerationSettings, generate_answers
+from loralab.evaluation.perplexity import compare_losses, measure_loss
+from loralab.lookup import suggest
+from loralab.models.supervised import SupervisedPeftModel
+from loralab.progress import Reporter
+from loralab.run import write_json
+from loralab.workflows.session import Session, open_session
+
+# Text rows have no prompt of their own: their samples continue this many tokens.
+_TEXT_PROMPT_TOKENS = 32
+
+
+def resolve_split(setting: str, splits: Mapping[str, TokenStore]) -> str | None:
+    """Return the split of the final evaluation: the one set, else test, else validation, else None.
+
+    Raises:
+        DataError: the split that was set does not exist.
+    """
+    if setting != "auto":
+        if setting in splits:
+            return setting
+        raise DataError(f"no such split: {setting!r}", where="key evaluation.split", fix=suggest(setting, splits))
+    return next((name for name in ("test", "validation") if name in splits), None)
+
+
+def evaluate_split(
+    model: SupervisedPeftModel,
+    split: TokenStore,
+    *,
+    name: str,
+    options: EvaluationConfig,
+    max_length: int,
+    device: torch.device,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Measure adapter and base on the same examples and compare them in pairs.
+
+    Returns:
+        The content of `evaluation.json`.
+    """
+    shared = {"split": name, "batch_size": options.batch_size, "max_length": max_length}
+    adapter = measure_loss(
+        model, split, batch_size=options.batch_size, device=device, reporter=reporter, label="evaluate adapter"
+    )
+    with model.disable_adapter():
+        base = measure_loss(
+            model, split, batch_size=options.batch_size, device=device, reporter=reporter, label="evaluate base"
+        )
+    difference = compare_losses(adapter, base, resamples=options.bootstrap_samples)
+    reporter.say(
+        f"{name}: loss {base.loss:.4f} -> {adapter.loss:.4f}, "
+        f"perplexity {base.perplexity:.2f} -> {adapter.perplexity:.2f}"
+    )
+    return {**adapter.as_dict(), **shared, "base": {**base.as_dict(), **shared}, "difference": difference}
+
+
+def answer_samples(
+    model: SupervisedPeftModel,
+    split: TokenStore,
+    *,
+    prompter: Prompter,
+    options: EvaluationConfig,
+    reporter: Reporter,
+) -> list[dict[str, Any]]:
+    """Let base and adapter answer the first prompts of a split.
+
+    Returns:
+        For each prompt `prompt`, `reference`, both outputs and whether each ended by a stop token.
+    """
+    pairs = [_prompt_and_reference(split, index) for index in range(min(options.num_samples, len(split)))]
+    prompts = [prompt for prompt, _ in pairs]
+    settings = GenerationSettings(max_new_tokens=options.max_new_tokens)
+
+    def answer(label: str) -> list[Any]:
+        return generate_answers(
+            model,
+            prompts,
+            prompter=prompter,
+            settings=settings,
+            batch_size=options.batch_size,
+            reporter=reporter,
+            label=label,
+        )
+
+    adapter = answer("answer with adapter")
+    with model.disable_adapter():
+        base = answer("answer without")
+    return [
+        {
+            "prompt": prompter.decode(prompt),
+            "reference": prompter.decode(reference),
+            "base_output": b.text,
+            "adapter_output": a.text,
+            "base_stopped": b.stopped,
+            "adapter_stopped": a.stopped,
+        }
+        for (prompt, reference), a, b in zip(pairs, adapter, base, strict=True)
+    ]
+
+
+def _prompt_and_reference(split: TokenStore, index: int) -> tuple[list[int], list[int]]:
+    branch = split[index].branches[0]
+    prompt, answer = branch.prompt_ids.tolist(), branch.answer_ids.tolist()
+    if len(prompt) > 1:
+        return prompt, answer
+    whole = prompt + answer
+    cut = min(_TEXT_PROMPT_TOKENS, max(len(whole) // 2, 1))
+    return whole[:cut], whole[cut:]
+
+
+def evaluate(
+    path: Path,
+    *,
+    overrides: Sequence[str] = (),
+    base_model: str | None = None,
+    data: str | None = None,
+    data_split: str | None = None,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Evaluate an adapter: on its run's own split, or on other data.
+
+    Args:
+        path: run folder or adapter folder; the adapter need not come from loralab.
+        overrides: `section.key=value` on top of the run's configuration.
+        base_model: base to use instead of the recorded one.
+        data: file, folder or Hub id to evaluate on.
+        data_split: name of the split of `data`; of a plain file, which has none, all rows count.
+        reporter: told of progress.
+
+    Returns:
+        The content of `evaluation.json`.
+
+    Raises:
+        UserError: adapter, base or data cannot be used.
+    """
+    session = open_session(path, overrides=overrides, base_model=base_model, reporter=reporter)
+    name, split = _find_split(session, data, data_split, reporter)
+    result = evaluate_split(
+        session.model,
+        split,
+        name=name,
+        options=session.config.evaluation,
+        max_length=session.config.data.max_length,
+        device=session.device,
+        reporter=reporter,
+    )
+    folder = session.target.folder
+    if folder is not None and data is None:
+        usual = session.config.evaluation.split == "auto"
+        write_json(folder.evaluation if usual else folder.path / f"evaluation-{name}.json", result)
+    return result
+
+
+def _find_split(
+    session: Session, data: str | None, data_split: str | None, reporter: Reporter
+) -> tuple[str, TokenStore]:
+    section, wanted = session.config.data, session.config.evaluation.split
+    tokenizer, template = session.prompter.tokenizer, str(session.prompter.tokenizer.chat_template)
+    if data is not None:
+        alone = section.model_copy(update={"train": data, "validation": None, "test": None})
+        prepared = prepare_data(alone, tokenizer, reporter=reporter, template=template, split=data_split)
+        return data_split or "train", prepared.splits["train"]
+    if session.target.folder is None:
+        raise DataError("no data to evaluate on", where=str(session.target.adapter), fix="name some with --data FILE")
+    prepared = prepare_data(section, tokenizer, reporter=reporter, template=template)
+    chosen = resolve_split(wanted, prepared.splits)
+    if chosen is None:
+        raise DataError(
+            "the run has no validation or test split",
+            where=str(session.target.folder.config),
+            fix="name data with --data FILE, or evaluate the training rows with --split train",
+        )
+    return chosen, prepared.splits[chosen]

@@ -1,0 +1,255 @@
+"""The record of a run: `run.json` and `config.yaml`, and the state of its folder.
+
+Owns what is recorded of versions, machine and choices, and when a folder may be written.
+"""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loralab.config.load import LoadedConfig, dump_config
+from loralab.config.schema import Config
+from loralab.errors import LoralabError, RunFolderError, StoppedBySignal, StorageError
+from loralab.models.precision import Resolved
+from loralab.run import RunFolder, read_json, write_json, write_text
+
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
+# A disk with less than this left is taken for full when a write fails without saying why.
+_FULL_BYTES = 1 << 20
+
+
+def check_output(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
+    """Check that a run may be written to `folder`, before anything is.
+
+    Raises:
+        RunFolderError: another run or foreign files are in the way, or there is nothing to resume.
+        StorageError: the place cannot be written.
+    """
+    path = folder.path
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"not a folder: {str(path)!r}", where="key output.dir", fix="name another output.dir")
+    if folder.exists() and not (resume or overwrite):
+        status = read_json(folder.record).get("status", "unknown")
+        raise RunFolderError(
+            f"output folder holds another run ({status}): {str(path)!r}",
+            where="key output.dir",
+            fix="go on with --resume, replace it with --overwrite, or name another output.dir",
+        )
+    if not folder.exists():
+        if resume:
+            raise RunFolderError(
+                f"no run to resume in {str(path)!r}", where="option --resume", fix="start it without --resume"
+            )
+        if path.is_dir() and any(path.iterdir()):
+            raise RunFolderError(
+                f"output folder is not empty and holds no run: {str(path)!r}",
+                where="key output.dir",
+                fix="name an empty or new folder; nothing there was touched",
+            )
+    _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
+    ancestor = path.absolute()
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    try:
+        with tempfile.TemporaryFile(dir=ancestor):
+            return
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to {str(path)!r}: {error.strerror}",
+            where="key output.dir",
+            fix=f"make {str(ancestor)!r} a writable folder, or name another output.dir",
+        ) from None
+
+
+def clear_run(folder: RunFolder) -> None:
+    """Remove the files of an earlier run, and nothing else that may lie in its folder."""
+    for path in (folder.checkpoints, folder.adapter, folder.plots):
+        shutil.rmtree(path, ignore_errors=True)
+    files = (
+        folder.config,
+        folder.record,
+        folder.data,
+        folder.metrics,
+        folder.evaluation,
+        folder.samples,
+        folder.report,
+    )
+    for path in files:
+        path.unlink(missing_ok=True)
+
+
+@dataclass
+class RunRecord:
+    """The content of `run.json`, written at every change.
+
+    Attributes:
+        folder: the run folder.
+        content: what is written.
+    """
+
+    folder: RunFolder
+    content: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, folder: RunFolder, loaded: LoadedConfig, facts: Mapping[str, Any]) -> "RunRecord":
+        """Create the folder with its configuration and first record.
+
+        Raises:
+            StorageError: the folder cannot be made.
+        """
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"cannot make {str(folder.path)!r}: {error.strerror}",
+                where="key output.dir",
+                fix="name another output.dir",
+            ) from None
+        record = cls(folder)
+        record.content = {
+            "loralab_version": importlib.metadata.version("loralab"),
+            "name": loaded.name,
+            "status": "running",
+            "started_at": now(),
+            "origin": loaded.origin,
+            "versions": versions(),
+            "seeds": {"training": loaded.config.training.seed, "split": loaded.config.data.split_seed},
+            "events": [],
+            **facts,
+        }
+        write_text(folder.config, dump_config(anchored(loaded.config, folder)))
+        record.update()
+        return record
+
+    @classmethod
+    def reopen(cls, folder: RunFolder) -> "RunRecord":
+        """Go on with the record of an interrupted run."""
+        record = cls(folder, read_json(folder.record))
+        record.content.setdefault("events", []).append({"at": now(), "what": "resumed"})
+        record.update(status="running")
+        return record
+
+    def update(self, **values: Any) -> None:
+        """Set `values` and write the file."""
+        self.content.update(values)
+        write_json(self.folder.record, self.content)
+
+
+def anchored(config: Config, folder: RunFolder) -> Config:
+    """Return the configuration with local paths made absolute, so that it means the same anywhere."""
+    data = {
+        name: _absolute(getattr(config.data, name)) for name in ("train", "validation", "test", "template", "cache_dir")
+    }
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"name": _absolute(config.model.name)}),
+            "data": config.data.model_copy(update=data),
+            "output": config.output.model_copy(update={"dir": str(folder.path.absolute())}),
+        }
+    )
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_absolute(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    path = Path(value).expanduser()
+    if any(mark in value for mark in "*?[") and path.parent.exists():
+        return str(path.absolute())
+    return str(path.absolute()) if path.exists() else value
+
+
+def now() -> str:
+    """Return the time, UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a run depends on."""
+    found = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {"python": platform.python_version(), "loralab": importlib.metadata.version("loralab"), **found}
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Return what the machine is."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    processor = str(torch.cpu.get_capabilities().get("cpu_name") or platform.machine())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    return {
+        "device": str(device),
+        "gpu": name,
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": memory,
+        "platform": platform.platform(),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that was in use: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe_choices(choices: Mapping[str, Resolved[Any]]) -> dict[str, dict[str, str]]:
+    """Return automatic choices as `run.json` holds them."""
+    return {name: {"value": str(c.value).removeprefix("torch."), "reason": c.reason} for name, c in choices.items()}
+
+
+@contextmanager
+def closing_record(record: RunRecord) -> Iterator[None]:
+    """Note in the record how a run ended; turn failed writes on a full disk into a clear error."""
+    try:
+        yield
+    except BaseException as error:
+        full = _disk_full(error, record.folder.path)
+        status = "interrupted" if isinstance(error, (StoppedBySignal, KeyboardInterrupt)) else "failed"
+        try:
+            record.update(status=status, finished_at=now(), stopped_because=_first_line(error))
+        except OSError:
+            full = True
+        if full and not isinstance(error, LoralabError):
+            raise StorageError(
+                f"the disk is full: {str(record.folder.path)!r}",
+                where=f"while writing the run ({_first_line(error)})",
+                fix="free space, then go on with --resume; checkpoints that were written are whole",
+            ) from error
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    problems = getattr(error, "problems", None)
+    if problems:
+        return str(problems[0].what)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _disk_full(error: BaseException, path: Path) -> bool:
+    if isinstance(error, OSError) and error.errno == 28:
+        return True
+    if isinstance(error, LoralabError) or not isinstance(error, Exception):
+        return False
+    try:
+        return shutil.disk_usage(path).free < _FULL_BYTES
+    except OSError:
+        return False

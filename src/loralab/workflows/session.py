@@ -1,0 +1,132 @@
+"""A trained adapter, ready to be asked: base, adapter, tokenizer and prompt contract.
+
+Owns how a run folder or an adapter folder becomes a model; every command that prompts or
+measures an adapter opens it here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loralab.config.load import LoadedConfig
+from loralab.config.schema import Config
+from loralab.data.prompter import Prompter, adds_bos
+from loralab.data.templates import resolve_template
+from loralab.models.adapters import load_adapter, read_adapter_config
+from loralab.models.load import check_local_model, load_base_model, load_tokenizer
+from loralab.models.precision import resolve_device, resolve_precision, select_single_gpu
+from loralab.models.supervised import SupervisedPeftModel
+from loralab.progress import Reporter
+from loralab.run import RunFolder, read_json
+from loralab.workflows.configure import load_run_config
+
+CONTRACT_FILE = "prompt_contract.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What RUN names.
+
+    Attributes:
+        adapter: the adapter folder.
+        folder: the run folder that it belongs to, or None for an adapter alone.
+    """
+
+    adapter: Path
+    folder: RunFolder | None
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An open adapter.
+
+    Attributes:
+        model: base and adapter, in evaluation mode.
+        prompter: tokenizer, template and stop tokens under the adapter's contract.
+        config: the run's configuration with overrides, or one made for the adapter.
+        target: where it came from.
+        device: where the model is.
+    """
+
+    model: SupervisedPeftModel
+    prompter: Prompter
+    config: Config
+    target: Target
+    device: torch.device
+
+
+def find_target(path: Path) -> Target:
+    """Return the adapter that a run folder or an adapter folder holds.
+
+    Raises:
+        ModelError: there is no adapter.
+    """
+    if RunFolder(path).exists():
+        folder = RunFolder(path)
+        read_adapter_config(folder.adapter)
+        return Target(folder.adapter, folder)
+    read_adapter_config(path)
+    parent = RunFolder(path.parent)
+    inside = parent.exists() and path.resolve() == parent.adapter.resolve()
+    return Target(path, parent if inside else None)
+
+
+def load_target_config(target: Target, overrides: Sequence[str], base_model: str | None) -> LoadedConfig:
+    """Return the run's configuration, or a minimal one for an adapter alone, with overrides."""
+    chosen = [*overrides, *([f"model.name={base_model}"] if base_model else [])]
+    if target.folder is not None and target.folder.config.is_file():
+        return load_run_config(target.folder.config, chosen)
+    base = base_model or str(read_adapter_config(target.adapter).base_model_name_or_path or "")
+    values: dict[str, Any] = {"model": {"name": base}, "data": {"train": "none"}}
+    return load_run_config(values, overrides, name=target.adapter.name)
+
+
+def open_session(path: Path, *, overrides: Sequence[str], base_model: str | None, reporter: Reporter) -> Session:
+    """Load base, adapter and tokenizer, and check the prompt contract.
+
+    Args:
+        path: run folder or adapter folder.
+        overrides: `section.key=value` on top of the run's configuration.
+        base_model: base to use instead of the recorded one.
+        reporter: told of choices.
+
+    Raises:
+        ModelError: something does not load or fit.
+        PromptContractError: the tokenizer would prompt differently than in training.
+    """
+    target = find_target(path)
+    config = load_target_config(target, overrides, base_model).config
+    check_local_model(config.model.name)
+    note = select_single_gpu(config.model.device)
+    device = resolve_device(config.model.device)
+    precision = resolve_precision(config.model, device.value)
+    for line in (note, f"device {device.value} ({device.reason})", f"{precision.value} ({precision.reason})"):
+        if line:
+            reporter.say(line.replace("torch.", ""))
+    prompter = open_prompter(target, config, reporter)
+    base, _ = load_base_model(config.model, dtype=precision.value, device=device.value)
+    model = load_adapter(base, target.adapter)
+    model.to(device.value)
+    return Session(model, prompter, config, target, device.value)
+
+
+def open_prompter(target: Target, config: Config, reporter: Reporter) -> Prompter:
+    """Return the adapter's prompter: under its contract, or by best knowledge where it has none."""
+    own = any((target.adapter / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer = load_tokenizer(config.model, folder=target.adapter if own else None)
+    contract_file = target.adapter / CONTRACT_FILE
+    if contract_file.is_file():
+        contract = read_json(contract_file)
+        prompter = Prompter(tokenizer, contract["stop_tokens"])
+        prompter.check_contract(contract, where=str(contract_file))
+        return prompter
+    known = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    template = resolve_template(
+        config.data.template, own=known, fallback="none", own_first=True, adds_bos=adds_bos(tokenizer)
+    )
+    tokenizer.chat_template = template.text
+    reporter.say(f"no prompt contract in {target.adapter}: template {template.name} ({template.reason})")
+    return Prompter(tokenizer, config.data.stop_tokens)
