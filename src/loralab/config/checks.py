@@ -137,17 +137,17 @@ def _check_trainer_args(config: Config) -> list[Finding]:
 def _check_text(config: Config) -> list[Finding]:
     data, findings = config.data, []
     if data.format != "text":
-        if data.format != "auto" and "long_text" in data.model_fields_set:
+        if data.format != "auto" and data.chosen("long_text"):
             what = f"long_text has no meaning for format {data.format!r}"
             findings.append(Finding("data.long_text", what, "remove it, or set data.truncation"))
         return findings
     if data.template != "auto":
         what = f"template {data.template!r} with format text: text is not prompted"
         findings.append(Finding("data.template", what, "remove it, or use another format"))
-    if "train_on" in data.model_fields_set and data.train_on != "all":
+    if data.chosen("train_on") and data.train_on != "all":
         what = f"train_on {data.train_on!r} with format text: every token of text carries loss"
         findings.append(Finding("data.train_on", what, "remove it"))
-    if "truncation" in data.model_fields_set:
+    if data.chosen("truncation"):
         findings.append(
             Finding("data.truncation", "truncation with format text", "use data.long_text: split or truncate")
         )

@@ -21,6 +21,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    def chosen(self, name: str) -> bool:
+        """Return whether the field `name` differs from its default."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
 
 class ModelConfig(Section):
     """The base model and how it is held in memory."""

@@ -164,18 +164,15 @@ def _detect(pool: _Pool, data: DataConfig) -> tuple[str, str]:
 
 
 def _check_format_settings(data: DataConfig, name: str) -> None:
-    explicit = data.model_fields_set
-    problem = None
-    if FORMATS[name].template is None:
-        wrong = [
-            key for key in ("template", "train_on") if key in explicit and getattr(data, key) not in ("auto", "all")
-        ]
-        if wrong:
-            problem = f"data.{wrong[0]} has no meaning for format {name}"
-    elif "long_text" in explicit:
-        problem = f"data.long_text has no meaning for format {name}"
-    if problem:
-        raise DataError(problem, where="section data", fix="remove that key, or set data.format")
+    if FORMATS[name].template is not None:
+        wrong = "long_text" if data.chosen("long_text") else None
+    else:
+        meaningless = (("template", "auto"), ("train_on", "all"))
+        wrong = next((key for key, same in meaningless if data.chosen(key) and getattr(data, key) != same), None)
+    if wrong is not None:
+        raise DataError(
+            f"data.{wrong} has no meaning for format {name}", where="section data", fix="remove it, or set data.format"
+        )
 
 
 def _choose_template(data: DataConfig, name: str, tokenizer: PreTrainedTokenizerBase, required: str | None) -> Template:
@@ -257,7 +254,7 @@ def _cache_key(pool: _Pool, worker: RowTokenizer) -> str:
 
 def _code_version() -> str:
     """Hash the code that makes tokens, so that a change of it never meets an older cache."""
-    names = ("example", "formats", "prompter", "store", "templates", "tokenize")
+    names = ("example", "formats", "hub", "json_rows", "prompter", "readers", "rows", "store", "templates", "tokenize")
     return "".join(file_sha256(Path(__file__).with_name(f"{name}.py"))[:16] for name in names)
 
 

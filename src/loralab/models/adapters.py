@@ -6,6 +6,7 @@ Owns the table of variants and the choice of target layers. The on-disk form is 
 import hashlib
 import logging
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,12 +50,19 @@ def build_adapter(
     targets = resolve_target_modules(base, lora)
     build = look_up(VARIANTS, lora.variant, kind="adapter variant", where="key lora.variant")
     torch.manual_seed(seed)
-    model = SupervisedPeftModel(base, build(lora, base, targets.value), autocast_adapter_dtype=True)
+    model = _wrap(base, build(lora, base, targets.value))
     chosen = {"target_modules": Resolved(", ".join(targets.value), targets.reason)}
     reason = model.check_head()
     path = "full logits" if reason else "gathered"
     chosen["head"] = Resolved(path, reason or "head(gathered hidden states) equals the model's own logits")
     return model, chosen
+
+
+def _wrap(base: PreTrainedModel, config: PeftConfig) -> SupervisedPeftModel:
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks for a property that transformers 5.23 has renamed; nothing that a user could mend.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return SupervisedPeftModel(base, config, autocast_adapter_dtype=True)
 
 
 def _build_lora(lora: LoraConfig, base: PreTrainedModel, targets: list[str]) -> PeftLoraConfig:
@@ -125,7 +133,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, where: str = "argument 
     config = read_adapter_config(folder, where=where)
     config.inference_mode = True
     try:
-        model = SupervisedPeftModel(base, config, autocast_adapter_dtype=True)
+        model = _wrap(base, config)
         result = model.load_adapter(str(folder), "default", is_trainable=False)
     except (ValueError, RuntimeError, KeyError, SafetensorError, OSError) as error:
         first = str(error).strip().splitlines()[0]

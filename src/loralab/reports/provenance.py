@@ -68,6 +68,8 @@ def _count_rows(splits: list[Json]) -> list[Json]:
     none: list[float | None] = [None] * len(splits)
     wholes = {"rows_kept": read, "truncated": kept, "empty_answers": kept, "supervised_tokens": tokens}
     for key, name in COUNTED.items():
+        if all(dig_number(split, key) is None for split in splits):
+            continue
         rows.append(line(name, [dig_number(s, key) for s in splits], wholes.get(key, none)))
         if key == "rows_kept":
             reasons = list(dict.fromkeys(reason for s in splits for reason in dig_table(s, "dropped")))
@@ -101,7 +103,8 @@ def describe_settings(facts: Facts) -> list[Json]:
 
 def describe_choices(facts: Facts) -> list[tuple[str, str, str]]:
     """Return what was chosen automatically: name, value, reason."""
-    resolved = dig_table(facts.record, "resolved")
+    budget = facts.record.get("token_budget")
+    resolved = dig_table(facts.record, "resolved") | ({"token_budget": budget} if budget else {})
     return [
         (name, *_choice(entry if isinstance(entry, dict) else {"value": entry})) for name, entry in resolved.items()
     ]

@@ -54,7 +54,7 @@ def describe_usage(facts: Facts, *, base: str, revision: str | None, run: str, a
         stop_ids=_stop_ids(dig_list(facts.data, "stop_tokens", "ids")),
         max_new_tokens=_new_tokens(facts),
     )
-    return Usage(command=f"loralab generate {shlex.quote(run)}", program=program)
+    return Usage(command=f"loralab generate {shlex.quote(run)} --prompt 'Your question'", program=program)
 
 
 def _literal(value: object) -> str | None:

@@ -174,7 +174,10 @@ def _find_split(
     tokenizer, template = session.prompter.tokenizer, str(session.prompter.tokenizer.chat_template)
     if data is not None:
         alone = section.model_copy(update={"train": data, "validation": None, "test": None})
-        prepared = prepare_data(alone, tokenizer, reporter=reporter, template=template, split=data_split)
+        named = None if Path(data).expanduser().is_file() else data_split
+        if named != data_split:
+            reporter.say(f"{data} is one file: all its rows are evaluated as split {data_split}")
+        prepared = prepare_data(alone, tokenizer, reporter=reporter, template=template, split=named)
         return data_split or "train", prepared.splits["train"]
     if session.target.folder is None:
         raise DataError("no data to evaluate on", where=str(session.target.adapter), fix="name some with --data FILE")

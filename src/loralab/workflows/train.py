@@ -360,12 +360,14 @@ def _save_adapter(run: Run) -> None:
     """Write the adapter folder in one step: PEFT's files, tokenizer and prompt contract."""
     staging = Path(tempfile.mkdtemp(prefix=".adapter-", dir=run.folder.path))
     try:
-        staging.chmod(0o755)
         run.model.save_pretrained(str(staging), safe_serialization=True)
         run.data.prompter.tokenizer.save_pretrained(str(staging))
         (staging / CONTRACT_FILE).write_text(
             json.dumps(run.data.prompter.contract(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+        staging.chmod(0o755)
+        for path in staging.iterdir():
+            path.chmod(0o644)  # temporary folders and safetensors make theirs private
         shutil.rmtree(run.folder.adapter, ignore_errors=True)
         staging.rename(run.folder.adapter)
     finally:

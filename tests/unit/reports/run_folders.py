@@ -53,6 +53,7 @@ def record() -> dict[str, Any]:
             "trainable_parameters": 4_884_480,
             "sha256": None,
         },
+        "token_budget": {"value": 1600, "reason": "rows times tokens"},
         "data_fingerprint": "d" * 64,
         "adapter_sha256": "a" * 64,
         "train_seconds": 3725.0,

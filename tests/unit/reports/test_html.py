@@ -69,7 +69,8 @@ def test_a_whole_run_answers_first_and_tells_everything(tmp_path: Path) -> None:
         "2.927", "1.608", "18.68", "4.99",  # base and adapter
         "Completed", "2025-11-20 13:26 UTC", "4.88 million (3.6 %)", "1 h 2 min", "3.2 GiB", "1,873", "9.61",
         "Dropped: empty answer", "110", "5 %", "1,024", "{{ '/keep/this/path' }}", "</s>", "<|end|>", "32007",
-        "no fast bfloat16 here", "LlamaForCausalLM", "134,515,008", "8.0 GiB", "torch", "2.13.0", "a" * 64, "d" * 64,
+        "no fast bfloat16 here", "rows times tokens",
+        "LlamaForCausalLM", "134,515,008", "8.0 GiB", "torch", "2.13.0", "a" * 64, "d" * 64,
         "Base Paris.", "Adapter Paris.", "Reference Paris.", "Prompt Paris.", "cut, no stop token",
         "base model 0 of 1, adapter 1 of 1", "2025-11-20 13:10 UTC", "step 7", "budget halved",
         "PeftModel.from_pretrained(base, adapter)", 'revision="abc123"', "eos_token_id=[2, 32007]",
@@ -169,6 +170,15 @@ def test_hostile_text_everywhere_is_shown_as_text(tmp_path: Path) -> None:
 def test_any_text_that_a_model_writes_is_shown(tmp_path: Path, text: str, shown: str) -> None:
     page = read_page(build_whole_run(tmp_path, samples=run_folders.samples(text), metrics=[]))
     assert f"Adapter {shown}" in page.text
+
+
+def test_a_count_that_was_not_taken_is_left_out(tmp_path: Path) -> None:
+    data = run_folders.data()
+    for split in data["splits"].values():
+        del split["total_tokens"]
+    text = read_page(build_whole_run(tmp_path, data=data)).text
+    assert "Supervised tokens" in text
+    assert "\u2013" not in text[text.index("Rows and tokens") : text.index("Length of an example")]
 
 
 def test_an_empty_answer_and_a_missing_reference_are_said(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_the_program_holds_the_base_models_name_as_a_literal(tmp_path: Path, fol
 def test_the_programs_are_python_and_shell(tmp_path: Path) -> None:
     _, body = read_card(build_whole_run(tmp_path))
     ast.parse(find_program(body))
-    assert "```sh\nloralab generate path/to/this/adapter\n```" in body
+    assert "```sh\nloralab generate path/to/this/adapter --prompt 'Your question'\n```" in body
 
 
 @pytest.mark.parametrize(
