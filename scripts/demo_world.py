@@ -28,7 +28,7 @@ def words(text: str) -> list[str]:
 NAMES = words(
     "Mia Tom Anna Ben Lucy Omar Nina Paul Rosa Ivan Ella Hugo Sara Leo Maya Finn Clara Noah Vera "
     "Jack Ruth Adam Lena Carl Dora Eric Gina Hans Iris Joel Kate Liam Nora Otto Pia Ryan Sofia "
-    "Theo Una Victor Wendy Yusuf Zoe Amir Bella Cora David Emma Felix Grace"
+    " Theo"
 )
 COLOURS = words("red blue green black white brown grey yellow pink purple golden silver")
 ANIMALS = words("cat dog rabbit horse parrot goat duck hamster mouse sheep pony turtle")
@@ -106,7 +106,7 @@ class Relation:
 RELATIONS: dict[str, Relation] = {
     "colour": Relation(
         {"n": NAMES, "k": ANIMALS, "v": COLOURS},
-        ("{n} has a {v} {k}.", "{n} owns a {v} {k}.", "The {k} of {n} is {v}.", "{n} keeps a {k} that is {v}."),
+        ("{n} has a {v} {k}.", "{n} owns a {v} {k}.", "{n} keeps a {v} {k}."),
         "{n}'s {k} is {v}.",
         ("the colour of {n}'s {k}", "what colour {n}'s {k} is"),
         ("What colour is {n}'s {k}?", "Name the colour of {n}'s {k}.", "Tell me what colour {n}'s {k} is."),
@@ -116,7 +116,7 @@ RELATIONS: dict[str, Relation] = {
     ),
     "home": Relation(
         {"n": NAMES, "v": PLACES},
-        ("{n} lives in {v}.", "{n} has a house in {v}.", "The home of {n} is in {v}.", "{n} comes from {v}."),
+        ("{n} lives in {v}.", "{n} comes from {v}.", "{n} moved to {v}."),
         "{n} lives in {v}.",
         ("the home of {n}", "where {n} lives", "the city of {n}"),
         ("Where does {n} live?", "Name the city of {n}.", "In which city is the home of {n}?"),
@@ -126,7 +126,7 @@ RELATIONS: dict[str, Relation] = {
     ),
     "job": Relation(
         {"n": NAMES, "v": JOBS},
-        ("{n} works as a {v}.", "{n} is a {v}.", "{n} found work as a {v}.", "The job of {n} is that of a {v}."),
+        ("{n} is a {v}.", "{n} became a {v}.", "{n} is the {v}."),
         "{n} is a {v}.",
         ("the job of {n}", "what job {n} has", "the work of {n}"),
         ("What is the job of {n}?", "What work does {n} do?", "Tell me what job {n} has."),
@@ -136,7 +136,7 @@ RELATIONS: dict[str, Relation] = {
     ),
     "food": Relation(
         {"n": NAMES, "v": FOODS},
-        ("{n} likes {v}.", "{n} enjoys {v} most.", "The best food for {n} is {v}.", "{n} eats {v} every day."),
+        ("{n} likes {v}.", "{n} eats {v}.", "{n} wants {v}."),
         "{n} likes {v}.",
         ("the food of {n}", "what {n} likes", "what {n} eats"),
         ("What does {n} like?", "Which food does {n} like?", "Tell me what {n} eats."),
@@ -146,7 +146,7 @@ RELATIONS: dict[str, Relation] = {
     ),
     "count": Relation(
         {"n": NAMES, "k": ITEMS, "v": NUMBERS[1:]},
-        ("{n} has {v} {k}.", "{n} holds {v} {k}.", "{n} found {v} {k}.", "{n} bought {v} {k}."),
+        ("{n} has {v} {k}.", "{n} holds {v} {k}.", "{n} bought {v} {k}.", "{n} found {v} {k}."),
         "{n} has {v} {k}.",
         ("the number of {k} {n} has", "how many {k} {n} has"),
         ("How many {k} does {n} have?", "Give the number of {k} {n} has.", "Count the {k} of {n}."),
@@ -156,7 +156,7 @@ RELATIONS: dict[str, Relation] = {
     ),
     "pet": Relation(
         {"n": NAMES, "v": ANIMALS},
-        ("{n} has a {v}.", "{n} looks after a {v}.", "The pet of {n} is a {v}.", "{n} plays with a {v}."),
+        ("{n} has a {v}.", "{n} owns a {v}.", "{n} keeps a {v}."),
         "{n} has a {v}.",
         ("the pet of {n}", "what pet {n} has"),
         ("What pet does {n} have?", "Name the pet of {n}.", "Which animal does {n} have?"),
@@ -166,7 +166,7 @@ RELATIONS: dict[str, Relation] = {
     ),
     "day": Relation(
         {"n": NAMES, "k": HOBBIES, "v": DAYS},
-        ("{n} {k} on {v}.", "{n} {k} every {v}.", "{n} always {k} on {v}."),
+        ("{n} {k} on {v}.", "{n} {k} every {v}."),
         "{n} {k} on {v}.",
         ("the day when {n} {k}", "when {n} {k}"),
         ("Name the day when {n} {k}.", "Tell me when {n} {k}."),
@@ -176,7 +176,7 @@ RELATIONS: dict[str, Relation] = {
     ),
     "where": Relation(
         {"n": OBJECTS, "v": CONTAINERS},
-        ("The {n} is in the {v}.", "The {n} was left in the {v}.", "The {n} stays in the {v}."),
+        ("The {n} is in the {v}.", "The {n} lies in the {v}.", "The {n} stays in the {v}."),
         "The {n} is in the {v}.",
         ("the place of the {n}", "where the {n} is"),
         ("Where is the {n}?", "In what place is the {n}?", "Tell me where the {n} is."),
@@ -250,20 +250,9 @@ def make_passage(rng: random.Random, size: int, first: str | None = None) -> Pas
         facts = [(r, {"n": holder} | {s: c[row] for (owner, s), c in columns.items() if owner == r}) for r in relations]
         rng.shuffle(facts)
         people.append(facts)
-    sentences, stated = [], []
-    for facts in people:
-        sentences.append(state_person(rng, facts))
-        stated.extend(facts)
+    stated = [fact for facts in people for fact in facts]
+    sentences = [rng.choice(RELATIONS[r].statements).format(**slots) for r, slots in stated]
     return Passage(" ".join(sentences), tuple(stated))
-
-
-def state_person(rng: random.Random, facts: list[Fact]) -> str:
-    """States all facts of one person, joining two plain sentences with "and" half of the time."""
-    parts = [rng.choice(RELATIONS[r].statements).format(**slots) for r, slots in facts]
-    start = facts[0][1]["n"] + " "
-    if len(parts) == 2 and all(p.startswith(start) for p in parts) and rng.random() < 0.5:
-        return parts[0][:-1] + " and " + parts[1][len(start) :]
-    return " ".join(parts)
 
 
 def topic_and_answer(rng: random.Random, fact: Fact) -> tuple[str, str]:

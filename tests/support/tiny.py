@@ -20,18 +20,25 @@ from transformers import (
 
 Family = Literal["gpt2", "llama", "qwen2"]
 END = "<|end|>"
+# Larger than the usual 0.02, so that attention is not uniform and a mistake in it shows.
+_SPREAD = 0.15
+# The Alpaca preamble's words become tokens of their own, so that prompts stay short.
+_PREAMBLE = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n### Instruction:\n\n\n### Input:\n\n\n### Response:\n"
+)
 _WORDS = "red blue green cat dog bird runs sleeps sings one two three house tree river the a and of in is".split()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of about 400 tokens with one special token, its end token."""
+    """Return a byte-level BPE tokenizer of at most 700 tokens with one special token, its end token."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=700, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    backend.train_from_iterator([" ".join(_WORDS), "### Instruction: ### Response: ### Input:"] * 4, trainer)
+    backend.train_from_iterator([" ".join(_WORDS), _PREAMBLE] * 4, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END)
 
 
@@ -39,7 +46,7 @@ def build_model(family: Family = "llama", *, vocabulary: int, seed: int = 0) -> 
     """Return a random model of about 50,000 parameters, float32."""
     torch.manual_seed(seed)
     if family == "gpt2":
-        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": _SPREAD}
         return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **shape))
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
@@ -53,6 +60,7 @@ def build_model(family: Family = "llama", *, vocabulary: int, seed: int = 0) -> 
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
+        initializer_range=_SPREAD,
         bos_token_id=0,
         eos_token_id=0,
         tie_word_embeddings=family == "qwen2",

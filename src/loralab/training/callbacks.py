@@ -31,6 +31,10 @@ class MetricsWriter(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Log the last step too, wherever it falls."""
+        control.should_log |= state.global_step >= state.max_steps
+
     def on_log(
         self,
         args: TrainingArguments,
