@@ -115,6 +115,7 @@ def schema() -> None:
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, or the run folder to go on with.")],
     overrides: Overrides = None,
+    *,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
     as_json: AsJson = False,
@@ -139,6 +140,7 @@ def train(
 def evaluate(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder, or an adapter folder.")] = None,
     overrides: Overrides = None,
+    *,
     adapter: Annotated[Path | None, typer.Option("--adapter", help="The same as RUN, as an option.")] = None,
     model: BaseModel = None,
     data: Annotated[
@@ -197,6 +199,7 @@ def _difference(difference: dict[str, Any]) -> str:
 def generate(
     run: RunPath,
     overrides: Overrides = None,
+    *,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A user turn; may be repeated.")] = None,
     file: Annotated[Path | None, typer.Option("--file", help="File with one prompt per line.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message before every prompt.")] = None,

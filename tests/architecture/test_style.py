@@ -95,11 +95,16 @@ def test_nothing_is_left_for_later() -> None:
     fail_if_any(offenders, "marks of unfinished work:")
 
 
+# Modules that hide one warning of another library, by its message, and why.
+HIDDEN_WARNINGS = {"loralab.models.adapters": "PEFT reads a property that transformers has renamed"}
+
+
 def test_forbidden_statements() -> None:
     offenders = [
         f"{module.at(node.lineno)} {what}"  # type: ignore[attr-defined]
         for module, node in nodes()
         for what in _forbidden(node, may_print=module.group in PRINTING)
+        if not (what == "hides warnings" and module.name in HIDDEN_WARNINGS)
     ]
     fail_if_any(offenders, "statements that do not belong in src:")
 

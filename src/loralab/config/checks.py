@@ -94,23 +94,25 @@ def _check_validation_needs(config: Config) -> list[Finding]:
     fix = "set data.validation (for example 0.1) and evaluation.strategy: epoch"
     if training.load_best_model_at_end:
         findings.append(Finding("training.load_best_model_at_end", f"there is no evaluation to choose by: {has}", fix))
-    stopping = training.early_stopping
-    if stopping is not None and stopping.metric != "loss":
-        findings.append(Finding("training.early_stopping.metric", f"{stopping.metric!r} is never measured: {has}", fix))
+    early_stopping = training.early_stopping
+    if early_stopping is not None and early_stopping.metric != "loss":
+        findings.append(
+            Finding("training.early_stopping.metric", f"{early_stopping.metric!r} is never measured: {has}", fix)
+        )
     if config.evaluation.strategy == "steps" and config.data.validation is None:
         findings.append(Finding("evaluation.strategy", "steps, but data.validation is null", fix))
     return findings
 
 
 def _check_early_stopping_metric(config: Config) -> list[Finding]:
-    stopping = config.training.early_stopping
-    if stopping is None or stopping.metric in EARLY_STOPPING_METRICS:
+    early_stopping = config.training.early_stopping
+    if early_stopping is None or early_stopping.metric in EARLY_STOPPING_METRICS:
         return []
     return [
         Finding(
             "training.early_stopping.metric",
-            f"no such metric: {stopping.metric!r}",
-            suggest(stopping.metric, EARLY_STOPPING_METRICS),
+            f"no such metric: {early_stopping.metric!r}",
+            suggest(early_stopping.metric, EARLY_STOPPING_METRICS),
         )
     ]
 

@@ -113,10 +113,12 @@ class EpochSetter(TrainerCallback):
 class EarlyStopper(TrainerCallback):
     """Watches one metric: notes its best step, and stops when it no longer improves."""
 
-    def __init__(self, run_state: RunState, *, metric: str, stopping: EarlyStopping | None, save_best: bool) -> None:
+    def __init__(
+        self, run_state: RunState, *, metric: str, early_stopping: EarlyStopping | None, save_best: bool
+    ) -> None:
         self.run_state = run_state
         self.metric = metric
-        self.stopping = stopping
+        self.early_stopping = early_stopping
         self.save_best = save_best
 
     def on_log(
@@ -132,18 +134,18 @@ class EarlyStopper(TrainerCallback):
         value = (logs or {}).get(key)
         if value is None:
             return
-        best, delta = self.run_state.best_value, self.stopping.min_delta if self.stopping else 0.0
+        best, delta = self.run_state.best_value, self.early_stopping.min_delta if self.early_stopping else 0.0
         if best is None or value < best - delta:
             self.run_state.best_value, self.run_state.best_step = float(value), state.global_step
             self.run_state.without_improvement = 0
             control.should_save |= self.save_best
             return
         self.run_state.without_improvement += 1
-        if self.stopping is not None and self.run_state.without_improvement >= self.stopping.patience:
+        if self.early_stopping is not None and self.run_state.without_improvement >= self.early_stopping.patience:
             control.should_training_stop = True
             self.run_state.stopped_because = (
                 f"early stopping: {self.metric} has not been below {best:.4f} (step {self.run_state.best_step}) "
-                f"for {self.stopping.patience} observations"
+                f"for {self.early_stopping.patience} observations"
             )
 
 

@@ -44,7 +44,7 @@ def evaluate_split(
     split: TokenStore,
     *,
     name: str,
-    options: EvaluationConfig,
+    evaluation: EvaluationConfig,
     max_length: int,
     device: torch.device,
     reporter: Reporter,
@@ -54,15 +54,15 @@ def evaluate_split(
     Returns:
         The content of `evaluation.json`.
     """
-    shared = {"split": name, "batch_size": options.batch_size, "max_length": max_length}
+    shared = {"split": name, "batch_size": evaluation.batch_size, "max_length": max_length}
     adapter = measure_loss(
-        model, split, batch_size=options.batch_size, device=device, reporter=reporter, label="evaluate adapter"
+        model, split, batch_size=evaluation.batch_size, device=device, reporter=reporter, label="evaluate adapter"
     )
     with model.disable_adapter():
         base = measure_loss(
-            model, split, batch_size=options.batch_size, device=device, reporter=reporter, label="evaluate base"
+            model, split, batch_size=evaluation.batch_size, device=device, reporter=reporter, label="evaluate base"
         )
-    difference = compare_losses(adapter, base, resamples=options.bootstrap_samples)
+    difference = compare_losses(adapter, base, resamples=evaluation.bootstrap_samples)
     reporter.say(
         f"{name}: loss {base.loss:.4f} -> {adapter.loss:.4f}, "
         f"perplexity {base.perplexity:.2f} -> {adapter.perplexity:.2f}"
@@ -75,7 +75,7 @@ def answer_samples(
     split: TokenStore,
     *,
     prompter: Prompter,
-    options: EvaluationConfig,
+    evaluation: EvaluationConfig,
     reporter: Reporter,
 ) -> list[dict[str, Any]]:
     """Let base and adapter answer the first prompts of a split.
@@ -83,9 +83,9 @@ def answer_samples(
     Returns:
         For each prompt `prompt`, `reference`, both outputs and whether each ended by a stop token.
     """
-    pairs = [_prompt_and_reference(split, index) for index in range(min(options.num_samples, len(split)))]
+    pairs = [_prompt_and_reference(split, index) for index in range(min(evaluation.num_samples, len(split)))]
     prompts = [prompt for prompt, _ in pairs]
-    settings = GenerationSettings(max_new_tokens=options.max_new_tokens)
+    settings = GenerationSettings(max_new_tokens=evaluation.max_new_tokens)
 
     def answer(label: str) -> list[Any]:
         return generate_answers(
@@ -93,7 +93,7 @@ def answer_samples(
             prompts,
             prompter=prompter,
             settings=settings,
-            batch_size=options.batch_size,
+            batch_size=evaluation.batch_size,
             reporter=reporter,
             label=label,
         )
@@ -155,7 +155,7 @@ def evaluate(
         session.model,
         split,
         name=name,
-        options=session.config.evaluation,
+        evaluation=session.config.evaluation,
         max_length=session.config.data.max_length,
         device=session.device,
         reporter=reporter,

@@ -4,7 +4,6 @@ This page is the table of contents of a run: read `train` top to bottom.
 """
 
 import json
-import math
 import shutil
 import tempfile
 import time
@@ -17,7 +16,7 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
@@ -39,6 +38,7 @@ from loralab.models.precision import Resolved, resolve_device, resolve_precision
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json, write_json
+from loralab.training.arguments import build_arguments
 from loralab.training.callbacks import (
     CheckpointSealer,
     EarlyStopper,
@@ -220,7 +220,7 @@ def _begin_record(run: Run, loaded: LoadedConfig, *, resumed: bool) -> RunRecord
 
 def _run_steps(run: Run, contract: Mapping[str, Any], checkpoint: Checkpoint | None, request: StopRequest) -> RunState:
     """Run the optimizer's steps; return what the run remembers of them."""
-    training = run.config.training
+    config, training = run.config, run.config.training
     state = RunState.load(checkpoint.path) if checkpoint else RunState()
     truncate_metrics(run.folder.metrics, checkpoint.step if checkpoint else 0)
     shutil.rmtree(run.folder.checkpoints / STAGING, ignore_errors=True)
@@ -233,7 +233,15 @@ def _run_steps(run: Run, contract: Mapping[str, Any], checkpoint: Checkpoint | N
     steps: DataLoader[Any] = DataLoader(run.data.splits["train"], batch_sampler=sampler, collate_fn=planner)  # type: ignore[arg-type]
     trainer = StepTrainer(
         model=run.model,
-        args=_training_arguments(run, len(sampler)),
+        args=build_arguments(
+            config.training,
+            staging=run.folder.checkpoints / STAGING,
+            steps_per_epoch=len(sampler),
+            evaluation=config.evaluation.model_copy(update={"strategy": run.choices["evaluation_strategy"].value}),
+            device=run.device,
+            precision=run.choices["precision"].value,
+            further=config.advanced.trainer_args,
+        ),
         train_dataset=run.data.splits["train"],
         eval_dataset=run.data.splits.get("validation"),
         callbacks=_callbacks(run, state, sampler, contract, request),
@@ -252,53 +260,18 @@ def _run_steps(run: Run, contract: Mapping[str, Any], checkpoint: Checkpoint | N
     return state
 
 
-def _training_arguments(run: Run, steps_per_epoch: int) -> TrainingArguments:
-    config, training = run.config, run.config.training
-    total = training.max_steps or math.ceil(steps_per_epoch * training.num_train_epochs)
-    warmup = training.warmup_steps or math.ceil(training.warmup_ratio * total)
-    return TrainingArguments(
-        output_dir=str(run.folder.checkpoints / STAGING),
-        use_cpu=run.device.type == "cpu",
-        fp16=run.choices["precision"].value == torch.float16,
-        per_device_train_batch_size=training.per_device_train_batch_size,
-        gradient_accumulation_steps=1,  # a dataloader item is a whole step already
-        num_train_epochs=training.num_train_epochs,
-        max_steps=training.max_steps or -1,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=warmup,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        optim=training.optim,
-        seed=training.seed,
-        logging_strategy="steps",
-        logging_steps=training.logging_steps,
-        logging_nan_inf_filter=False,  # it would hide a diverged loss
-        eval_strategy=run.choices["evaluation_strategy"].value,
-        eval_steps=config.evaluation.steps,
-        save_strategy=training.save_strategy,
-        save_steps=training.save_steps,
-        save_total_limit=None,  # rotation is ours
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        disable_tqdm=True,
-        report_to=[],
-        **config.advanced.trainer_args,  # type: ignore[arg-type]
-    )
-
-
 def _callbacks(
     run: Run, state: RunState, sampler: StepSampler, contract: Mapping[str, Any], request: StopRequest
 ) -> list[TrainerCallback]:
     training = run.config.training
-    stopping = training.early_stopping
-    metric = stopping.metric if stopping else "eval_loss"
+    early_stopping = training.early_stopping
+    metric = early_stopping.metric if early_stopping else "eval_loss"
     best = training.load_best_model_at_end
     callbacks: list[TrainerCallback] = [
         MetricsWriter(run.folder.metrics),
         ProgressReporter(run.reporter),
         EpochSetter(sampler),
-        EarlyStopper(state, metric=metric, stopping=stopping, save_best=best),
+        EarlyStopper(state, metric=metric, early_stopping=early_stopping, save_best=best),
         CheckpointSealer(run.folder.checkpoints, run_state=state, contract=contract, keep=training.save_total_limit),
         SignalStop(request),
     ]
@@ -380,20 +353,22 @@ def _evaluate(run: Run) -> None:
     if name is None:
         run.reporter.say("no final evaluation: there is no validation or test split")
         return
-    split, options = run.data.splits[name], run.config.evaluation
+    split, evaluation = run.data.splits[name], run.config.evaluation
     result = evaluate_split(
         run.model,
         split,
         name=name,
-        options=options,
+        evaluation=evaluation,
         max_length=run.config.data.max_length,
         device=run.device,
         reporter=run.reporter,
     )
     write_json(run.folder.evaluation, result)
-    if options.num_samples:
-        samples = answer_samples(run.model, split, prompter=run.data.prompter, options=options, reporter=run.reporter)
-        write_json(run.folder.samples, {"split": name, "max_new_tokens": options.max_new_tokens, "samples": samples})
+    if evaluation.num_samples:
+        samples = answer_samples(
+            run.model, split, prompter=run.data.prompter, evaluation=evaluation, reporter=run.reporter
+        )
+        write_json(run.folder.samples, {"split": name, "max_new_tokens": evaluation.max_new_tokens, "samples": samples})
 
 
 def _finish_record(run: Run, state: RunState) -> None:

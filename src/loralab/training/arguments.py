@@ -1,0 +1,68 @@
+"""The configuration in the words of transformers' `TrainingArguments`.
+
+Owns the translation, and what must not be left to Trainer: accumulation, rotation, logging
+filters and progress bars.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from loralab.config.schema import EvaluationConfig, TrainingConfig
+
+
+def build_arguments(
+    training: TrainingConfig,
+    *,
+    evaluation: EvaluationConfig,
+    staging: Path,
+    steps_per_epoch: int,
+    device: torch.device,
+    precision: torch.dtype,
+    further: Mapping[str, Any],
+) -> TrainingArguments:
+    """Return Trainer's arguments.
+
+    Args:
+        training: the training section.
+        evaluation: the evaluation section, with its strategy resolved.
+        staging: folder where Trainer writes checkpoints before they are sealed.
+        steps_per_epoch: optimizer steps of an epoch.
+        device: where to compute.
+        precision: storage and compute type of the frozen weights.
+        further: `advanced.trainer_args`, by its allow-list.
+    """
+    total = training.max_steps or math.ceil(steps_per_epoch * training.num_train_epochs)
+    return TrainingArguments(
+        output_dir=str(staging),
+        use_cpu=device.type == "cpu",
+        fp16=precision == torch.float16,
+        per_device_train_batch_size=training.per_device_train_batch_size,
+        gradient_accumulation_steps=1,  # a dataloader item is a whole step already
+        num_train_epochs=training.num_train_epochs,
+        max_steps=training.max_steps or -1,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_scheduler_type,
+        warmup_steps=training.warmup_steps or math.ceil(training.warmup_ratio * total),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim=training.optim,
+        seed=training.seed,
+        logging_strategy="steps",
+        logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,  # it would hide a diverged loss
+        eval_strategy=evaluation.strategy,
+        eval_steps=evaluation.steps,
+        save_strategy=training.save_strategy,
+        save_steps=training.save_steps,
+        save_total_limit=None,  # rotation is ours
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        report_to=[],
+        **further,
+    )
