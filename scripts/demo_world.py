@@ -27,8 +27,7 @@ def words(text: str) -> list[str]:
 
 NAMES = words(
     "Mia Tom Anna Ben Lucy Omar Nina Paul Rosa Ivan Ella Hugo Sara Leo Maya Finn Clara Noah Vera "
-    "Jack Ruth Adam Lena Carl Dora Eric Gina Hans Iris Joel Kate Liam Nora Otto Pia Ryan Sofia "
-    " Theo"
+    "Jack Ruth Adam Lena Carl Dora Eric Gina Hans Iris Joel Kate Liam Nora Otto Pia Ryan Theo"
 )
 COLOURS = words("red blue green black white brown grey yellow pink purple golden silver")
 ANIMALS = words("cat dog rabbit horse parrot goat duck hamster mouse sheep pony turtle")
@@ -107,70 +106,70 @@ RELATIONS: dict[str, Relation] = {
     "colour": Relation(
         {"n": NAMES, "k": ANIMALS, "v": COLOURS},
         ("{n} has a {v} {k}.", "{n} owns a {v} {k}.", "{n} keeps a {v} {k}."),
-        "{n}'s {k} is {v}.",
+        "The {k} of {n} is {v}.",
         ("the colour of {n}'s {k}", "what colour {n}'s {k} is"),
         ("What colour is {n}'s {k}?", "Name the colour of {n}'s {k}.", "Tell me what colour {n}'s {k} is."),
-        "{n} has a {v} {k}.",
+        "The owner of the {v} {k} is {n}.",
         ("who has a {v} {k}", "the owner of a {v} {k}"),
         ("Who has a {v} {k}?", "Name the owner of a {v} {k}."),
     ),
     "home": Relation(
         {"n": NAMES, "v": PLACES},
         ("{n} lives in {v}.", "{n} comes from {v}.", "{n} moved to {v}."),
-        "{n} lives in {v}.",
+        "The home of {n} is in {v}.",
         ("the home of {n}", "where {n} lives", "the city of {n}"),
         ("Where does {n} live?", "Name the city of {n}.", "In which city is the home of {n}?"),
-        "{n} lives in {v}.",
+        "The person from {v} is {n}.",
         ("who lives in {v}", "the person from {v}"),
         ("Who lives in {v}?", "Name the person from {v}."),
     ),
     "job": Relation(
         {"n": NAMES, "v": JOBS},
         ("{n} is a {v}.", "{n} became a {v}.", "{n} is the {v}."),
-        "{n} is a {v}.",
+        "The work of {n} is that of a {v}.",
         ("the job of {n}", "what job {n} has", "the work of {n}"),
         ("What is the job of {n}?", "What work does {n} do?", "Tell me what job {n} has."),
-        "{n} is a {v}.",
+        "The {v} is {n}.",
         ("who works as a {v}", "the person who is a {v}"),
         ("Who works as a {v}?", "Find the person who is a {v}."),
     ),
     "food": Relation(
         {"n": NAMES, "v": FOODS},
         ("{n} likes {v}.", "{n} eats {v}.", "{n} wants {v}."),
-        "{n} likes {v}.",
+        "The food of {n} is {v}.",
         ("the food of {n}", "what {n} likes", "what {n} eats"),
         ("What does {n} like?", "Which food does {n} like?", "Tell me what {n} eats."),
-        "{n} likes {v}.",
+        "The person who likes {v} is {n}.",
         ("who likes {v}", "the person who eats {v}"),
         ("Who likes {v}?", "Find the person who eats {v}."),
     ),
     "count": Relation(
         {"n": NAMES, "k": ITEMS, "v": NUMBERS[1:]},
         ("{n} has {v} {k}.", "{n} holds {v} {k}.", "{n} bought {v} {k}.", "{n} found {v} {k}."),
-        "{n} has {v} {k}.",
+        "The number of {k} {n} has is {v}.",
         ("the number of {k} {n} has", "how many {k} {n} has"),
         ("How many {k} does {n} have?", "Give the number of {k} {n} has.", "Count the {k} of {n}."),
-        "{n} has {v} {k}.",
+        "The person with {v} {k} is {n}.",
         ("who has {v} {k}", "the person with {v} {k}"),
         ("Who has {v} {k}?", "Find the person with {v} {k}."),
     ),
     "pet": Relation(
         {"n": NAMES, "v": ANIMALS},
         ("{n} has a {v}.", "{n} owns a {v}.", "{n} keeps a {v}."),
-        "{n} has a {v}.",
+        "The pet of {n} is a {v}.",
         ("the pet of {n}", "what pet {n} has"),
         ("What pet does {n} have?", "Name the pet of {n}.", "Which animal does {n} have?"),
-        "{n} has a {v}.",
+        "The owner of the {v} is {n}.",
         ("who has a {v}", "the owner of a {v}"),
         ("Who has a {v}?", "Name the owner of a {v}."),
     ),
     "day": Relation(
         {"n": NAMES, "k": HOBBIES, "v": DAYS},
         ("{n} {k} on {v}.", "{n} {k} every {v}."),
-        "{n} {k} on {v}.",
+        "The day when {n} {k} is {v}.",
         ("the day when {n} {k}", "when {n} {k}"),
         ("Name the day when {n} {k}.", "Tell me when {n} {k}."),
-        "{n} {k} on {v}.",
+        "The person who {k} on {v} is {n}.",
         ("who {k} on {v}", "the person who {k} on {v}"),
         ("Who {k} on {v}?", "Find the person who {k} on {v}."),
     ),
@@ -180,7 +179,7 @@ RELATIONS: dict[str, Relation] = {
         "The {n} is in the {v}.",
         ("the place of the {n}", "where the {n} is"),
         ("Where is the {n}?", "In what place is the {n}?", "Tell me where the {n} is."),
-        "The {n} is in the {v}.",
+        "The thing in the {v} is the {n}.",
         ("what is in the {v}", "the thing in the {v}"),
         ("What is in the {v}?", "Name the thing in the {v}."),
     ),
@@ -192,9 +191,12 @@ HEADINGS = ("This page tells {}.", "A note on {}.", "These lines show {}.", "Abo
 # Chants make a small model copy from its context within minutes; without them it took far longer to
 # read facts from a passage at all.  Most therefore come first, a few stay to keep the habit.
 DRILL_WORDS = NAMES + COLOURS + ANIMALS + PLACES + JOBS + FOODS + ITEMS + NUMBERS
-EARLY_PART, EARLY_DRILLS, LATE_DRILLS = 0.2, 0.6, 0.03
+EARLY_PART, EARLY_DRILLS, LATE_DRILLS = 0.15, 0.6, 0.03
+MOST_NOTES = 5
 WHAT_SHARE = 0.55
-CLOSINGS = ("", "", "", "So ", "In short, ")
+# A passage never starts with a name: at the start of a line it would be another token than elsewhere,
+# and a small model would have to learn that the two are one name.  Answers start with "The" likewise.
+LEADS = ("Some facts.", "This is known.", "Here is the news.", "This was said.")
 
 
 # The name of a relation and what fills its slots.
@@ -252,7 +254,7 @@ def make_passage(rng: random.Random, size: int, first: str | None = None) -> Pas
         people.append(facts)
     stated = [fact for facts in people for fact in facts]
     sentences = [rng.choice(RELATIONS[r].statements).format(**slots) for r, slots in stated]
-    return Passage(" ".join(sentences), tuple(stated))
+    return Passage(" ".join([rng.choice(LEADS), *sentences]), tuple(stated))
 
 
 def topic_and_answer(rng: random.Random, fact: Fact) -> tuple[str, str]:
@@ -276,7 +278,8 @@ def topic_document(rng: random.Random) -> str:
 def notes_document(rng: random.Random) -> str:
     """A passage and then notes on it, each a noun phrase and the fact it stands for."""
     passage = make_passage(rng, rng.randint(2, 4))
-    pairs = [topic_and_answer(rng, rng.choice(passage.facts)) for _ in range(rng.randint(3, 6))]
+    noted = rng.sample(passage.facts, min(len(passage.facts), MOST_NOTES))
+    pairs = [topic_and_answer(rng, fact) for fact in noted]
     return f"{passage.text}\n\n" + "\n".join(f"{upper_first(topic)}:\n{answer}" for topic, answer in pairs)
 
 
@@ -284,7 +287,7 @@ def recap_document(rng: random.Random) -> str:
     """A passage and all its facts restated in the plain wording, in the same order."""
     passage = make_passage(rng, rng.randint(2, 4))
     lines = [RELATIONS[name].answer.format(**slots) for name, slots in passage.facts]
-    return f"{passage.text}\n\n{rng.choice(CLOSINGS)}" + " ".join(lines)
+    return f"{passage.text}\n\n" + " ".join(lines)
 
 
 def people_document(rng: random.Random) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import tiny
 
 import loralab
+from loralab.config.checks import TRAINER_ARGS
 from loralab.errors import RunFolderError
 from loralab.training.checkpoint import list_checkpoints
+from support import tiny
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +152,24 @@ def test_early_stopping_on_the_training_loss(base: Path, rows: Path, tmp_path: P
     result = run(base, rows, tmp_path / "run", training={"early_stopping": stopping, "num_train_epochs": 3})
     assert result.record["steps"] == 3
     assert "loss" in result.record["stopped_because"]
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    cosine = {"lr_scheduler_type": "cosine"}
+    return str(run(base, rows, tmp_path_factory.mktemp("plain") / "run", training=cosine).record["adapter_sha256"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("adam_beta1", 0.5), ("adam_beta2", 0.5), ("adam_epsilon", 0.1), ("lr_scheduler_kwargs", {"num_cycles": 2})],
+)
+def test_every_passed_through_argument_acts(
+    base: Path, rows: Path, tmp_path: Path, plain: str, name: str, value: object
+) -> None:
+    sections = {"training": {"lr_scheduler_type": "cosine"}, "advanced": {"trainer_args": {name: value}}}
+    assert run(base, rows, tmp_path / "run", **sections).record["adapter_sha256"] != plain
+
+
+def test_all_passed_through_arguments_are_tested() -> None:
+    assert set(TRAINER_ARGS) == {"adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs"}

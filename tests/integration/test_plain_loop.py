@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
 import loralab
 from loralab.training.sampler import StepSampler
+from support import tiny
 
 ROWS, BATCH, EPOCHS, RATE, SEED = 22, 4, 2, 1e-2, 7
 WITHOUT_INPUT = (
@@ -85,5 +85,6 @@ def test_loss_curve_equals_a_plain_loop(tmp_path: Path, family: tiny.Family, tar
     run = loralab.train(config)
     ours = [line["loss"] for line in run.metrics]
     assert ours == pytest.approx(plain_losses(str(base), rows, targets), rel=1e-4)
-    assert len(ours) == 12 and ours[-1] < ours[0]
+    assert len(ours) == 12
+    assert ours[-1] < ours[0]
     assert json.loads(run.folder.record.read_text())["steps"] == 12

@@ -3,7 +3,7 @@
 Owns what `evaluation.json` and `samples.json` hold, and the `eval` command.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from loralab.data.prompter import Prompter
 from loralab.data.store import TokenStore
 from loralab.errors import DataError
 from loralab.evaluation.generate import GenerationSettings, generate_answers
-from loralab.evaluation.perplexity import compare_losses, measure_loss
+from loralab.evaluation.perplexity import SplitLoss, compare_losses, measure_loss
 from loralab.lookup import suggest
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
@@ -48,20 +48,32 @@ def evaluate_split(
     max_length: int,
     device: torch.device,
     reporter: Reporter,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Measure adapter and base on the same examples and compare them in pairs.
 
     Returns:
         The content of `evaluation.json`.
+
+    Raises:
+        Interrupted: `should_stop` answered yes before a batch.
     """
     shared = {"split": name, "batch_size": evaluation.batch_size, "max_length": max_length}
-    adapter = measure_loss(
-        model, split, batch_size=evaluation.batch_size, device=device, reporter=reporter, label="evaluate adapter"
-    )
-    with model.disable_adapter():
-        base = measure_loss(
-            model, split, batch_size=evaluation.batch_size, device=device, reporter=reporter, label="evaluate base"
+
+    def measure(label: str) -> SplitLoss:
+        return measure_loss(
+            model,
+            split,
+            batch_size=evaluation.batch_size,
+            device=device,
+            reporter=reporter,
+            label=label,
+            should_stop=should_stop,
         )
+
+    adapter = measure("evaluate adapter")
+    with model.disable_adapter():
+        base = measure("evaluate base")
     difference = compare_losses(adapter, base, resamples=evaluation.bootstrap_samples)
     reporter.say(
         f"{name}: loss {base.loss:.4f} -> {adapter.loss:.4f}, "

@@ -128,9 +128,9 @@ def train(loaded: LoadedConfig, *, reporter: Reporter, resume: bool = False, ove
         _stop_if_asked(request, run)
         _keep_best(run, state)
         _save_adapter(run)
-        _evaluate(run)
-        _finish_record(run, state)
+        _evaluate(run, request)
         _stop_if_asked(request, run)
+        _finish_record(run, state)
         build_report(folder)
     reporter.say(f"done: {folder.path} (open {folder.report})")
     return folder
@@ -347,22 +347,26 @@ def _save_adapter(run: Run) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _evaluate(run: Run) -> None:
+def _evaluate(run: Run, request: StopRequest) -> None:
     """Compare base and adapter on the final split, and let both answer a few of its prompts."""
     name = resolve_split(run.config.evaluation.split, run.data.splits)
     if name is None:
         run.reporter.say("no final evaluation: there is no validation or test split")
         return
     split, evaluation = run.data.splits[name], run.config.evaluation
-    result = evaluate_split(
-        run.model,
-        split,
-        name=name,
-        evaluation=evaluation,
-        max_length=run.config.data.max_length,
-        device=run.device,
-        reporter=run.reporter,
-    )
+    try:
+        result = evaluate_split(
+            run.model,
+            split,
+            name=name,
+            evaluation=evaluation,
+            max_length=run.config.data.max_length,
+            device=run.device,
+            reporter=run.reporter,
+            should_stop=lambda: bool(request),
+        )
+    except Interrupted:
+        return  # the caller asks why
     write_json(run.folder.evaluation, result)
     if evaluation.num_samples:
         samples = answer_samples(

@@ -1,0 +1,119 @@
+"""Rules that span fields: each broken once, with its key where the user looks."""
+
+from typing import Any
+
+import pytest
+
+from loralab.config.checks import OWN_KEYS, RULES, TRAINER_ARGS, check_config
+from loralab.config.load import field_by_key, load_config
+from loralab.config.schema import Config
+from loralab.errors import ConfigError
+
+Values = dict[str, dict[str, Any]]
+
+# (name of the rule, sections, keys that it must name in order, a part of what and fix)
+BROKEN: list[tuple[str, Values, list[str], str]] = [
+    ("_check_splits", {"data": {"validation": 1.5}}, ["data.validation"], "fraction: 1.5"),
+    ("_check_splits", {"data": {"validation": 0.0}}, ["data.validation"], "fraction: 0.0"),
+    ("_check_splits", {"data": {"test": 0}}, ["data.test"], "number of rows: 0"),
+    ("_check_splits", {"data": {"validation": -3, "test": 1.0}}, ["data.validation", "data.test"], "rows: -3"),
+    ("_check_precision", {"model": {"precision": "float16", "device": "cpu"}}, ["model.precision"], "bfloat16"),
+    ("_check_warmup", {"training": {"warmup_ratio": 0.1, "warmup_steps": 5}}, ["training.warmup_steps"], "0.1"),
+    (
+        "_check_validation_needs",
+        {"training": {"load_best_model_at_end": True}},
+        ["training.load_best_model_at_end"],
+        "data.validation is null",
+    ),
+    (
+        "_check_validation_needs",
+        {
+            "data": {"validation": 0.1},
+            "evaluation": {"strategy": "no"},
+            "training": {"early_stopping": {"metric": "perplexity"}},
+        },
+        ["training.early_stopping.metric"],
+        "evaluation.strategy is no",
+    ),
+    (
+        "_check_validation_needs",
+        {"evaluation": {"strategy": "steps"}},
+        ["evaluation.strategy"],
+        "data.validation is null",
+    ),
+    (
+        "_check_early_stopping_metric",
+        {"data": {"validation": 0.1}, "training": {"early_stopping": {"metric": "eval_los"}}},
+        ["training.early_stopping.metric"],
+        "did you mean 'eval_loss'?",
+    ),
+    (
+        "_check_trainer_args",
+        {"advanced": {"trainer_args": {"bf16": True}}},
+        ["advanced.trainer_args.bf16"],
+        "use model.precision",
+    ),
+    (
+        "_check_trainer_args",
+        {"advanced": {"trainer_args": {"learning_rate": 1}}},
+        ["advanced.trainer_args.learning_rate"],
+        "use training.learning_rate",
+    ),
+    (
+        "_check_trainer_args",
+        {"advanced": {"trainer_args": {"adam_beta3": 1, "adam_beta1": 0.9}}},
+        ["advanced.trainer_args.adam_beta3"],
+        "did you mean 'adam_beta",
+    ),
+    ("_check_text", {"data": {"format": "alpaca", "long_text": "truncate"}}, ["data.long_text"], "'alpaca'"),
+    ("_check_text", {"data": {"format": "text", "template": "alpaca"}}, ["data.template"], "not prompted"),
+    ("_check_text", {"data": {"format": "text", "train_on": "last_response"}}, ["data.train_on"], "every token"),
+    ("_check_text", {"data": {"format": "text", "truncation": "drop"}}, ["data.truncation"], "data.long_text"),
+]
+KEPT: list[Values] = [
+    {},
+    {"data": {"validation": 0.5, "test": 1}, "training": {"load_best_model_at_end": True}},
+    {"data": {"validation": "held-out.json"}, "evaluation": {"strategy": "steps"}},
+    {"model": {"precision": "float16", "device": "cuda"}},
+    {"training": {"warmup_ratio": 0.1}},
+    {"training": {"warmup_steps": 3}},
+    {"training": {"early_stopping": {"metric": "loss"}}},
+    {"advanced": {"trainer_args": dict.fromkeys(TRAINER_ARGS, 0.5)}},
+    {"data": {"format": "text", "long_text": "truncate", "train_on": "all"}},
+]
+
+
+def _values(sections: Values) -> Values:
+    base: Values = {"model": {"name": "m"}, "data": {"train": "rows.json"}}
+    return {**base, **{name: {**base.get(name, {}), **values} for name, values in sections.items()}}
+
+
+def test_every_rule_is_broken_here() -> None:
+    assert {rule.__name__ for rule in RULES} == {name for name, *_ in BROKEN}
+
+
+@pytest.mark.parametrize(("rule", "sections", "keys", "part"), BROKEN)
+def test_broken_rule_names_its_key(rule: str, sections: Values, keys: list[str], part: str) -> None:
+    config = Config.model_validate(_values(sections))
+    (by_name,) = [each for each in RULES if each.__name__ == rule]
+    findings = by_name(config)
+    assert [finding.key for finding in findings] == keys
+    assert part in f"{findings[0].what} {findings[0].fix}"
+    assert set(findings) <= set(check_config(config))
+    with pytest.raises(ConfigError) as caught:
+        load_config(_values(sections))
+    wheres = [problem.where for problem in caught.value.problems]
+    assert all(any(where.endswith(f"key {key}") for where in wheres) for key in keys)
+
+
+@pytest.mark.parametrize("sections", KEPT)
+def test_kept_rules_find_nothing(sections: Values) -> None:
+    assert check_config(Config.model_validate(_values(sections))) == []
+
+
+def test_own_keys_exist() -> None:
+    assert [key for key in OWN_KEYS.values() if field_by_key(key) is None] == []
+
+
+def test_passed_through_arguments_have_no_key_of_their_own() -> None:
+    assert not set(TRAINER_ARGS) & set(OWN_KEYS)

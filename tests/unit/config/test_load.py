@@ -1,0 +1,265 @@
+"""Reading a configuration: order of sources, origins, and all problems at once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loralab.config.checks import Finding
+from loralab.config.load import LoadedConfig, dump_config, field_by_key, load_config, schema_keys
+from loralab.config.schema import Config
+from loralab.errors import ConfigError, Problem
+
+TEXT = """\
+model:
+  name: tiny
+data:
+  train: rows.json
+"""
+MAPPING: dict[str, Any] = {"model": {"name": "tiny"}, "data": {"train": "rows.json"}}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "my-run.yaml"
+
+
+def load(path: Path, text: str, *overrides: str) -> LoadedConfig:
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def problems_of(path: Path, text: str, *overrides: str) -> tuple[Problem, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load(path, text, *overrides)
+    return caught.value.problems
+
+
+def test_minimal_file_takes_defaults(path: Path) -> None:
+    loaded = load(path, TEXT)
+    assert loaded.config == Config.model_validate(MAPPING)
+    assert loaded.name == "my-run"
+
+
+def test_byte_order_mark_is_no_key(path: Path) -> None:
+    assert load(path, "\ufeff" + TEXT).config.model.name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("text", "got"), [("", "nothing"), ("# only this\n", "nothing"), ("- a\n", "list"), ("abc", "str")]
+)
+def test_file_without_sections(path: Path, text: str, got: str) -> None:
+    (problem,) = problems_of(path, text)
+    assert problem.what == f"expected sections (model:, data:, ...), got {got}"
+    assert problem.where == str(path)
+
+
+def test_duplicate_key_and_invalid_yaml_stop_the_reading(path: Path) -> None:
+    (problem,) = problems_of(path, TEXT + "data:\n  train: other.json\n")
+    assert problem.what == "key given twice: 'data' (first on line 3)"
+    assert problem.where == f"{path} line 5"
+    (problem,) = problems_of(path, "model: [\n")
+    assert problem.where.startswith(f"{path} line 2")
+
+
+@pytest.mark.parametrize(
+    ("section", "line", "key", "fix"),
+    [
+        ("lora:\n  alhpa: 3\n", 6, "lora.alhpa", "did you mean 'alpha'?"),
+        ("lora:\n  learning_rate: 3\n", 6, "lora.learning_rate", "did you mean 'training.learning_rate'?"),
+        ("lora:\n  learning_rte: 3\n", 6, "lora.learning_rte", "did you mean 'training.learning_rate'?"),
+        ("\nlroa:\n  r: 3\n", 6, "lroa", "did you mean 'lora'?"),
+        ("learning_rate: 3\n", 5, "learning_rate", "did you mean 'training.learning_rate'?"),
+        ("output:\n  zzzzz: 3\n", 6, "output.zzzzz", "known in output: dir"),
+        (
+            "training:\n  early_stopping:\n    patiense: 3\n",
+            7,
+            "training.early_stopping.patiense",
+            "did you mean 'patience'?",
+        ),
+    ],
+)
+def test_unknown_key_has_line_and_nearest_name(path: Path, section: str, line: int, key: str, fix: str) -> None:
+    (problem,) = problems_of(path, TEXT + section)
+    assert problem == Problem(f"unknown key: {key!r}", f"{path} line {line}, key {key}", fix)
+
+
+def test_missing_keys_are_named(path: Path) -> None:
+    found = problems_of(path, "model:\n  revision: main\n")
+    assert [problem.what for problem in found] == ["missing key: 'model.name'", "missing key: 'data'"]
+    assert found[0].fix == "add it: model: {name: ...}"
+
+
+def test_wrong_value_tells_value_wish_and_meaning(path: Path) -> None:
+    (problem,) = problems_of(path, TEXT + "training:\n  seed: many\n")
+    assert problem.what.startswith("training.seed got 'many': input should be a valid integer")
+    assert problem.where == f"{path} line 6, key training.seed"
+    assert problem.fix == "training.seed: Seed of adapter weights, order of rows and dropout."
+
+
+def test_wrong_value_of_a_union_is_one_problem(path: Path) -> None:
+    (problem,) = problems_of(path, TEXT + "  num_workers: -1\n")
+    assert problem.what.startswith("data.num_workers got -1: ")
+    assert " or " in problem.what
+
+
+def test_all_problems_at_once(path: Path) -> None:
+    text = "model:\n  nam: x\ndata:\n  train: a\nlora:\n  r: 0\n"
+    found = problems_of(path, text, "nonsense", "training.seed=x")
+    assert [problem.what.partition(":")[0] for problem in found] == [
+        "not an override",
+        "missing key",
+        "unknown key",
+        "lora.r got 0",
+        "training.seed got 'x'",
+    ]
+
+
+def test_broken_rules_and_checks_of_other_layers_come_together(path: Path) -> None:
+    path.write_text(TEXT + "  validation: 1.5\n")
+    extra = Finding("model.name", "not here", "look elsewhere")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, checks=[lambda config: [extra] if config.model.name == "tiny" else []])
+    assert [problem.where for problem in caught.value.problems] == [
+        f"{path} line 5, key data.validation",
+        f"{path} line 2, key model.name",
+    ]
+
+
+def test_overrides_win_and_the_last_one_most(path: Path) -> None:
+    text = TEXT + "training:\n  seed: 1\n  learning_rate: 5e-3\n"
+    loaded = load(path, text, "training.seed=2", "training.seed=3", "lora.target_modules=[q_proj, v_proj]")
+    assert loaded.config.training.seed == 3
+    assert loaded.config.training.learning_rate == 0.005
+    assert loaded.config.lora.target_modules == ["q_proj", "v_proj"]
+    assert loaded.origin["training.seed"] == loaded.origin["lora.target_modules"] == "command line"
+    assert loaded.origin["training.learning_rate"] == f"{path}:7"
+    assert loaded.origin["lora.r"] == "default"
+
+
+def test_override_is_read_as_in_a_file(path: Path) -> None:
+    loaded = load(
+        path, TEXT, "model.base_dropout=off", "training.max_steps=010", "model.revision=null", "output.dir=a=b"
+    )
+    assert loaded.config.model.base_dropout == "off"
+    assert loaded.config.training.max_steps == 10
+    assert loaded.config.model.revision is None
+    assert loaded.config.output.dir == "a=b"
+
+
+@pytest.mark.parametrize("text", ["training.seed", "=5", " =5"])
+def test_override_without_key_or_value(path: Path, text: str) -> None:
+    (problem,) = problems_of(path, TEXT, text)
+    assert problem == Problem(f"not an override: {text!r}", f"command line: {text}", "write section.key=value")
+
+
+def test_override_below_a_value(path: Path) -> None:
+    (problem,) = problems_of(path, TEXT, "model.name.first=x")
+    assert problem.what == "'model.name.first' goes below a single value"
+
+
+def test_override_with_unknown_key_or_bad_value_points_at_the_command_line(path: Path) -> None:
+    unknown, bad = problems_of(path, TEXT, "lora.rr=5", "lora.r=-1")[::-1]
+    assert unknown.where == "command line, key lora.rr"
+    assert bad.where == "command line, key lora.r"
+
+
+def test_override_of_a_section_replaces_its_origins(path: Path) -> None:
+    loaded = load(path, TEXT + "  columns:\n    prompt: q\n", "data.columns={text: body}")
+    assert loaded.config.data.columns == {"text": "body"}
+    assert {key: place for key, place in loaded.origin.items() if key.startswith("data.columns")} == {
+        "data.columns": "command line"
+    }
+
+
+def test_mapping_and_keyword_overrides_are_arguments() -> None:
+    loaded = load_config(MAPPING, {"training.seed": 7, "lora": {"r": 2}}, name="n")
+    assert (loaded.config.training.seed, loaded.config.lora.r, loaded.name) == (7, 2, "n")
+    assert {key for key, place in loaded.origin.items() if place == "argument"} == {
+        "model.name",
+        "data.train",
+        "training.seed",
+        "lora.r",
+    }
+    assert MAPPING == {"model": {"name": "tiny"}, "data": {"train": "rows.json"}}
+
+
+def test_overrides_alone_make_a_configuration() -> None:
+    loaded = load_config(None, ["model.name=tiny", "data.train=rows.json"])
+    assert loaded.config == Config.model_validate(MAPPING)
+    assert loaded.name == "run"
+
+
+@pytest.mark.parametrize(
+    "stopping", ["", "training:\n  early_stopping:\n    patience: 2\n    metric: loss\n    min_delta: 0\n"]
+)
+def test_every_schema_key_has_an_origin(path: Path, stopping: str) -> None:
+    origin = load(path, TEXT + stopping).origin
+    wanted = schema_keys()
+    if not stopping:  # the section is null: it has an origin, its fields have none
+        wanted = [*dict.fromkeys(k.rpartition(".")[0] if k.count(".") == 2 else k for k in wanted)]
+    assert list(origin) == wanted
+    assert {key for key, place in origin.items() if place != "default"} == {"model.name", "data.train"} | {
+        key for key in wanted if stopping and key.startswith("training.early_stopping.")
+    }
+    assert origin["data.train"] == f"{path}:4"
+
+
+def test_missing_file_suggests_a_neighbour(path: Path) -> None:
+    path.write_text(TEXT)
+    with pytest.raises(ConfigError, match=r"no such file: .*my-rum.yaml") as caught:
+        load_config(path.with_name("my-rum.yaml"))
+    assert caught.value.problems[0].fix == f"did you mean {str(path)!r}?"
+
+
+def test_file_that_is_no_text_or_a_folder(path: Path) -> None:
+    path.write_bytes(b"model: \xff\n")
+    with pytest.raises(ConfigError, match=r"not UTF-8 text \(byte 7\)"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="cannot read .*: Is a directory"):
+        load_config(path.parent)
+
+
+FULL: dict[str, Any] = {
+    "model": {
+        "name": "a: b #c",
+        "revision": "null",
+        "precision": "bfloat16",
+        "device": "cuda:1",
+        "base_dropout": "off",
+    },
+    "data": {
+        "train": ["a.json", "off", "010"],
+        "validation": 0.1,
+        "test": 3,
+        "columns": {"prompt": "Frage: ü"},
+        "stop_tokens": ["<|end|>", "yes", "~"],
+        "num_workers": 0,
+    },
+    "lora": {"target_modules": ["q", "v"], "alpha": 1e-05},
+    "training": {"learning_rate": 1e-20, "early_stopping": {"metric": "loss"}, "max_grad_norm": float("inf")},
+    "advanced": {"trainer_args": {"adam_beta1": 0.5, "lr_scheduler_kwargs": {"num_cycles": 2}}},
+}
+
+
+@pytest.mark.parametrize("values", [MAPPING, FULL])
+def test_dumped_configuration_reads_back_equal(path: Path, values: dict[str, Any]) -> None:
+    config = load_config(values).config
+    again = load(path, dump_config(config))
+    assert again.config == config
+    assert all(place.startswith(str(path)) for place in again.origin.values())
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs", "Nd"]), min_size=1))
+def test_dumped_text_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    config = Config.model_validate({"model": {"name": text}, "data": {"train": [text], "columns": {"prompt": text}}})
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    assert load(path, dump_config(config)).config == config
+
+
+def test_every_key_leads_to_its_field() -> None:
+    assert [key for key in schema_keys() if field_by_key(key) is None] == []
+    assert field_by_key("training.early_stopping.patience").default == 3
+    assert field_by_key("training.nothing") is None

@@ -1,0 +1,76 @@
+"""The run folder: atomic writes, and reading what a kill or a hand has damaged."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from loralab.errors import RunFolderError
+from loralab.run import RunFolder, file_sha256, open_run, read_json, read_metrics, replacing, write_json, write_text
+
+
+def test_json_round_trip_keeps_unicode_readable(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.json"
+    write_json(path, {"ü": ["世", 1.5, None]})
+    assert read_json(path) == {"ü": ["世", 1.5, None]}
+    assert "世" in path.read_text(encoding="utf-8")
+
+
+def test_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "missing file: a.json"), ("{", "not valid JSON"), ("[1]", "expected a JSON object, got list")],
+)
+def test_read_json_errors(content: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RunFolderError, match=message) as caught:
+        read_json(path)
+    assert str(tmp_path) in caught.value.problems[0].where
+
+
+def test_metrics_leave_out_a_last_line_that_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_metrics_damaged_in_the_middle_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(RunFolderError, match="line 2 is not valid JSON"):
+        read_metrics(path)
+
+
+def test_open_run_needs_a_record(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="no such folder"):
+        open_run(tmp_path / "gone")
+    with pytest.raises(RunFolderError, match=r"not a run folder \(it has no run.json\)"):
+        open_run(tmp_path)
+    write_json(tmp_path / "run.json", {})
+    assert open_run(tmp_path) == RunFolder(tmp_path)
+
+
+def test_every_file_of_a_run_has_its_own_place(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    names = [name for name, value in vars(RunFolder).items() if isinstance(value, property)]
+    places = [getattr(folder, name) for name in names]
+    assert len(set(places)) == len(names) > 9
+    assert all(place.parent == tmp_path for place in places)
+
+
+def test_file_sha256_is_of_the_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"\x00\xffabc")
+    assert file_sha256(path) == hashlib.sha256(b"\x00\xffabc").hexdigest()
