@@ -20,7 +20,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,11 +32,19 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from demo_world import (
     ABOUT_PEOPLE,
     RELATIONS,
-    documents,
+    WHAT_SHARE,
+    drill_document,
+    knowledge_document,
     knowledge_facts,
     make_passage,
+    make_profile,
+    notes_document,
+    number_document,
     number_fact,
+    people_document,
     people_facts,
+    retold_document,
+    topic_document,
     upper_first,
 )
 
@@ -45,6 +53,9 @@ END = "<|endoftext|>"
 TEXT_SEED, ROW_SEED, MODEL_SEED = 11, 23, 37
 DOCUMENTS = 140_000
 TOKENIZER_DOCUMENTS = 20_000
+# Chants make a small model copy from its context within minutes; without them it took far longer to
+# read facts from a passage at all.  Most therefore come first, a few stay to keep the habit.
+EARLY_PART, EARLY_DRILLS, LATE_DRILLS, CHANTS = 0.15, 0.5, 0.03, 0.7
 VOCABULARY = 1200
 HIDDEN, LAYERS, HEADS, INNER, POSITIONS = 160, 5, 5, 432, 1024
 # Wider than the usual 0.02, which suits far larger layers.
@@ -78,15 +89,15 @@ KNOWLEDGE_QUESTIONS = {
 }
 # Rows of each task; facts read from a passage are the bulk because they cannot be memorised.
 TASK_ROWS = {
-    "what": 380,
-    "who": 300,
-    "people": 90,
-    "number": 90,
+    "profile": 480,
+    "people": 140,
+    "number": 110,
+    "several": 80,
+    "sum": 60,
     "opposite": 30,
+    "kind": 30,
     "plural": 25,
-    "kind": 25,
-    "sum": 45,
-    "after": 15,
+    "after": 20,
 }
 Row = dict[str, str]
 
@@ -98,10 +109,13 @@ def passage_row(rng: random.Random, task: str) -> Row:
         topic, answer = rng.choice(people_facts(passage))
         question = rng.choice(PEOPLE_QUESTIONS[topic])
         return {"instruction": question, "input": passage.text, "output": answer}
-    passage = make_passage(rng, rng.randint(2, 4))
+    alone = task == "profile"
+    passage = make_profile(rng) if alone else make_passage(rng, 2)
     name, slots = rng.choice(passage.facts)
     rel = RELATIONS[name]
-    questions, answer = (rel.questions, rel.answer) if task == "what" else (rel.who_questions, rel.who_answer)
+    # With one person in the passage "who" would be no question, so only the others ask it.
+    wants_value = alone or rng.random() < WHAT_SHARE
+    questions, answer = (rel.questions, rel.answer) if wants_value else (rel.who_questions, rel.who_answer)
     question = rng.choice(questions).format(**slots)
     return {"instruction": question, "input": passage.text, "output": answer.format(**slots)}
 
@@ -140,6 +154,32 @@ def instructions(seed: int) -> list[Row]:
     ordered = list(rows.values())
     rng.shuffle(ordered)
     return ordered
+
+
+def documents(seed: int, count: int) -> Iterator[str]:
+    """Yields the pretraining documents, many of the first ones chants.
+
+    Args:
+        seed: The seed of the text.
+        count: How many documents to make.
+    """
+    rng = random.Random(seed)
+    facts = knowledge_facts()
+    makers: list[tuple[float, Callable[[], str]]] = [
+        (0.44, lambda: topic_document(rng)),
+        (0.12, lambda: notes_document(rng)),
+        (0.08, lambda: retold_document(rng)),
+        (0.12, lambda: people_document(rng)),
+        (0.15, lambda: knowledge_document(rng, facts)),
+        (0.09, lambda: number_document(rng)),
+    ]
+    weights = [weight for weight, _ in makers]
+    for index in range(count):
+        drill_share = EARLY_DRILLS if index < EARLY_PART * count else LATE_DRILLS
+        if rng.random() < drill_share:
+            yield drill_document(rng) if rng.random() < CHANTS else retold_document(rng)
+        else:
+            yield rng.choices(makers, weights)[0][1]()
 
 
 def make_text() -> tuple[list[str], str]:

@@ -13,7 +13,6 @@ downloaded or copied.  Two products come out of it:
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -188,12 +187,10 @@ ABOUT_PEOPLE = [name for name in RELATIONS if name != "where"]
 # A name that "has a cat" and "has a red dog" would leave "what pet" open, so these never meet.
 CLASHES = {("colour", "pet"), ("pet", "colour")}
 HEADINGS = ("This page tells {}.", "A note on {}.", "These lines show {}.", "About {}.")
-# Chants make a small model copy from its context within minutes; without them it took far longer to
-# read facts from a passage at all.  Most therefore come first, a few stay to keep the habit.
 DRILL_WORDS = NAMES + COLOURS + ANIMALS + PLACES + JOBS + FOODS + ITEMS + NUMBERS
-EARLY_PART, EARLY_DRILLS, LATE_DRILLS = 0.15, 0.6, 0.03
+# Shares of passages on one person, of those with a thing as well, and of phrases that ask for a value.
+PROFILE_SHARE, THING_SHARE, WHAT_SHARE = 0.75, 0.4, 0.55
 MOST_NOTES = 5
-WHAT_SHARE = 0.55
 # A passage never starts with a name: at the start of a line it would be another token than elsewhere,
 # and a small model would have to learn that the two are one name.  Answers start with "The" likewise.
 LEADS = ("Some facts.", "This is known.", "Here is the news.", "This was said.")
@@ -257,6 +254,27 @@ def make_passage(rng: random.Random, size: int, first: str | None = None) -> Pas
     return Passage(" ".join([rng.choice(LEADS), *sentences]), tuple(stated))
 
 
+def make_profile(rng: random.Random) -> Passage:
+    """States three to five different facts of one person, and sometimes where a thing is."""
+    left_out = rng.choice(("pet", "colour"))  # see CLASHES
+    names = rng.sample([r for r in ABOUT_PEOPLE if r != left_out], rng.randint(3, 5))
+    if rng.random() < THING_SHARE:
+        names[-1] = "where"
+    rng.shuffle(names)
+    person = rng.choice(NAMES)
+    facts = []
+    for name in names:
+        slots = {slot: rng.choice(pool) for slot, pool in RELATIONS[name].pools.items()}
+        facts.append((name, slots if name == "where" else slots | {"n": person}))
+    sentences = [rng.choice(RELATIONS[r].statements).format(**slots) for r, slots in facts]
+    return Passage(" ".join([rng.choice(LEADS), *sentences]), tuple(facts))
+
+
+def any_passage(rng: random.Random) -> Passage:
+    """Makes a passage on one person (mostly) or on a few people."""
+    return make_profile(rng) if rng.random() < PROFILE_SHARE else make_passage(rng, rng.randint(2, 3))
+
+
 def topic_and_answer(rng: random.Random, fact: Fact) -> tuple[str, str]:
     """Returns a noun phrase for a fact, from its holder or from its value, and the fact in plain words."""
     name, slots = fact
@@ -270,24 +288,29 @@ def topic_and_answer(rng: random.Random, fact: Fact) -> tuple[str, str]:
 
 def topic_document(rng: random.Random) -> str:
     """A heading that names one fact, a passage, and that fact restated."""
-    passage = make_passage(rng, rng.randint(2, 4))
+    passage = any_passage(rng)
     topic, answer = topic_and_answer(rng, rng.choice(passage.facts))
     return f"{rng.choice(HEADINGS).format(topic)}\n\n{passage.text}\n\n{answer}"
 
 
 def notes_document(rng: random.Random) -> str:
     """A passage and then notes on it, each a noun phrase and the fact it stands for."""
-    passage = make_passage(rng, rng.randint(2, 4))
+    passage = any_passage(rng)
     noted = rng.sample(passage.facts, min(len(passage.facts), MOST_NOTES))
     pairs = [topic_and_answer(rng, fact) for fact in noted]
     return f"{passage.text}\n\n" + "\n".join(f"{upper_first(topic)}:\n{answer}" for topic, answer in pairs)
 
 
-def recap_document(rng: random.Random) -> str:
-    """A passage and all its facts restated in the plain wording, in the same order."""
-    passage = make_passage(rng, rng.randint(2, 4))
-    lines = [RELATIONS[name].answer.format(**slots) for name, slots in passage.facts]
-    return f"{passage.text}\n\n" + " ".join(lines)
+def retold_document(rng: random.Random) -> str:
+    """A passage whose facts are told again several times, each time in another order and wording."""
+    passage = any_passage(rng)
+    told = [passage.text]
+    for _ in range(rng.randint(2, 4)):
+        for name, slots in rng.sample(passage.facts, len(passage.facts)):
+            relation = RELATIONS[name]
+            wordings = (*relation.statements, relation.answer, relation.who_answer)
+            told.append(rng.choice(wordings).format(**slots))
+    return " ".join(told)
 
 
 def people_document(rng: random.Random) -> str:
@@ -357,29 +380,3 @@ def drill_document(rng: random.Random) -> str:
     """A chant: the same few words said again and again."""
     line = " ".join(rng.sample(DRILL_WORDS, rng.randint(3, 9)))
     return ". ".join([line] * rng.randint(3, 6)) + "."
-
-
-def documents(seed: int, count: int) -> Iterator[str]:
-    """Yields the pretraining documents, many of the first ones chants.
-
-    Args:
-        seed: The seed of the text.
-        count: How many documents to make.
-    """
-    rng = random.Random(seed)
-    facts = knowledge_facts()
-    makers: list[tuple[float, Callable[[], str]]] = [
-        (0.36, lambda: topic_document(rng)),
-        (0.34, lambda: notes_document(rng)),
-        (0.08, lambda: recap_document(rng)),
-        (0.06, lambda: people_document(rng)),
-        (0.10, lambda: knowledge_document(rng, facts)),
-        (0.06, lambda: number_document(rng)),
-    ]
-    weights = [weight for weight, _ in makers]
-    for index in range(count):
-        drill_share = EARLY_DRILLS if index < EARLY_PART * count else LATE_DRILLS
-        if rng.random() < drill_share:
-            yield drill_document(rng)
-        else:
-            yield rng.choices(makers, weights)[0][1]()

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ import torch
 import yaml
 
 from loralab import cli
+from loralab.errors import Problem
 
 # What help and configuration errors must not wait for.
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets")
@@ -125,3 +127,18 @@ def snapshot(folder: Path) -> dict[str, bytes | None] | None:
         return None
     found = sorted(folder.rglob("*"))
     return {str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in found}
+
+
+def read_problems(answer: Answer, *, code: int = 2) -> list[Problem]:
+    """Return the problems of a refusal, after checking that it is nothing but three lines for each."""
+    assert answer.code == code, f"exit code {answer.code}:\n{answer.err}"
+    assert not answer.out
+    assert "Traceback" not in answer.err
+    start = re.search(r"^error: ", answer.err, re.MULTILINE)
+    assert start is not None, answer.err
+    blocks = [block.split("\n") for block in answer.err[start.start() :].removesuffix("\n").split("\n\n")]
+    marks = ("error: ", "where: ", "fix:   ")
+    for lines in blocks:
+        assert len(lines) == len(marks), answer.err
+        assert all(line.startswith(mark) and line != mark for line, mark in zip(lines, marks, strict=True)), answer.err
+    return [Problem(*(line[len(mark) :] for line, mark in zip(lines, marks, strict=True))) for lines in blocks]

@@ -104,6 +104,6 @@ def resolve_precision(model: ModelConfig, device: torch.device) -> Resolved[torc
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Return whether the processor has bfloat16 dot products (AVX512-BF16 or AMX)."""
+    """Return whether the processor has bfloat16 dot products (AVX512-BF16, AMX, or Arm's BF16)."""
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -6,7 +6,6 @@ Owns what is recorded of versions, machine and choices, and when a folder may be
 import importlib.metadata
 import os
 import platform
-import resource
 import shutil
 import sys
 import tempfile
@@ -18,6 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows has none; the peak is then not recorded
+    resource = None  # type: ignore[assignment]
 
 from loralab.config.load import LoadedConfig, dump_config
 from loralab.config.schema import Config
@@ -202,10 +206,12 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory that was in use: of the GPU, else of this process."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Return the most memory that was in use: of the GPU, else of this process; None where unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    if resource is None:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loralab.config.checks import Finding
 from loralab.config.load import LoadedConfig, dump_config, field_by_key, load_config, schema_keys
-from loralab.config.schema import Config
+from loralab.config.schema import Config, EarlyStopping
 from loralab.errors import ConfigError, Problem
 
 TEXT = """\
@@ -69,7 +69,7 @@ def test_duplicate_key_and_invalid_yaml_stop_the_reading(path: Path) -> None:
     [
         ("lora:\n  alhpa: 3\n", 6, "lora.alhpa", "did you mean 'alpha'?"),
         ("lora:\n  learning_rate: 3\n", 6, "lora.learning_rate", "did you mean 'training.learning_rate'?"),
-        ("lora:\n  learning_rte: 3\n", 6, "lora.learning_rte", "did you mean 'training.learning_rate'?"),
+        ("output:\n  learning_rte: 3\n", 6, "output.learning_rte", "did you mean 'training.learning_rate'?"),
         ("\nlroa:\n  r: 3\n", 6, "lroa", "did you mean 'lora'?"),
         ("learning_rate: 3\n", 5, "learning_rate", "did you mean 'training.learning_rate'?"),
         ("output:\n  zzzzz: 3\n", 6, "output.zzzzz", "known in output: dir"),
@@ -167,11 +167,10 @@ def test_override_with_unknown_key_or_bad_value_points_at_the_command_line(path:
 
 
 def test_override_of_a_section_replaces_its_origins(path: Path) -> None:
-    loaded = load(path, TEXT + "  columns:\n    prompt: q\n", "data.columns={text: body}")
-    assert loaded.config.data.columns == {"text": "body"}
-    assert {key: place for key, place in loaded.origin.items() if key.startswith("data.columns")} == {
-        "data.columns": "command line"
-    }
+    text = TEXT + "training:\n  early_stopping:\n    metric: loss\n    patience: 2\n"
+    loaded = load(path, text, "training.early_stopping={patience: 4, metric: loss}")
+    assert loaded.config.training.early_stopping == EarlyStopping(metric="loss", patience=4)
+    assert loaded.origin["training.early_stopping.patience"] == "command line"
 
 
 def test_mapping_and_keyword_overrides_are_arguments() -> None:
@@ -218,7 +217,7 @@ def test_file_that_is_no_text_or_a_folder(path: Path) -> None:
     path.write_bytes(b"model: \xff\n")
     with pytest.raises(ConfigError, match=r"not UTF-8 text \(byte 7\)"):
         load_config(path)
-    with pytest.raises(ConfigError, match="cannot read .*: Is a directory"):
+    with pytest.raises(ConfigError, match=r"cannot read .*: Is a directory"):
         load_config(path.parent)
 
 

@@ -43,9 +43,8 @@ def test_every_field_has_a_sentence(key: str) -> None:
 
 
 def test_every_section_is_described() -> None:
-    schema = Config.model_json_schema()
-    assert all(value.get("description") for value in schema["properties"].values())
-    assert all(value.get("description") for value in schema["$defs"].values())
+    assert all(describe_field(section) for section in Config.model_fields)
+    assert all(definition["description"] for definition in Config.model_json_schema()["$defs"].values())
     assert field_by_key("training").description
     assert describe_field("training.nothing") == ""
 

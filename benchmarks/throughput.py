@@ -1,0 +1,125 @@
+"""Tokens per second of loralab and of plain transformers + peft on the same rows, side by side.
+
+Both train the same adapter on the same model, batches and order; each epoch of one is followed
+by an epoch of the other, and the ratio of each pair is reported. Run it on an idle machine:
+
+    python benchmarks/throughput.py --model FOLDER --data FILE.json [--rows 200] [--repeats 5]
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from loralab.config.schema import DataConfig, LoraConfig, ModelConfig
+from loralab.data.dataset import PreparedData, prepare_data
+from loralab.layout.collate import StepBatch
+from loralab.layout.planner import Planner
+from loralab.models.adapters import build_adapter, resolve_target_modules
+from loralab.models.load import load_base_model, load_tokenizer
+from loralab.progress import Reporter
+from loralab.training.loss import run_micro_batches
+
+BATCH, LENGTH = 4, 512
+CPU = torch.device("cpu")
+
+
+def steps_of(data: PreparedData) -> list[StepBatch]:
+    """Return the steps of one epoch, in the order of the rows."""
+    rows = data.splits["train"]
+    planner = Planner(BATCH)
+    return [planner([rows[i] for i in range(s, min(s + BATCH, len(rows)))]) for s in range(0, len(rows), BATCH)]
+
+
+def plain_epoch(model: torch.nn.Module, steps: list[StepBatch], optimizer: torch.optim.Optimizer) -> list[float]:
+    """Train one epoch as a plain script does: full logits, labels of -100; return the losses."""
+    losses = []
+    for step in steps:
+        (batch,) = step.micro_batches
+        labels = torch.full_like(batch.input_ids, -100)
+        shifted = torch.full_like(batch.input_ids, -100).flatten()
+        shifted[batch.label_positions] = batch.labels
+        labels[:, 1:] = shifted.view_as(labels)[:, :-1]
+        # The last answer token is a label only; the plain form reads it too.
+        tail = shifted.view_as(labels)[:, -1:]
+        ids = torch.cat([batch.input_ids, tail.clamp_min(0)], dim=1)
+        mask = torch.cat([batch.attention_mask, (tail >= 0).long()], dim=1)
+        labels = torch.cat([labels, tail], dim=1)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def our_epoch(model: torch.nn.Module, steps: list[StepBatch], optimizer: torch.optim.Optimizer) -> list[float]:
+    """Train one epoch with loralab's loop; return the losses."""
+    losses = []
+    for step in steps:
+        count = step.supervised_tokens
+        result = run_micro_batches(model, step.micro_batches, device=CPU, backward=lambda s, n=count: (s / n).backward())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(result.total) / count)
+    return losses
+
+
+def main() -> None:
+    """Measure and print one JSON document."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--stop-token", action="append")
+    arguments = parser.parse_args()
+    model = ModelConfig(name=arguments.model, precision="float32", device="cpu")
+    section = DataConfig(train=str(arguments.data), max_length=LENGTH, stop_tokens=arguments.stop_token)
+    data = prepare_data(section, load_tokenizer(model), reporter=Reporter())
+    steps = steps_of(data)[: arguments.rows // BATCH]
+    lora = LoraConfig(target_modules="attention")
+    base, _ = load_base_model(model, dtype=torch.float32, device=CPU)
+    targets = resolve_target_modules(base, lora).value
+    ours, _ = build_adapter(base, lora, seed=0)
+    torch.manual_seed(0)
+    plain_base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    plain = get_peft_model(plain_base, PeftLoraConfig(r=lora.r, lora_alpha=int(lora.alpha), target_modules=targets))
+    contenders = {"loralab": (ours, our_epoch), "plain": (plain, plain_epoch)}
+    optimizers = {n: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3) for n, (m, _) in contenders.items()}
+    tokens = sum(step.tokens for step in steps)
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    losses: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(arguments.repeats):
+        for name, (network, epoch) in contenders.items():
+            network.train()
+            started = time.perf_counter()
+            losses[name] += epoch(network, steps, optimizers[name])
+            rates[name].append(tokens / (time.perf_counter() - started))
+    pairs = [a / b for a, b in zip(rates["loralab"], rates["plain"], strict=True)]
+    worst = max(abs(a - b) / b for a, b in zip(losses["loralab"], losses["plain"], strict=True))
+    print(
+        json.dumps(
+            {
+                "tokens_per_second": {name: round(statistics.median(values)) for name, values in rates.items()},
+                "ratio_median": round(statistics.median(pairs), 3),
+                "ratio_range": [round(min(pairs), 3), round(max(pairs), 3)],
+                "largest_relative_loss_difference": worst,
+                "steps": len(steps),
+                "tokens_per_epoch": tokens,
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""What happens around the steps: lines of metrics, early stopping, signals."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from loralab.config.schema import EarlyStopping
+from loralab.progress import Reporter
+from loralab.training.callbacks import (
+    CheckpointSealer,
+    EarlyStopper,
+    EpochSetter,
+    MetricsWriter,
+    ProgressReporter,
+    SignalStop,
+    StopRequest,
+    catching_signals,
+    truncate_metrics,
+)
+from loralab.training.checkpoint import read_checkpoint
+from loralab.training.sampler import StepSampler
+from loralab.training.state import RunState
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(tmp_path_factory.mktemp("out")), use_cpu=True, report_to=[])
+
+
+def at(step: int, *, of: int = 10) -> TrainerState:
+    return TrainerState(global_step=step, max_steps=of, epoch=step / 4)
+
+
+def watch(
+    arguments: TrainingArguments,
+    values: list[float | None],
+    *,
+    metric: str = "eval_loss",
+    best: bool = False,
+    **chosen: Any,
+) -> tuple[RunState, list[TrainerControl]]:
+    """Show a metric's values to an `EarlyStopper`, one per step; None is a line without the metric."""
+    state = RunState()
+    stopping = EarlyStopping(metric=metric, **chosen) if chosen else None
+    stopper = EarlyStopper(state, metric=metric, early_stopping=stopping, save_best=best)
+    controls = []
+    key = "eval_perplexity" if metric == "perplexity" else metric
+    for step, value in enumerate(values, 1):
+        controls.append(TrainerControl())
+        logs = {"learning_rate": 0.1} if value is None else {key: value}
+        stopper.on_log(arguments, at(step), controls[-1], logs=logs)
+    return state, controls
+
+
+@pytest.mark.parametrize("metric", ["eval_loss", "loss", "perplexity"])
+def test_early_stopping_waits_for_its_patience(metric: str, arguments: TrainingArguments) -> None:
+    state, controls = watch(arguments, [3.0, 2.0, None, 2.5, 2.0, None], metric=metric, patience=2)
+    assert [control.should_training_stop for control in controls] == [False, False, False, False, True, False]
+    assert (state.best_value, state.best_step) == (2.0, 2)
+    assert state.stopped_because == (f"early stopping: {metric} has not been below 2.0000 (step 2) for 2 observations")
+
+
+def test_improvement_begins_the_count_anew(arguments: TrainingArguments) -> None:
+    state, controls = watch(arguments, [3.0, 3.1, 2.9, 3.1, 2.8, 3.1], patience=2)
+    assert not any(control.should_training_stop for control in controls)
+    assert (state.best_step, state.without_improvement, state.stopped_because) == (5, 1, None)
+
+
+def test_min_delta_is_the_smallest_improvement(arguments: TrainingArguments) -> None:
+    state, controls = watch(arguments, [3.0, 2.75, 2.5, 2.0], patience=2, min_delta=0.5)
+    assert [control.should_training_stop for control in controls] == [False, False, True, False]
+    assert state.best_step == 4  # 2.5 is not below 3.0 - 0.5; 2.0 is
+
+
+def test_other_metrics_do_not_count(arguments: TrainingArguments) -> None:
+    state = RunState()
+    stopper = EarlyStopper(state, metric="eval_loss", early_stopping=EarlyStopping(), save_best=False)
+    stopper.on_log(arguments, at(1), TrainerControl(), logs={"loss": 1.0, "eval_perplexity": 2.0})
+    stopper.on_log(arguments, at(1), TrainerControl(), logs=None)
+    assert state.best_value is None
+
+
+def test_best_steps_are_saved_where_asked_for(arguments: TrainingArguments) -> None:
+    _, controls = watch(arguments, [3.0, 3.5, 2.0], best=True)
+    assert [control.should_save for control in controls] == [True, False, True]
+    assert not any(control.should_training_stop for control in controls)
+    _, controls = watch(arguments, [3.0, 3.5, 2.0])
+    assert not any(control.should_save for control in controls)
+
+
+def test_metrics_are_one_object_per_logged_step(tmp_path: Path, arguments: TrainingArguments) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    line = {"loss": 1.5, "learning_rate": 0.1, "grad_norm": math.nan, "tokens_per_second": 3.0, "epoch": 9, "flos": 7}
+    writer.on_log(arguments, at(2), TrainerControl(), logs=line)
+    writer.on_log(arguments, at(2), TrainerControl(), logs={"eval_loss": 1.0, "eval_perplexity": math.inf})
+    writer.on_log(arguments, at(3), TrainerControl(), logs={"train_runtime": 1.0})
+    writer.on_log(arguments, at(3), TrainerControl(), logs=None)
+    assert [json.loads(text) for text in path.read_text().splitlines()] == [
+        {"step": 2, "epoch": 0.5, "loss": 1.5, "learning_rate": 0.1, "grad_norm": None, "tokens_per_second": 3.0},
+        {"step": 2, "epoch": 0.5, "eval_loss": 1.0, "eval_perplexity": None},
+    ]
+
+
+@pytest.mark.parametrize(("step", "log"), [(9, False), (10, True)])
+def test_last_step_is_logged(step: int, log: bool, arguments: TrainingArguments) -> None:
+    control = TrainerControl()
+    MetricsWriter(Path("unused")).on_step_end(arguments, at(step), control)
+    assert control.should_log is log
+
+
+@pytest.mark.parametrize(("step", "left"), [(0, []), (1, [1]), (2, [1, 2, 2]), (9, [1, 2, 2, 3])])
+def test_truncated_metrics_end_at_the_step(step: int, left: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    truncate_metrics(path, step)
+    assert not path.exists()
+    lines = [f'{{"step": {n}, "loss": {n}.25}}\n' for n in (1, 2, 2, 3)]
+    path.write_text("".join(lines) + '{"step": 4, "lo')
+    truncate_metrics(path, step)
+    assert path.read_text() == "".join(line for line in lines if json.loads(line)["step"] in left)
+
+
+def test_epoch_of_the_sampler_follows_the_step(arguments: TrainingArguments) -> None:
+    sampler = StepSampler(rows=10, rows_per_step=4, seed=0)
+    for step, epoch in ((0, 0), (3, 1), (5, 1), (6, 2)):
+        EpochSetter(sampler).on_epoch_begin(arguments, at(step), TrainerControl())
+        assert sampler.epoch == epoch
+
+
+def test_progress_carries_the_newest_figures(arguments: TrainingArguments) -> None:
+    class Notes(Reporter):
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def say(self, text: str) -> None:
+            self.seen.append(text)
+
+        def progress(self, label: str, done: int, total: int | None, *, detail: str = "") -> None:
+            self.seen.append((label, done, total, detail))
+
+        def finish(self, label: str) -> None:
+            self.seen.append(label)
+
+    notes = Notes()
+    progress = ProgressReporter(notes)
+    progress.on_log(arguments, at(1), TrainerControl(), logs={"loss": 1.5, "tokens_per_second": 1234.5})
+    progress.on_step_end(arguments, at(2), TrainerControl())
+    progress.on_log(arguments, at(2), TrainerControl(), logs={"eval_loss": 2.0, "eval_perplexity": 7.389})
+    progress.on_train_end(arguments, at(2), TrainerControl())
+    assert notes.seen == [
+        ("train", 2, 10, "loss 1.5000, 1,234 tokens/s"),
+        "step 2: validation loss 2.0000 (perplexity 7.39)",
+        "train",
+    ]
+
+
+@pytest.fixture
+def _own_handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_own_handlers")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_is_a_request_and_the_second_is_the_old_handlers(number: signal.Signals) -> None:
+    old: list[int] = []
+    handlers = {each: lambda got, _: old.append(got) for each in (signal.SIGINT, signal.SIGTERM)}
+    for each, handler in handlers.items():
+        signal.signal(each, handler)
+    told: list[str] = []
+    with catching_signals(lambda: told.append("once")) as request:
+        assert not request
+        os.kill(os.getpid(), number)
+        assert request.signal_number == number
+        assert (bool(request), told, old) == (True, ["once"], [])
+        assert {each: signal.getsignal(each) for each in handlers} == handlers
+        os.kill(os.getpid(), number)
+        assert (told, old) == (["once"], [number])
+    assert {each: signal.getsignal(each) for each in handlers} == handlers
+
+
+@pytest.mark.usefixtures("_own_handlers")
+def test_handlers_are_restored_without_a_signal_and_after_an_error() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def fail() -> None:
+        with catching_signals(lambda: None):
+            assert signal.getsignal(signal.SIGTERM) is not before[signal.SIGTERM]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.mark.parametrize("number", [None, 15])
+def test_requested_stop_saves_and_ends_the_training(number: int | None, arguments: TrainingArguments) -> None:
+    control = TrainerControl(should_evaluate=True)
+    SignalStop(StopRequest(number)).on_step_end(arguments, at(1), control)
+    asked = number is not None
+    assert (control.should_save, control.should_training_stop, control.should_evaluate) == (asked, asked, not asked)
+
+
+def test_saved_checkpoint_is_sealed_with_state_and_contract(tmp_path: Path) -> None:
+    staging, folder = tmp_path / "staging", tmp_path / "checkpoints"
+    folder.mkdir()
+    own = TrainingArguments(output_dir=str(staging), use_cpu=True, report_to=[])
+    state = RunState(best_step=3)
+    sealer = CheckpointSealer(folder, run_state=state, contract={"seed": 1}, keep=1)
+    for step in (3, 6, 9):
+        staged = staging / f"checkpoint-{step}"
+        staged.mkdir(parents=True)
+        state.window_total = float(step)
+        sealer.on_save(own, at(step), TrainerControl())
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3", "checkpoint-9"]
+    checkpoint = read_checkpoint(folder / "checkpoint-9")
+    assert checkpoint is not None
+    assert checkpoint.contract == {"seed": 1}
+    assert RunState.load(checkpoint.path).window_total == 9.0
