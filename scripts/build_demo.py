@@ -51,7 +51,7 @@ from demo_world import (
 DEMO = Path(__file__).resolve().parents[1] / "src" / "loralab" / "demo"
 END = "<|endoftext|>"
 TEXT_SEED, ROW_SEED, MODEL_SEED = 11, 23, 37
-DOCUMENTS = 140_000
+DOCUMENTS = 160_000
 TOKENIZER_DOCUMENTS = 20_000
 # Chants make a small model copy from its context within minutes; without them it took far longer to
 # read facts from a passage at all.  Most therefore come first, a few stay to keep the habit.
@@ -89,11 +89,11 @@ KNOWLEDGE_QUESTIONS = {
 }
 # Rows of each task; facts read from a passage are the bulk because they cannot be memorised.
 TASK_ROWS = {
-    "profile": 480,
+    "profile": 500,
     "people": 140,
     "number": 110,
-    "several": 80,
-    "sum": 60,
+    "several": 50,
+    "sum": 50,
     "opposite": 30,
     "kind": 30,
     "plural": 25,
@@ -166,11 +166,11 @@ def documents(seed: int, count: int) -> Iterator[str]:
     rng = random.Random(seed)
     facts = knowledge_facts()
     makers: list[tuple[float, Callable[[], str]]] = [
-        (0.44, lambda: topic_document(rng)),
+        (0.38, lambda: topic_document(rng)),
         (0.12, lambda: notes_document(rng)),
         (0.08, lambda: retold_document(rng)),
         (0.12, lambda: people_document(rng)),
-        (0.15, lambda: knowledge_document(rng, facts)),
+        (0.21, lambda: knowledge_document(rng, facts)),
         (0.09, lambda: number_document(rng)),
     ]
     weights = [weight for weight, _ in makers]

@@ -16,7 +16,7 @@ import random
 from dataclasses import dataclass
 from itertools import pairwise
 
-TOP_SUM = 20
+TOP_SUM = 12
 
 
 def words(text: str) -> list[str]:
@@ -189,8 +189,15 @@ CLASHES = {("colour", "pet"), ("pet", "colour")}
 HEADINGS = ("This page tells {}.", "A note on {}.", "These lines show {}.", "About {}.")
 DRILL_WORDS = NAMES + COLOURS + ANIMALS + PLACES + JOBS + FOODS + ITEMS + NUMBERS
 # Shares of passages on one person, of those with a thing as well, and of phrases that ask for a value.
-PROFILE_SHARE, THING_SHARE, WHAT_SHARE = 0.75, 0.4, 0.55
-MOST_NOTES = 5
+PROFILE_SHARE, THING_SHARE, WHAT_SHARE = 0.85, 0.45, 0.55
+MOST_NOTES, HEADED_SHARE = 5, 0.7
+KNOWLEDGE_TOPICS = {
+    "opposite": "the opposite of {}",
+    "plural": "the plural of {}",
+    "kind": "what kind of thing {} is",
+    "sum": "what {} is",
+    "after": "what comes after {}",
+}
 # A passage never starts with a name: at the start of a line it would be another token than elsewhere,
 # and a small model would have to learn that the two are one name.  Answers start with "The" likewise.
 LEADS = ("Some facts.", "This is known.", "Here is the news.", "This was said.")
@@ -353,9 +360,12 @@ def knowledge_facts() -> dict[str, list[tuple[str, str]]]:
 
 
 def knowledge_document(rng: random.Random, facts: dict[str, list[tuple[str, str]]]) -> str:
-    """A few sentences of general knowledge of one task."""
-    sentences = [sentence for _, sentence in rng.sample(facts[rng.choice(list(facts))], 6)]
-    return " ".join(sentences)
+    """A heading and the piece of general knowledge it names, or a few sentences of one kind."""
+    task = rng.choice(list(facts))
+    if rng.random() < HEADED_SHARE:
+        subject, sentence = rng.choice(facts[task])
+        return f"{rng.choice(HEADINGS).format(KNOWLEDGE_TOPICS[task].format(subject))}\n\n{sentence}"
+    return " ".join(sentence for _, sentence in rng.sample(facts[task], 6))
 
 
 def number_document(rng: random.Random) -> str:

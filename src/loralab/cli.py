@@ -6,7 +6,6 @@ so that help and configuration errors never wait for torch.
 
 import json
 import logging
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +17,8 @@ from rich.table import Table
 from loralab.config.load import describe_field, field_by_key
 from loralab.config.schema import Config
 from loralab.console import ConsoleReporter
-from loralab.errors import LoralabError
+from loralab.errors import ConfigError, LoralabError
+from loralab.run import render_json
 
 app = typer.Typer(
     name="loralab",
@@ -37,7 +37,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdou
 def schema_option(key: str, flag: str | None = None) -> Any:
     """Return the option for a field of the configuration; its name and help are the field's own."""
     name = flag or "--" + key.rpartition(".")[2].replace("_", "-")
-    return typer.Option(name, help=f"{describe_field(key)} [{key}]", show_default=False)
+    return typer.Option(name, help=f"{describe_field(key)} ({key})", show_default=False)
 
 
 BatchSize = Annotated[int | None, schema_option("evaluation.batch_size")]
@@ -60,7 +60,7 @@ def _overrides(given: list[str] | None, **options: Any) -> list[str]:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    print(render_json(value))
 
 
 @app.command()
@@ -124,7 +124,9 @@ def train(
     from loralab.workflows.configure import load_run_config
 
     if resume and overwrite:
-        raise typer.BadParameter("--resume and --overwrite exclude each other")
+        raise ConfigError(
+            "--resume and --overwrite exclude each other", where="command line", fix="keep the one that you mean"
+        )
     source = config / "config.yaml" if (config / "config.yaml").is_file() else config
     loaded = load_run_config(source, overrides or [])
     from loralab.workflows.train import train as run_training
@@ -153,6 +155,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure loss and perplexity of base and adapter on a split."""
+    if adapter is not None and run is not None and "=" in str(run):
+        run, overrides = None, [str(run), *(overrides or [])]  # with --adapter, RUN's place holds an override
     target = _one_target(run, adapter)
     chosen = _overrides(overrides, batch_size=batch_size, max_length=max_length, device=device)
     if split is not None and data is None:
@@ -174,12 +178,11 @@ def evaluate(
 
 
 def _one_target(run: Path | None, adapter: Path | None) -> Path:
-    if (run is None) == (adapter is None):
-        raise typer.BadParameter("give one adapter: RUN, or --adapter DIR")
-    target = run or adapter
-    if target is None:
-        raise typer.BadParameter("give one adapter: RUN, or --adapter DIR")
-    return target
+    given = [path for path in (run, adapter) if path is not None]
+    if len(given) != 1:
+        what = "two adapters given" if given else "no adapter given"
+        raise ConfigError(what, where="arguments RUN, --adapter", fix="give one: loralab eval RUN, or --adapter DIR")
+    return given[0]
 
 
 def _figure(value: float) -> str:
@@ -268,9 +271,6 @@ def main() -> None:
     except LoralabError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

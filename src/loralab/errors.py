@@ -126,3 +126,9 @@ class StoppedBySignal(LoralabError):
         self.exit_code = 128 + signal_number
         name = signal.Signals(signal_number).name
         super().__init__(f"stopped by {name}", where=where, fix=fix)
+
+
+def excerpt(error: BaseException, characters: int = 240) -> str:
+    """Return what another library's error says, on one line and cut to `characters`."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= characters else f"{text[: characters - 3]}..."

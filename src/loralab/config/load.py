@@ -3,6 +3,7 @@
 Owns the order of sources, the origin of every value and the wording of configuration errors.
 """
 
+import copy
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -62,18 +63,46 @@ def load_config(
     if not isinstance(source, Path):
         origin.update(dict.fromkeys(_flatten(values), "argument"))
     problems += _apply_overrides(values, overrides, origin)
-    config = None
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        problems += _describe_errors(error.errors(), origin)
+    config, wrong = _validate(values, origin, problems)
     if config is not None:
-        findings = [finding for check in (check_config, *checks) for finding in check(config)]
+        findings = [
+            finding for check in (check_config, *checks) for finding in check(config) if finding.key not in wrong
+        ]
         problems += [Problem(f.what, _where(f.key, origin), f.fix) for f in findings]
     if problems or config is None:
         raise ConfigError.from_problems(problems)
     default_name = source.stem if isinstance(source, Path) else "run"
     return LoadedConfig(config, _complete_origin(config, origin), name or default_name)
+
+
+def _validate(
+    values: dict[str, Any], origin: Mapping[str, str], problems: list[Problem]
+) -> tuple[Config | None, set[str]]:
+    """Return the configuration and the keys whose values were wrong; these have their defaults in it.
+
+    With the defaults in their place, rules about the other keys can still be checked, so that
+    all problems come at once. None where a required key is wrong.
+    """
+    try:
+        return Config.model_validate(values), set()
+    except ValidationError as error:
+        problems += _describe_errors(error.errors(), origin)
+        wrong = {_dotted_field(each["loc"]) for each in error.errors()}
+    rest = copy.deepcopy(values)
+    for key in wrong:
+        _remove_dotted(rest, key)
+    try:
+        return Config.model_validate(rest), wrong
+    except ValidationError:
+        return None, wrong
+
+
+def _remove_dotted(values: Any, key: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.get(parent) if isinstance(values, dict) else None
+    if isinstance(values, dict):
+        values.pop(last, None)
 
 
 def dump_config(config: Config) -> str:

@@ -5,6 +5,7 @@ Training takes its prompts from here too, so what is trained is what is sent.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from loralab.errors import DataError, PromptContractError
 from loralab.lookup import suggest
 
 CONTRACT_VERSION = 1
+_RESTORE = "restore the adapter folder's files, or train again with the new template"
 _PROBE = "loralab-probe-answer"
 _GOLDEN_PROMPTS = ("What is the capital of France?", "Sort these: 3, 1, 2.", "Grüße, 世界! 👋\n\nSecond line.")
 
@@ -157,17 +159,12 @@ class Prompter:
         Raises:
             PromptContractError: template, stop tokens or golden ids differ.
         """
-        fix = "restore the adapter folder's tokenizer files, or train again with the new template"
         now = self.contract()
-        for key in ("template", "stop_token_ids"):
-            if now[key] != contract.get(key):
-                what = f"prompt contract broken: {key} is {now[key]!r}, trained with {contract.get(key)!r}"
-                raise PromptContractError(what, where=where, fix=fix)
-        for golden in contract.get("golden", []):
-            ids = self.encode_prompt([Message("user", golden["prompt"])])
-            if ids != golden["ids"]:
-                what = f"prompt contract broken: {golden['prompt']!r} gives ids {ids}, trained with {golden['ids']}"
-                raise PromptContractError(what, where=where, fix=fix)
+        for key in ("template", "stop_token_ids", "golden"):
+            if now[key] == contract.get(key):
+                continue
+            difference = _first_difference(now[key], contract.get(key))
+            raise PromptContractError(f"prompt contract broken: {key} {difference}", where=where, fix=_RESTORE)
 
     def _ids_of(self, tokens: Sequence[str]) -> tuple[int, ...]:
         vocabulary = self.tokenizer.get_vocab()
@@ -193,3 +190,31 @@ class Prompter:
                 fix=f"name one, for example data.stop_tokens: [{(tokenizer.all_special_tokens or ['</s>'])[0]!r}]",
             )
         return StopTokens(self._ids_of(stops), tuple(stops), reason)
+
+
+def load_contracted(tokenizer: PreTrainedTokenizerBase, contract: Mapping[str, Any], *, where: str) -> Prompter:
+    """Return the prompter of an adapter's tokenizer, checked against the adapter's contract.
+
+    Raises:
+        PromptContractError: the contract is damaged, or the tokenizer does not keep it.
+    """
+    missing = [key for key in ("template", "stop_tokens", "stop_token_ids", "golden") if key not in contract]
+    if missing:
+        raise PromptContractError(f"prompt contract damaged: it has no {', '.join(missing)}", where=where, fix=_RESTORE)
+    if not isinstance(tokenizer.chat_template, str):
+        raise PromptContractError("prompt contract broken: the template is missing", where=where, fix=_RESTORE)
+    unknown = [token for token in contract["stop_tokens"] if token not in tokenizer.get_vocab()]
+    if unknown:
+        raise PromptContractError(
+            f"prompt contract broken: the tokenizer has no {unknown[0]!r}", where=where, fix=_RESTORE
+        )
+    prompter = Prompter(tokenizer, contract["stop_tokens"])
+    prompter.check_contract(contract, where=where)
+    return prompter
+
+
+def _first_difference(now: object, trained: object) -> str:
+    new, old = (value if isinstance(value, str) else json.dumps(value) for value in (now, trained))
+    at = next((i for i, (a, b) in enumerate(zip(new, old, strict=False)) if a != b), min(len(new), len(old)))
+    start = max(at - 20, 0)
+    return f"is ...{new[start : at + 20]!r}..., trained with ...{old[start : at + 20]!r}... (character {at})"

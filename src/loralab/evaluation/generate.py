@@ -5,7 +5,7 @@ came from it).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from loralab.data.prompter import Prompter
+from loralab.errors import ModelError
+from loralab.models.load import max_positions
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
 
@@ -72,7 +74,11 @@ def generate_answers(
 
     Returns:
         One answer per prompt, in order.
+
+    Raises:
+        ModelError: a prompt is longer than the model's positions.
     """
+    settings = _fit_positions(model, prompts, settings, reporter)
     was_training = model.training
     model.eval()
     torch.manual_seed(settings.seed)
@@ -84,6 +90,26 @@ def generate_answers(
     model.train(was_training)
     reporter.finish(label)
     return answers
+
+
+def _fit_positions(
+    model: SupervisedPeftModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings, reporter: Reporter
+) -> GenerationSettings:
+    limit = max_positions(model.language_model.config)
+    if limit is None or not prompts:
+        return settings
+    longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+    room = limit - len(prompts[longest])
+    if room < 1:
+        raise ModelError(
+            f"prompt of {len(prompts[longest])} tokens, but the model has {limit} positions",
+            where=f"prompt {longest + 1}",
+            fix="shorten it",
+        )
+    if room >= settings.max_new_tokens:
+        return settings
+    reporter.say(f"max_new_tokens {settings.max_new_tokens} -> {room}: the model has {limit} positions")
+    return replace(settings, max_new_tokens=room)
 
 
 def _generate_batch(

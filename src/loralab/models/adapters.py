@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loralab.config.schema import LoraConfig
-from loralab.errors import ConfigError, ModelError
+from loralab.errors import ConfigError, ModelError, excerpt
 from loralab.lookup import look_up, nearest_name
 from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
@@ -136,9 +136,8 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, where: str = "argument 
         model = _wrap(base, config)
         result = model.load_adapter(str(folder), "default", is_trainable=False)
     except (ValueError, RuntimeError, KeyError, SafetensorError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"the adapter does not fit this base: {first}",
+            f"the adapter does not fit this base: {excerpt(error)}",
             where=str(folder),
             fix="name the base that it was trained on",
         ) from error

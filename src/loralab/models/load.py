@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from loralab.config.schema import ModelConfig
-from loralab.errors import ModelError
+from loralab.errors import ModelError, excerpt
 from loralab.lookup import nearest_name
 from loralab.models.precision import Resolved
 from loralab.run import file_sha256
@@ -70,7 +71,7 @@ def model_source(name: str) -> str:
 
 
 def _explain(error: Exception, model: ModelConfig, what: str) -> ModelError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = excerpt(error)
     if "trust_remote_code" in str(error):
         fix = "set model.trust_remote_code: true if you trust the code that comes with it"
     elif Path(model.name).expanduser().is_dir():
@@ -79,7 +80,7 @@ def _explain(error: Exception, model: ModelConfig, what: str) -> ModelError:
         fix = (
             "check the spelling, the network, and for gated models `hf auth login` or HF_TOKEN; or give a local folder"
         )
-    return ModelError(f"cannot load the {what} of {model.name!r}: {first}", where="key model.name", fix=fix)
+    return ModelError(f"cannot load the {what} of {model.name!r}: {said}", where="key model.name", fix=fix)
 
 
 def load_tokenizer(model: ModelConfig, *, folder: Path | None = None) -> PreTrainedTokenizerBase:
@@ -114,14 +115,20 @@ def load_model_config(model: ModelConfig) -> PreTrainedConfig:
     return config
 
 
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens the model has positions for, or None where that is unlimited."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
 def check_length(config: PreTrainedConfig, max_length: int) -> None:
     """Check that `max_length` tokens have positions in the model.
 
     Raises:
         ModelError: the model has fewer positions.
     """
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and max_length > limit:
+    limit = max_positions(config)
+    if limit is not None and max_length > limit:
         raise ModelError(
             f"max_length {max_length} is more than the model's {limit} positions",
             where="key data.max_length",
@@ -155,7 +162,7 @@ def load_base_model(
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise _explain(error, model, "weights") from error
     finally:
         if shown:

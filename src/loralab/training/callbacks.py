@@ -14,9 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loralab.config.schema import EarlyStopping
+from loralab.errors import TrainingDivergedError
 from loralab.progress import Reporter
 from loralab.training.checkpoint import rotate_checkpoints, seal_checkpoint
 from loralab.training.sampler import StepSampler
@@ -135,7 +138,7 @@ class EarlyStopper(TrainerCallback):
         if value is None:
             return
         best, delta = self.run_state.best_value, self.early_stopping.min_delta if self.early_stopping else 0.0
-        if best is None or value < best - delta:
+        if math.isfinite(value) and (best is None or value < best - delta):
             self.run_state.best_value, self.run_state.best_step = float(value), state.global_step
             self.run_state.without_improvement = 0
             control.should_save |= self.save_best
@@ -144,7 +147,7 @@ class EarlyStopper(TrainerCallback):
         if self.early_stopping is not None and self.run_state.without_improvement >= self.early_stopping.patience:
             control.should_training_stop = True
             self.run_state.stopped_because = (
-                f"early stopping: {self.metric} has not been below {best:.4f} (step {self.run_state.best_step}) "
+                f"early stopping: {self.metric} has not been below its best (step {self.run_state.best_step}) "
                 f"for {self.early_stopping.patience} observations"
             )
 
@@ -204,6 +207,21 @@ class SignalStop(TrainerCallback):
             control.should_save = False
 
 
+def check_finite(model: nn.Module, *, step: int) -> None:
+    """Check that all trained weights are finite.
+
+    Raises:
+        TrainingDivergedError: one is not; it is named.
+    """
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and not bool(torch.isfinite(weight).all()):
+            raise TrainingDivergedError(
+                f"trained weights are not finite after step {step}: {name}",
+                where="optimizer step",
+                fix="lower training.learning_rate or set training.max_grad_norm (earlier checkpoints are unharmed)",
+            )
+
+
 class CheckpointSealer(TrainerCallback):
     """Seals what Trainer has saved into the staging folder, and rotates."""
 
@@ -213,8 +231,17 @@ class CheckpointSealer(TrainerCallback):
         self.contract = contract
         self.keep = keep
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Seal the newest checkpoint."""
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Seal the newest checkpoint, unless its weights are no numbers any more."""
+        if model is not None:
+            check_finite(model, step=state.global_step)
         started = time.perf_counter()
         staged = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         self.run_state.save(staged)

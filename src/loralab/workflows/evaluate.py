@@ -17,10 +17,11 @@ from loralab.errors import DataError
 from loralab.evaluation.generate import GenerationSettings, generate_answers
 from loralab.evaluation.perplexity import SplitLoss, compare_losses, measure_loss
 from loralab.lookup import suggest
+from loralab.models.load import check_length
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
 from loralab.run import write_json
-from loralab.workflows.session import Session, open_session
+from loralab.workflows.session import Session, load_adapter_tokenizer, open_session
 
 # Text rows have no prompt of their own: their samples continue this many tokens.
 _TEXT_PROMPT_TOKENS = 32
@@ -183,7 +184,8 @@ def _find_split(
     session: Session, data: str | None, data_split: str | None, reporter: Reporter
 ) -> tuple[str, TokenStore]:
     section, wanted = session.config.data, session.config.evaluation.split
-    tokenizer, template = session.prompter.tokenizer, str(session.prompter.tokenizer.chat_template)
+    check_length(session.model.language_model.config, section.max_length)
+    tokenizer, template = load_adapter_tokenizer(session.target, session.config), session.template
     if data is not None:
         alone = section.model_copy(update={"train": data, "validation": None, "test": None})
         named = None if Path(data).expanduser().is_file() else data_split

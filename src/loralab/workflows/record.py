@@ -3,6 +3,7 @@
 Owns what is recorded of versions, machine and choices, and when a folder may be written.
 """
 
+import errno
 import importlib.metadata
 import os
 import platform
@@ -23,7 +24,7 @@ try:
 except ImportError:  # Windows has none; the peak is then not recorded
     resource = None  # type: ignore[assignment]
 
-from loralab.config.load import LoadedConfig, dump_config
+from loralab.config.load import LoadedConfig, dump_config, load_config
 from loralab.config.schema import Config
 from loralab.errors import LoralabError, RunFolderError, StoppedBySignal, StorageError
 from loralab.models.precision import Resolved
@@ -63,6 +64,28 @@ def check_output(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
                 fix="name an empty or new folder; nothing there was touched",
             )
     _check_writable(path)
+
+
+def check_same_config(folder: RunFolder, config: Config) -> None:
+    """Check that a complete run was made with `config`.
+
+    Raises:
+        RunFolderError: a setting differs; each is named with both values.
+    """
+    before = load_config(folder.config).config.model_dump(mode="json")
+    wanted = anchored(config, folder).model_dump(mode="json")
+    differing = [
+        f"{section}.{key} was {before[section][key]!r}, now {value!r}"
+        for section, values in wanted.items()
+        for key, value in values.items()
+        if before[section][key] != value
+    ]
+    if differing:
+        raise RunFolderError(
+            f"the run is complete, with other settings: {'; '.join(differing)}",
+            where=str(folder.path),
+            fix="start a new run in another output.dir, or replace this one with --overwrite",
+        )
 
 
 def _check_writable(path: Path) -> None:
@@ -136,8 +159,18 @@ class RunRecord:
             "events": [],
             **facts,
         }
-        write_text(folder.config, dump_config(anchored(loaded.config, folder)))
-        record.update()
+        try:
+            write_text(folder.config, dump_config(anchored(loaded.config, folder)))
+            record.update()
+        except OSError as error:
+            clear_run(folder)
+            if not any(folder.path.iterdir()):
+                folder.path.rmdir()
+            raise StorageError(
+                f"cannot write to {str(folder.path)!r}: {error.strerror}",
+                where="key output.dir",
+                fix="free space, or name another output.dir",
+            ) from None
         return record
 
     @classmethod
@@ -251,7 +284,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _disk_full(error: BaseException, path: Path) -> bool:
-    if isinstance(error, OSError) and error.errno == 28:
+    # safetensors and torch wrap the system's error in their own; its text stays.
+    if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error) or "No space left" in str(error):
         return True
     if isinstance(error, LoralabError) or not isinstance(error, Exception):
         return False

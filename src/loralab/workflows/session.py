@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
-from loralab.data.prompter import Prompter, adds_bos
+from loralab.data.prompter import Prompter, adds_bos, load_contracted
 from loralab.data.templates import resolve_template
 from loralab.models.adapters import load_adapter, read_adapter_config
 from loralab.models.load import check_local_model, load_base_model, load_tokenizer
@@ -49,6 +50,7 @@ class Session:
         config: the run's configuration with overrides, or one made for the adapter.
         target: where it came from.
         device: where the model is.
+        template: the template that its contract fixes, or None where it has no contract.
     """
 
     model: SupervisedPeftModel
@@ -56,6 +58,7 @@ class Session:
     config: Config
     target: Target
     device: torch.device
+    template: str | None
 
 
 def find_target(path: Path) -> Target:
@@ -110,23 +113,28 @@ def open_session(path: Path, *, overrides: Sequence[str], base_model: str | None
     base, _ = load_base_model(config.model, dtype=precision.value, device=device.value)
     model = load_adapter(base, target.adapter)
     model.to(device.value)
-    return Session(model, prompter, config, target, device.value)
+    contracted = (target.adapter / CONTRACT_FILE).is_file()
+    template = str(prompter.tokenizer.chat_template) if contracted else None
+    return Session(model, prompter, config, target, device.value, template)
+
+
+def load_adapter_tokenizer(target: Target, config: Config) -> PreTrainedTokenizerBase:
+    """Return the tokenizer saved with an adapter, or its base model's where there is none."""
+    own = any((target.adapter / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return load_tokenizer(config.model, folder=target.adapter if own else None)
 
 
 def open_prompter(target: Target, config: Config, reporter: Reporter) -> Prompter:
     """Return the adapter's prompter: under its contract, or by best knowledge where it has none."""
-    own = any((target.adapter / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = load_tokenizer(config.model, folder=target.adapter if own else None)
+    tokenizer = load_adapter_tokenizer(target, config)
     contract_file = target.adapter / CONTRACT_FILE
     if contract_file.is_file():
-        contract = read_json(contract_file)
-        prompter = Prompter(tokenizer, contract["stop_tokens"])
-        prompter.check_contract(contract, where=str(contract_file))
-        return prompter
+        return load_contracted(tokenizer, read_json(contract_file), where=str(contract_file))
     known = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     template = resolve_template(
         config.data.template, own=known, fallback="none", own_first=True, adds_bos=adds_bos(tokenizer)
     )
     tokenizer.chat_template = template.text
-    reporter.say(f"no prompt contract in {target.adapter}: template {template.name} ({template.reason})")
+    used = "prompts are sent as they stand" if template.name == "none" else f"template {template.name}"
+    reporter.say(f"no prompt contract in {target.adapter}: {used}")
     return Prompter(tokenizer, config.data.stop_tokens)

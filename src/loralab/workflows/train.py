@@ -48,6 +48,7 @@ from loralab.training.callbacks import (
     SignalStop,
     StopRequest,
     catching_signals,
+    check_finite,
     truncate_metrics,
 )
 from loralab.training.checkpoint import STAGING, Checkpoint, check_contract, find_checkpoint
@@ -59,6 +60,7 @@ from loralab.workflows.evaluate import answer_samples, evaluate_split, resolve_s
 from loralab.workflows.record import (
     RunRecord,
     check_output,
+    check_same_config,
     clear_run,
     closing_record,
     describe_choices,
@@ -114,6 +116,7 @@ def train(loaded: LoadedConfig, *, reporter: Reporter, resume: bool = False, ove
     folder = RunFolder(run_path(loaded))
     check_output(folder, resume=resume, overwrite=overwrite)
     if resume and read_json(folder.record).get("status") == "completed":
+        check_same_config(folder, loaded.config)
         reporter.say(f"nothing to do: the run in {folder.path} is complete")
         return folder
     # Until there is something to save, a signal may end the process as signals do.
@@ -252,11 +255,14 @@ def _run_steps(run: Run, contract: Mapping[str, Any], checkpoint: Checkpoint | N
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
     state.start_clock()
-    trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        check_finite(run.model, step=trainer.state.global_step)
+    finally:
+        shutil.rmtree(run.folder.checkpoints / STAGING, ignore_errors=True)
     state.train_seconds = state.elapsed_seconds
     run.record.content["steps"] = trainer.state.global_step
     run.record.content["epochs"] = round(trainer.state.epoch or 0.0, 6)
-    shutil.rmtree(run.folder.checkpoints / STAGING, ignore_errors=True)
     return state
 
 
