@@ -63,14 +63,17 @@ class LoralabError(Exception):
         return error
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.problems)  # errors cross from worker processes
+        return _rebuild, (type(self), self.problems, self.exit_code)  # errors cross from worker processes
 
     def __str__(self) -> str:
         return "\n\n".join(problem.render() for problem in self.problems)
 
 
-def _rebuild(kind: type[LoralabError], problems: tuple[Problem, ...]) -> LoralabError:
-    return kind.from_problems(problems)
+def _rebuild(kind: type[LoralabError], problems: tuple[Problem, ...], exit_code: int) -> LoralabError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, problems[0].what)
+    error.problems, error.exit_code = problems, exit_code
+    return error
 
 
 class UserError(LoralabError):

@@ -104,6 +104,14 @@ def _check_validation_needs(config: Config) -> list[Finding]:
     return findings
 
 
+def _check_best(config: Config) -> list[Finding]:
+    early_stopping = config.training.early_stopping
+    if not config.training.load_best_model_at_end or early_stopping is None or early_stopping.metric != "loss":
+        return []
+    what = "early_stopping.metric is loss, but load_best_model_at_end chooses by an evaluation"
+    return [Finding("training.early_stopping.metric", what, "set it to eval_loss")]
+
+
 def _check_early_stopping_metric(config: Config) -> list[Finding]:
     early_stopping = config.training.early_stopping
     if early_stopping is None or early_stopping.metric in EARLY_STOPPING_METRICS:
@@ -163,6 +171,7 @@ RULES: tuple[Rule, ...] = (
     _check_warmup,
     _check_validation_needs,
     _check_early_stopping_metric,
+    _check_best,
     _check_trainer_args,
     _check_text,
 )

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from loralab.config.checks import Finding, check_config
 from loralab.config.schema import Config
-from loralab.config.yaml_lines import parse_scalar, parse_yaml
+from loralab.config.yaml_lines import dump_yaml, parse_scalar, parse_yaml
 from loralab.errors import ConfigError, Problem
 from loralab.lookup import nearest_name
 
@@ -107,14 +107,14 @@ def _remove_dotted(values: Any, key: str) -> None:
 
 def dump_config(config: Config) -> str:
     """Return the whole configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _read_source(source: Path | Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, int], list[Problem]]:
     if source is None:
         return {}, {}, []
     if not isinstance(source, Path):
-        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}, {}, []
+        return copy.deepcopy(dict(source)), {}, []
     document = parse_yaml(read_config_text(source), str(source))
     if document.problems:
         raise ConfigError.from_problems(document.problems)
@@ -156,7 +156,8 @@ def _apply_overrides(
     problems: list[Problem] = []
     if isinstance(overrides, Mapping):
         for key, value in _flatten(overrides).items():
-            _set_dotted(values, key, value)
+            if not _set_dotted(values, key, value):
+                problems.append(Problem(f"{key!r} goes below a single value", "argument overrides", "use section.key"))
             origin[key] = "argument"
         return problems
     for text in overrides:
@@ -289,11 +290,11 @@ def _suggest_key(key: str) -> str:
         return f"did you mean {same_name[0]!r}?"
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
     near = nearest_name(name, siblings or list(Config.model_fields))
+    anywhere = nearest_name(name, [*Config.model_fields, *(k.rpartition(".")[2] for k in known)])
+    if anywhere and anywhere != near and anywhere not in Config.model_fields:
+        return f"did you mean {next(k for k in known if k.endswith('.' + anywhere))!r}?"
     if near:
         return f"did you mean {near!r}?"
-    anywhere = nearest_name(name, [k.rpartition(".")[2] for k in known])
-    if anywhere:
-        return f"did you mean {next(k for k in known if k.endswith('.' + anywhere))!r}?"
     return f"known in {section or 'the file'}: {', '.join(siblings or Config.model_fields)}"
 
 

@@ -72,9 +72,31 @@ def parse_yaml(text: str, name: str) -> LinedYaml:
         document.problems.append(
             Problem(f"not valid YAML: {problem}", where, "check indentation, colons and quotes on that line")
         )
+    except RecursionError:
+        document.problems.append(Problem("an alias contains itself", name, "write the value out instead of using *"))
     finally:
         loader.dispose()
     return document
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper that also quotes what YAML 1.2 would not read as a string."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    try:
+        same = parse_scalar(value) == value
+    except yaml.YAMLError:
+        same = False
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if same else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump_yaml(value: Any) -> str:
+    """Return YAML that reads back equal by the 1.1 and the 1.2 rules."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def parse_scalar(text: str) -> Any:

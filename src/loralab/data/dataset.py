@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from loralab.config.schema import DataConfig
 from loralab.data.formats import FORMATS, resolve_format
 from loralab.data.pipeline import RowTokenizer, tokenize_rows
-from loralab.data.prompter import Prompter, adds_bos, apply_stop_setting
+from loralab.data.prompter import Prompter, apply_stop_setting, choose_bos_prefix
 from loralab.data.sources import Row, Source, resolve_sources
 from loralab.data.splits import Indices, split_units
 from loralab.data.store import TokenStore, read_store_report, write_store
@@ -164,15 +164,14 @@ def _detect(pool: _Pool, data: DataConfig) -> tuple[str, str]:
 
 
 def _check_format_settings(data: DataConfig, name: str) -> None:
-    if FORMATS[name].template is not None:
-        wrong = "long_text" if data.chosen("long_text") else None
-    else:
-        meaningless = (("template", "auto"), ("train_on", "all"))
-        wrong = next((key for key, same in meaningless if data.chosen(key) and getattr(data, key) != same), None)
-    if wrong is not None:
-        raise DataError(
-            f"data.{wrong} has no meaning for format {name}", where="section data", fix="remove it, or set data.format"
-        )
+    for key, harmless in FORMATS[name].meaningless.items():
+        value = getattr(data, key)
+        if data.chosen(key) and value != harmless:
+            raise DataError(
+                f"data.{key} has no meaning for format {name}, got {value!r}",
+                where="section data",
+                fix="remove it, or set data.format",
+            )
 
 
 def _choose_template(data: DataConfig, name: str, tokenizer: PreTrainedTokenizerBase, required: str | None) -> Template:
@@ -184,7 +183,7 @@ def _choose_template(data: DataConfig, name: str, tokenizer: PreTrainedTokenizer
         own=own if isinstance(own, str) else None,
         fallback=form.template,
         own_first=form.own_template_first,
-        adds_bos=adds_bos(tokenizer),
+        bos_prefix=choose_bos_prefix(tokenizer),
     )
 
 
@@ -273,6 +272,7 @@ def _report_part(store: TokenStore, units: Indices, stored: dict[str, Any], pool
     dropped = [entry for entry in stored["dropped"] if entry[0] in inside]
     lengths = store.lengths() if len(store) else np.zeros(1, dtype=np.int64)
     return {
+        "source_rows": stored["rows"],
         "rows_read": len(units),
         "rows_kept": len(store),
         "dropped": dict(Counter(reason for _, _, _, reason in dropped)),

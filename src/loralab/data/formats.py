@@ -4,7 +4,7 @@ Owns column names and format detection. Knows no tokenizer and no template text.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loralab.config.checks import Finding
@@ -34,6 +34,8 @@ class Format:
         template: template that `data.template: auto` takes when the tokenizer has none;
             None where the rows are no conversations.
         own_template_first: whether a tokenizer's own template goes before `template`.
+        meaningless: keys of the data section that rows of this format do not know, each with the
+            value besides the default that does no harm.
     """
 
     build: Callable[[Fields], Example]
@@ -41,6 +43,7 @@ class Format:
     optional: tuple[str, ...] = ()
     template: str | None = None
     own_template_first: bool = True
+    meaningless: Mapping[str, str] = field(default_factory=lambda: {"long_text": ""})
 
 
 def text_field(row: Fields, name: str, *, default: str | None = None) -> str:
@@ -55,7 +58,7 @@ def text_field(row: Fields, name: str, *, default: str | None = None) -> str:
     if isinstance(value, str):
         return value
     if name not in row:
-        raise RowError(f"missing field {name!r}; the row has: {', '.join(map(str, row)) or 'nothing'}")
+        raise RowError(f"missing field {name!r}; the row has: {_list(row)}")
     raise RowError(f"field {name!r} is {type(value).__name__}, not a string: {_short(value)}")
 
 
@@ -101,10 +104,16 @@ def build_tokenized(row: Fields) -> Example:
 def _integers(row: Fields, name: str) -> list[int]:
     value = row.get(name)
     if value is None:
-        raise RowError(f"missing field {name!r}; the row has: {', '.join(map(str, row)) or 'nothing'}")
+        raise RowError(f"missing field {name!r}; the row has: {_list(row)}")
     if not isinstance(value, (list, tuple)) or not all(isinstance(i, int) for i in value):
         raise RowError(f"field {name!r} is not a list of whole numbers: {_short(value)}")
     return list(value)
+
+
+def _list(names: Collection[str]) -> str:
+    shown = [" ".join(str(name).split())[:60] for name in list(names)[:20]]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return (", ".join(shown) or "nothing") + more
 
 
 def _short(value: object) -> str:
@@ -117,10 +126,10 @@ def rename_columns(row: Fields, columns: Mapping[str, str]) -> Fields:
     if not columns:
         return row
     renamed = dict(row)
-    for field, column in columns.items():
+    for name, column in columns.items():
         if column not in row:
-            raise RowError(f"missing column {column!r} (for {field!r}); the row has: {', '.join(map(str, row))}")
-        renamed[field] = row[column]
+            raise RowError(f"missing column {column!r} (for {name!r}); the row has: {_list(row)}")
+        renamed[name] = row[column]
     return renamed
 
 
@@ -143,7 +152,7 @@ def resolve_format(
         missing = [field for field in FORMATS[setting].required if field not in names]
         if missing:
             raise DataError(
-                f"format {setting} needs {', '.join(missing)}; the columns present are: {', '.join(present)}",
+                f"format {setting} needs {', '.join(missing)}; the columns present are: {_list(present)}",
                 where=where,
                 fix=f"map them: data.columns: {{{missing[0]}: YOUR_COLUMN}}, or choose another data.format",
             )
@@ -153,9 +162,9 @@ def resolve_format(
             return name, f"the columns {', '.join(form.required)} are present"
     needs = "; ".join(f"{name}: {', '.join(form.required)}" for name, form in FORMATS.items())
     raise DataError(
-        f"no format fits these columns: {', '.join(present)}",
+        f"no format fits these columns: {_list(present)}",
         where=where,
-        fix=f"map yours with data.columns: {{field: column}} (fields by format: {needs})",
+        fix=f"map yours with data.columns: {{field: column}} (fields: {needs}; a CSV file needs a header line)",
     )
 
 
@@ -175,10 +184,15 @@ def check_format_names(config: Config) -> list[Finding]:
 
 # In the order of detection: the most particular first.
 FORMATS: dict[str, Format] = {
-    "tokenized": Format(build_tokenized, ("input_ids", "labels"), ("attention_mask",)),
+    "tokenized": Format(
+        build_tokenized,
+        ("input_ids", "labels"),
+        ("attention_mask",),
+        meaningless={"template": "auto", "train_on": "response", "long_text": "split"},
+    ),
     "alpaca": Format(build_alpaca, ("instruction", "output"), ("input",), template="alpaca"),
     "prompt_completion": Format(
         build_prompt_completion, ("prompt", "completion"), template="none", own_template_first=False
     ),
-    "text": Format(build_text, ("text",)),
+    "text": Format(build_text, ("text",), meaningless={"template": "auto", "train_on": "all", "truncation": "right"}),
 }

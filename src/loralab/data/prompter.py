@@ -5,20 +5,20 @@ Training takes its prompts from here too, so what is trained is what is sent.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
 from loralab.data.example import Message
+from loralab.data.templates import BOS_PREFIXES
 from loralab.errors import DataError, PromptContractError
 from loralab.lookup import suggest
 
 CONTRACT_VERSION = 1
-_RESTORE = "restore the adapter folder's files, or train again with the new template"
 _PROBE = "loralab-probe-answer"
+_BEGINNINGS = ("Below is a text.", "a", "1 + 1")
 _GOLDEN_PROMPTS = ("What is the capital of France?", "Sort these: 3, 1, 2.", "Grüße, 世界! 👋\n\nSecond line.")
 
 
@@ -41,6 +41,18 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether the tokenizer starts plain text with its bos token."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def choose_bos_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the Jinja text that makes a rendered prompt begin as the tokenizer begins plain text."""
+    if not adds_bos(tokenizer):
+        return ""
+    plain = [tokenizer(text)["input_ids"] for text in _BEGINNINGS]
+    for blank, prefix in BOS_PREFIXES.items():
+        rendered = [f"{tokenizer.bos_token}{blank}{text}" for text in _BEGINNINGS]
+        if tokenizer(rendered, add_special_tokens=False)["input_ids"] == plain:
+            return prefix
+    return BOS_PREFIXES[""]
 
 
 def apply_stop_setting(tokenizer: PreTrainedTokenizerBase, setting: Sequence[str] | None) -> None:
@@ -77,6 +89,7 @@ class Prompter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_setting: Sequence[str] | None = None) -> None:
         self.tokenizer = tokenizer
         self.stop = self._resolve_stop(stop_setting)
+        self._joint = self._choose_joint()
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """Return the text that the template makes of `messages`.
@@ -104,6 +117,20 @@ class Prompter:
             return []
         ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+    def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of answers, as they continue a prompt.
+
+        SentencePiece-like tokenizers put a blank before every text; an answer behind a prompt has
+        none. A special token before it keeps the blank away and is taken off again.
+        """
+        if self._joint is None:
+            return self.encode(texts)
+        text, token = self._joint
+        encoded = self.encode([text + answer for answer in texts])
+        if all(ids[:1] == [token] for ids in encoded):
+            return [ids[1:] for ids in encoded]
+        return self.encode(texts)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the serving call: the rendered messages and the generation prompt."""
@@ -160,11 +187,29 @@ class Prompter:
             PromptContractError: template, stop tokens or golden ids differ.
         """
         now = self.contract()
-        for key in ("template", "stop_token_ids", "golden"):
-            if now[key] == contract.get(key):
-                continue
-            difference = _first_difference(now[key], contract.get(key))
-            raise PromptContractError(f"prompt contract broken: {key} {difference}", where=where, fix=_RESTORE)
+        if now["template"] != contract.get("template"):
+            _break(f"template {_first_difference(now['template'], str(contract.get('template')))}", where)
+        if now["stop_token_ids"] != contract.get("stop_token_ids"):
+            _break(f"stop_token_ids is {now['stop_token_ids']}, trained with {contract.get('stop_token_ids')}", where)
+        for golden in contract.get("golden", []):
+            ids = self.encode_prompt([Message("user", golden["prompt"])])
+            if ids != golden.get("ids"):
+                _break(f"{golden['prompt']!r} gives ids {ids}, trained with {golden.get('ids')}", where)
+
+    def _choose_joint(self) -> tuple[str, int] | None:
+        """Return a special token that leaves the text behind it alone, or None."""
+        for token_id, token in self.tokenizer.added_tokens_decoder.items():
+            if token.special and not token.rstrip and not token.lstrip:
+                return str(token.content), int(token_id)
+        return None
+
+    def _no_stop(self) -> DataError:
+        example = (self.tokenizer.all_special_tokens or ["</s>"])[0]
+        return DataError(
+            "this tokenizer has no end token and the template writes none of its own",
+            where="key data.stop_tokens",
+            fix=f"name one, for example data.stop_tokens: [{example!r}]",
+        )
 
     def _ids_of(self, tokens: Sequence[str]) -> tuple[int, ...]:
         vocabulary = self.tokenizer.get_vocab()
@@ -174,6 +219,8 @@ class Prompter:
         tokenizer = self.tokenizer
         if setting:
             return StopTokens(self._ids_of(setting), tuple(setting), "set in data.stop_tokens")
+        if tokenizer.eos_token is None and "eos_token" in str(tokenizer.chat_template):
+            raise self._no_stop()
         text = self.render([Message("user", "question"), Message("assistant", _PROBE)], add_generation_prompt=False)
         behind = text.rpartition(_PROBE)[2].lstrip()
         written = [token for token in tokenizer.all_special_tokens if token and behind.startswith(token)]
@@ -184,11 +231,7 @@ class Prompter:
             ends = "the tokenizer's end token"
             reason = f"{reason}; {ends} also stops" if reason else f"{ends} (the template writes none)"
         if not stops:
-            raise DataError(
-                "this tokenizer has no end token and the template writes none",
-                where="key data.stop_tokens",
-                fix=f"name one, for example data.stop_tokens: [{(tokenizer.all_special_tokens or ['</s>'])[0]!r}]",
-            )
+            raise self._no_stop()
         return StopTokens(self._ids_of(stops), tuple(stops), reason)
 
 
@@ -198,23 +241,28 @@ def load_contracted(tokenizer: PreTrainedTokenizerBase, contract: Mapping[str, A
     Raises:
         PromptContractError: the contract is damaged, or the tokenizer does not keep it.
     """
-    missing = [key for key in ("template", "stop_tokens", "stop_token_ids", "golden") if key not in contract]
+    missing = [key for key in ("template", "stop_tokens", "stop_token_ids", "golden") if not contract.get(key)]
     if missing:
-        raise PromptContractError(f"prompt contract damaged: it has no {', '.join(missing)}", where=where, fix=_RESTORE)
+        _break(f"the contract has no {', '.join(missing)}", where)
     if not isinstance(tokenizer.chat_template, str):
-        raise PromptContractError("prompt contract broken: the template is missing", where=where, fix=_RESTORE)
+        _break("the tokenizer's chat template is missing", where)
     unknown = [token for token in contract["stop_tokens"] if token not in tokenizer.get_vocab()]
     if unknown:
-        raise PromptContractError(
-            f"prompt contract broken: the tokenizer has no {unknown[0]!r}", where=where, fix=_RESTORE
-        )
+        _break(f"the tokenizer has no {unknown[0]!r}", where)
     prompter = Prompter(tokenizer, contract["stop_tokens"])
     prompter.check_contract(contract, where=where)
     return prompter
 
 
-def _first_difference(now: object, trained: object) -> str:
-    new, old = (value if isinstance(value, str) else json.dumps(value) for value in (now, trained))
-    at = next((i for i, (a, b) in enumerate(zip(new, old, strict=False)) if a != b), min(len(new), len(old)))
+def _break(what: str, where: str) -> NoReturn:
+    raise PromptContractError(
+        f"prompt contract broken: {what}",
+        where=where,
+        fix="restore the adapter folder's tokenizer files, or train again with the new template",
+    )
+
+
+def _first_difference(now: str, trained: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(now, trained, strict=False)) if a != b), min(len(now), len(trained)))
     start = max(at - 20, 0)
-    return f"is ...{new[start : at + 20]!r}..., trained with ...{old[start : at + 20]!r}... (character {at})"
+    return f"is ...{now[start : at + 20]!r}..., trained with ...{trained[start : at + 20]!r}... (character {at})"

@@ -23,6 +23,7 @@ _EXAMPLE_COLUMNS = 6
 _BRANCH_COLUMNS = 3
 _TRUNCATED, _EMPTY_ANSWER = 1, 2
 _MANIFEST = "manifest.json"
+_ARRAYS = ("tokens.npy", "branches.npy", "examples.npy")
 
 
 class TokenStore(Sequence[TokenizedExample]):
@@ -117,7 +118,7 @@ def write_store(folder: Path, units: Iterable[tuple[int, int, Unit]], *, report:
     staging = Path(tempfile.mkdtemp(prefix=".tokenizing-", dir=folder.parent))
     try:
         _write_arrays(staging, units)
-        sizes = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
+        sizes = {name: (staging / name).stat().st_size for name in _ARRAYS}
         (staging / _MANIFEST).write_text(json.dumps({"sizes": sizes, "report": report}), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -156,7 +157,7 @@ def read_store_report(folder: Path) -> dict[str, Any] | None:
     """Return the report of a complete store, or None where there is none or it is damaged."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in manifest["sizes"].items())
-        return dict(manifest["report"]) if whole else None
+        sizes = {name: (folder / name).stat().st_size for name in _ARRAYS}
+        return dict(manifest["report"]) if manifest["sizes"] == sizes else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -46,9 +46,10 @@ NONE = (
     "{%- endfor -%}"
 )
 
-# Put before a named template where the tokenizer starts every text with its bos token, so that
-# the chat template alone gives the ids that the base model was trained to see first.
-BOS_PREFIX = "{{- bos_token -}}"
+# One of these goes before a named template where the tokenizer starts every text with its bos
+# token, so that the chat template alone gives the ids that the base model was trained to see
+# first. SentencePiece-like tokenizers need the blank that they put before plain text themselves.
+BOS_PREFIXES = {"": "{{- bos_token -}}", " ": "{{- bos_token + ' ' -}}"}
 
 TOKENIZERS_OWN = "tokenizer"
 
@@ -69,7 +70,7 @@ class Template:
 
 
 def resolve_template(
-    setting: str, *, own: str | None, fallback: str | None, own_first: bool, adds_bos: bool
+    setting: str, *, own: str | None, fallback: str | None, own_first: bool, bos_prefix: str
 ) -> Template:
     """Choose the template.
 
@@ -78,18 +79,17 @@ def resolve_template(
         own: the tokenizer's own chat template, if it has one.
         fallback: the format's template for `auto`; None for rows that are not prompted.
         own_first: whether `auto` prefers `own` to `fallback`.
-        adds_bos: whether the tokenizer starts plain text with its bos token.
+        bos_prefix: Jinja text that writes the bos token, or "" where there is none to write.
 
     Raises:
         DataError: `tokenizer` without a template, or a file that cannot be read.
     """
-    prefix = BOS_PREFIX if adds_bos else ""
     if setting == "auto":
         if own and own_first and fallback is not None:
             return Template(TOKENIZERS_OWN, own, "the tokenizer has a chat template of its own")
         name = fallback or "none"
         why = "rows of this format are used as they stand" if name == "none" else "the tokenizer has no chat template"
-        return Template(name, prefix + TEMPLATES[name], why)
+        return Template(name, bos_prefix + TEMPLATES[name], why)
     if setting == TOKENIZERS_OWN:
         if own:
             return Template(setting, own, "set in data.template")
@@ -99,7 +99,7 @@ def resolve_template(
             fix=f"choose one: {', '.join(TEMPLATES)}, or the path of a Jinja file",
         )
     if setting in TEMPLATES:
-        return Template(setting, prefix + TEMPLATES[setting], "set in data.template")
+        return Template(setting, bos_prefix + TEMPLATES[setting], "set in data.template")
     return Template(setting, _read_template(Path(setting)), "file set in data.template")
 
 

@@ -4,6 +4,7 @@ Owns what is supervised, truncation and text windows. Knows the tokenizer (throu
 `Prompter`) and no column names.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -61,21 +62,23 @@ def tokenize_examples(
     Raises:
         DataError: the template fails, or an example is too long and `truncation` is "error".
     """
-    texts: list[str] = []
-    spans: list[tuple[int, int]] = []
+    prompts: list[str] = []
+    answers: list[str] = []
+    documents: list[str] = []
+    turns = []
     for example in examples:
-        start = len(texts)
+        texts = _turn_texts(example, prompter, settings) if isinstance(example, Conversation) else []
+        turns.append(len(texts))
+        prompts += [prompt for prompt, _ in texts]
+        answers += [answer for _, answer in texts]
+        documents += [example.text] if isinstance(example, Document) else []
+    pairs = zip(prompter.encode(prompts), prompter.encode_answers(answers), strict=True)
+    texts_ids = iter(prompter.encode(documents))
+    for example, count in zip(examples, turns, strict=True):
         if isinstance(example, Conversation):
-            texts += _turn_texts(example, prompter, settings)
+            yield [_conversation_unit(list(itertools.islice(pairs, count)), prompter, settings)]
         elif isinstance(example, Document):
-            texts.append(example.text)
-        spans.append((start, len(texts)))
-    ids = prompter.encode(texts)
-    for example, (start, end) in zip(examples, spans, strict=True):
-        if isinstance(example, Conversation):
-            yield [_conversation_unit(example, ids[start:end], prompter, settings)]
-        elif isinstance(example, Document):
-            yield _document_units(ids[start], prompter, settings)
+            yield _document_units(next(texts_ids), prompter, settings)
         else:
             yield [_tokens_unit(example, settings)]
 
@@ -85,17 +88,17 @@ def _trained_turns(example: Conversation, settings: TokenizeSettings) -> list[in
     return turns if settings.train_on == "response" else turns[-1:]
 
 
-def _turn_texts(example: Conversation, prompter: Prompter, settings: TokenizeSettings) -> list[str]:
-    return [text for turn in _trained_turns(example, settings) for text in prompter.split_turn(example.messages, turn)]
+def _turn_texts(example: Conversation, prompter: Prompter, settings: TokenizeSettings) -> list[tuple[str, str]]:
+    return [prompter.split_turn(example.messages, turn) for turn in _trained_turns(example, settings)]
 
 
 def _conversation_unit(
-    example: Conversation, ids: Sequence[list[int]], prompter: Prompter, settings: TokenizeSettings
+    turns: Sequence[tuple[list[int], list[int]]], prompter: Prompter, settings: TokenizeSettings
 ) -> Unit:
     unit = Unit()
-    if not ids:
+    if not turns:
         return Unit(dropped="no_assistant_turn")
-    for prompt, answer in zip(ids[::2], ids[1::2], strict=True):
+    for prompt, answer in turns:
         dropped = _add_turn(unit, prompt, answer, stops=prompter.stop.ids, settings=settings)
         if dropped is not None:
             return Unit(dropped=dropped)

@@ -130,6 +130,7 @@ def _generate_batch(
         eos_token_id=list(prompter.stop.ids),
         pad_token_id=pad,
         use_cache=True,
+        top_k=0,
         **sampling,
     )
     generate = cast(Callable[..., Tensor], model.generate)

@@ -139,7 +139,8 @@ def compare_losses(adapter: SplitLoss, base: SplitLoss, *, resamples: int, level
     if len(nats) > _BOOTSTRAP_ROWS:
         residual = nats - result["eval_loss"] * counts
         error = math.sqrt(len(nats) * residual.var(ddof=1)) / counts.sum()
-        low, high = stats.norm.interval(level, loc=result["eval_loss"], scale=error)
+        half = float(stats.norm.ppf((1 + level) / 2)) * error
+        low, high = result["eval_loss"] - half, result["eval_loss"] + half
         return result | {"low": float(low), "high": float(high), "method": "normal interval of the ratio, by example"}
     interval = stats.bootstrap(
         (nats, counts),

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -66,7 +66,8 @@ def _wrap(base: PreTrainedModel, config: PeftConfig) -> SupervisedPeftModel:
 
 
 def _build_lora(lora: LoraConfig, base: PreTrainedModel, targets: list[str]) -> PeftLoraConfig:
-    conv = any(isinstance(m, Conv1D) for n, m in base.named_modules() if n.rpartition(".")[2] in targets)
+    endings = tuple(f".{target}" for target in targets)
+    conv = any(isinstance(module, Conv1D) for name, module in base.named_modules() if f".{name}".endswith(endings))
     return PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
@@ -100,7 +101,7 @@ def resolve_target_modules(base: PreTrainedModel, lora: LoraConfig) -> Resolved[
     if setting == "attention":
         inside = [name for name in layers if _ATTENTION.search(name.rpartition(".")[0])]
         if inside:
-            return Resolved(_last_parts(inside), "the linear layers inside attention")
+            return Resolved(_telling_parts(inside, layers), "the linear layers inside attention")
         raise ConfigError(
             "no attention layer was recognised by name",
             where="key lora.target_modules",
@@ -184,6 +185,18 @@ def adapter_sha256(folder: Path) -> str:
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _telling_parts(names: Sequence[str], layers: Mapping[str, nn.Module]) -> list[str]:
+    """Return the shortest name endings that match `names` and no other layer."""
+    others = [layer for layer in layers if layer not in set(names)]
+
+    def ending(name: str) -> str:
+        parts = name.split(".")
+        tails = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+        return next(tail for tail in tails if not any(f".{other}".endswith(f".{tail}") for other in others))
+
+    return sorted({ending(name) for name in names})
 
 
 VariantBuilder = Callable[[LoraConfig, PreTrainedModel, list[str]], PeftConfig]

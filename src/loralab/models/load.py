@@ -6,13 +6,21 @@ are safetensors only; remote code runs only when asked for.
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -153,7 +161,7 @@ def load_base_model(
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # progress is the reporter's
     try:
-        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_source(model.name),
             config=config,
             revision=model.revision,
@@ -161,18 +169,34 @@ def load_base_model(
             attn_implementation=attention.value,
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise _explain(error, model, "weights") from error
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+    base: PreTrainedModel
+    base, info = loaded
+    _check_complete(base, info, model)
+    # What a base recommends for sampling (penalties, beams) is no part of a comparison.
+    base.generation_config = GenerationConfig()
     base.requires_grad_(False)
     base.to(device)  # type: ignore[arg-type]
     base.config.use_cache = False
     held: str = model.quantization
     quantization = Resolved(held, "set in model.quantization or by default")
     return base, {"base_dropout": dropout, "attn_implementation": attention, "quantization": quantization}
+
+
+def _check_complete(base: PreTrainedModel, info: Mapping[str, Any], model: ModelConfig) -> None:
+    missing = sorted(map(str, info.get("missing_keys") or ()))
+    if missing:
+        raise ModelError(
+            f"{len(missing)} weights of {type(base).__name__} are not in {model.name!r} (first: {missing[0]})",
+            where="key model.name",
+            fix="give complete weights; the missing ones would be random numbers",
+        )
 
 
 def resolve_attention(model: ModelConfig, config: PreTrainedConfig) -> Resolved[str]:

@@ -16,6 +16,15 @@ from transformers import PreTrainedModel
 # Rows of the probe that compares the gathered head with the model's own logits.
 _PROBE_TOKENS = 8
 _PROBE_TOLERANCE = 1e-3
+# Settings of models that scale or cap logits; a cap shows only on large logits, so the probe is not enough.
+_BEHIND_HEAD = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
 
 
 class SupervisedPeftModel(PeftModelForCausalLM):
@@ -77,6 +86,11 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         Returns:
             None where the gathered head is right, else the reason for full logits.
         """
+        config = self.language_model.config
+        behind = [name for name in _BEHIND_HEAD if getattr(config, name, None) not in (None, 1, 1.0)]
+        if behind:
+            self.full_logits_reason = f"the model changes logits behind its head ({behind[0]})"
+            return self.full_logits_reason
         weight = self.embedding.weight
         positions = torch.arange(_PROBE_TOKENS, device=weight.device)
         ids = (positions * 7 % weight.shape[0])[None]

@@ -147,9 +147,13 @@ class EarlyStopper(TrainerCallback):
         if self.early_stopping is not None and self.run_state.without_improvement >= self.early_stopping.patience:
             control.should_training_stop = True
             self.run_state.stopped_because = (
-                f"early stopping: {self.metric} has not been below its best (step {self.run_state.best_step}) "
+                f"early stopping: {self.metric} has not been {_below(best)} (step {self.run_state.best_step}) "
                 f"for {self.early_stopping.patience} observations"
             )
+
+
+def _below(best: float | None) -> str:
+    return "a number" if best is None else f"below {best:.4f}"
 
 
 @dataclass

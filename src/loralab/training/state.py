@@ -41,15 +41,17 @@ class RunState:
     _started: float = field(default_factory=time.perf_counter, repr=False)
     _window_started: float = field(default_factory=time.perf_counter, repr=False)
     _paused: float = field(default=0.0, repr=False)
+    _paused_in_all: float = field(default=0.0, repr=False)
 
     def start_clock(self) -> None:
         """Count seconds from here."""
         self._started = self._window_started = time.perf_counter()
-        self._paused = 0.0
+        self._paused = self._paused_in_all = 0.0
 
     def pause_clock(self, seconds: float) -> None:
-        """Leave `seconds` (an evaluation, a save) out of the throughput of the window."""
+        """Leave `seconds` (an evaluation, a save) out of the time of training."""
         self._paused += seconds
+        self._paused_in_all += seconds
 
     def add_step(self, *, total: float, count: int, tokens: int, examples: int) -> None:
         """Add one optimizer step to the window."""
@@ -71,8 +73,8 @@ class RunState:
 
     @property
     def elapsed_seconds(self) -> float:
-        """Seconds of training in all processes so far."""
-        return self.train_seconds + time.perf_counter() - self._started
+        """Seconds of training so far, earlier processes included, evaluations and saves not."""
+        return self.train_seconds + time.perf_counter() - self._started - self._paused_in_all
 
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint folder."""

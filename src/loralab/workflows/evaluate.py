@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from loralab.config.schema import EvaluationConfig
+from loralab.config.schema import DataConfig, EvaluationConfig
 from loralab.data.dataset import prepare_data
 from loralab.data.prompter import Prompter
 from loralab.data.store import TokenStore
@@ -17,7 +17,7 @@ from loralab.errors import DataError
 from loralab.evaluation.generate import GenerationSettings, generate_answers
 from loralab.evaluation.perplexity import SplitLoss, compare_losses, measure_loss
 from loralab.lookup import suggest
-from loralab.models.load import check_length
+from loralab.models.load import check_length, max_positions
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
 from loralab.run import write_json
@@ -183,8 +183,9 @@ def evaluate(
 def _find_split(
     session: Session, data: str | None, data_split: str | None, reporter: Reporter
 ) -> tuple[str, TokenStore]:
-    section, wanted = session.config.data, session.config.evaluation.split
-    check_length(session.model.language_model.config, section.max_length)
+    if data is None and session.target.folder is None:
+        raise DataError("no data to evaluate on", where=str(session.target.adapter), fix="name some with --data FILE")
+    section, wanted = _fit_length(session, reporter), session.config.evaluation.split
     tokenizer, template = load_adapter_tokenizer(session.target, session.config), session.template
     if data is not None:
         alone = section.model_copy(update={"train": data, "validation": None, "test": None})
@@ -193,14 +194,23 @@ def _find_split(
             reporter.say(f"{data} is one file: all its rows are evaluated as split {data_split}")
         prepared = prepare_data(alone, tokenizer, reporter=reporter, template=template, split=named)
         return data_split or "train", prepared.splits["train"]
-    if session.target.folder is None:
-        raise DataError("no data to evaluate on", where=str(session.target.adapter), fix="name some with --data FILE")
     prepared = prepare_data(section, tokenizer, reporter=reporter, template=template)
     chosen = resolve_split(wanted, prepared.splits)
     if chosen is None:
         raise DataError(
             "the run has no validation or test split",
-            where=str(session.target.folder.config),
+            where=str(session.target.adapter),
             fix="name data with --data FILE, or evaluate the training rows with --split train",
         )
     return chosen, prepared.splits[chosen]
+
+
+def _fit_length(session: Session, reporter: Reporter) -> DataConfig:
+    """Return the data section with a default max_length that the model has positions for."""
+    section, config = session.config.data, session.model.language_model.config
+    limit = max_positions(config)
+    if limit is not None and not section.chosen("max_length") and section.max_length > limit:
+        reporter.say(f"max_length: {limit} (all positions that the model has)")
+        return section.model_copy(update={"max_length": limit})
+    check_length(config, section.max_length)
+    return section

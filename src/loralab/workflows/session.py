@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
-from loralab.data.prompter import Prompter, adds_bos, load_contracted
+from loralab.data.prompter import Prompter, apply_stop_setting, choose_bos_prefix, load_contracted
 from loralab.data.templates import resolve_template
 from loralab.models.adapters import load_adapter, read_adapter_config
 from loralab.models.load import check_local_model, load_base_model, load_tokenizer
@@ -130,9 +130,10 @@ def open_prompter(target: Target, config: Config, reporter: Reporter) -> Prompte
     contract_file = target.adapter / CONTRACT_FILE
     if contract_file.is_file():
         return load_contracted(tokenizer, read_json(contract_file), where=str(contract_file))
+    apply_stop_setting(tokenizer, config.data.stop_tokens)
     known = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     template = resolve_template(
-        config.data.template, own=known, fallback="none", own_first=True, adds_bos=adds_bos(tokenizer)
+        config.data.template, own=known, fallback="none", own_first=True, bos_prefix=choose_bos_prefix(tokenizer)
     )
     tokenizer.chat_template = template.text
     used = "prompts are sent as they stand" if template.name == "none" else f"template {template.name}"

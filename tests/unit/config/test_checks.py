@@ -48,6 +48,15 @@ BROKEN: list[tuple[str, Values, list[str], str]] = [
         "did you mean 'eval_loss'?",
     ),
     (
+        "_check_best",
+        {
+            "data": {"validation": 0.1},
+            "training": {"load_best_model_at_end": True, "early_stopping": {"metric": "loss"}},
+        },
+        ["training.early_stopping.metric"],
+        "set it to eval_loss",
+    ),
+    (
         "_check_trainer_args",
         {"advanced": {"trainer_args": {"bf16": True}}},
         ["advanced.trainer_args.bf16"],

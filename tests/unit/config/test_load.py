@@ -74,8 +74,8 @@ def test_duplicate_key_and_invalid_yaml_stop_the_reading(path: Path) -> None:
         ("learning_rate: 3\n", 5, "learning_rate", "did you mean 'training.learning_rate'?"),
         ("output:\n  zzzzz: 3\n", 6, "output.zzzzz", "known in output: dir"),
         (
-            "training:\n  early_stopping:\n    patiense: 3\n",
-            7,
+            "training:\n  early_stopping:\n    metric: loss\n    patiense: 3\n",
+            8,
             "training.early_stopping.patiense",
             "did you mean 'patience'?",
         ),
@@ -238,7 +238,7 @@ FULL: dict[str, Any] = {
         "num_workers": 0,
     },
     "lora": {"target_modules": ["q", "v"], "alpha": 1e-05},
-    "training": {"learning_rate": 1e-20, "early_stopping": {"metric": "loss"}, "max_grad_norm": float("inf")},
+    "training": {"learning_rate": 1e-20, "early_stopping": {"metric": "loss"}},
     "advanced": {"trainer_args": {"adam_beta1": 0.5, "lr_scheduler_kwargs": {"num_cycles": 2}}},
 }
 

@@ -73,7 +73,7 @@ def test_named_templates_extend_their_own_prompt(name: str) -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_bos_is_written_once_where_the_tokenizer_adds_it(name: str) -> None:
     tokenizer = build_tokenizer(bos=True)
-    chosen = resolve_template(name, own=None, fallback=None, own_first=True, adds_bos=True)
+    chosen = resolve_template(name, own=None, fallback=None, own_first=True, bos_prefix="{{- bos_token -}}")
     tokenizer.chat_template = chosen.text
     ids = Prompter(tokenizer).encode_prompt([Message("user", "a")])
     assert ids[0] == tokenizer.bos_token_id
@@ -108,13 +108,13 @@ def test_adds_bos_looks_at_what_the_tokenizer_does() -> None:
 def test_choice_of_template(
     setting: str, own: str | None, fallback: str | None, own_first: bool, name: str, reason: str
 ) -> None:
-    chosen = resolve_template(setting, own=own, fallback=fallback, own_first=own_first, adds_bos=False)
+    chosen = resolve_template(setting, own=own, fallback=fallback, own_first=own_first, bos_prefix="")
     assert (chosen.name, chosen.reason) == (name, reason)
     assert chosen.text == (own if name == "tokenizer" else TEMPLATES[name])
 
 
 def resolve(setting: str) -> Any:
-    return resolve_template(setting, own=None, fallback="alpaca", own_first=True, adds_bos=True)
+    return resolve_template(setting, own=None, fallback="alpaca", own_first=True, bos_prefix="{{- bos_token -}}")
 
 
 def test_tokenizer_without_template_cannot_be_asked_for_one() -> None:

@@ -1,5 +1,6 @@
 """Answers: greedy is the argmax, stops stop, and padding changes nothing."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +66,7 @@ class Scripted(torch.nn.Module):
     def __init__(self, *tails: list[int]) -> None:
         super().__init__()
         self.embedding = torch.nn.Embedding(2, 2)
+        self.language_model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=256))
         self.tails = torch.tensor(tails)
         self.calls: list[dict[str, Any]] = []
 
