@@ -140,30 +140,30 @@ def test_uncut_data_keeps_every_row_in_order(case: Case) -> None:
 def test_supervised_text_is_the_answer(case: Case) -> None:
     """The supervised ids stand for exactly the bytes of the answer, and decode to it, behind them the stop token.
 
-    Byte-level tokenizers: the bytes of the pieces are the answer's UTF-8. SentencePiece puts a
-    blank before a text that does not begin with one (so a leading blank and none are the same to
-    it, and the decoder removes one); with that blank the bytes are equal too.
+    The bytes of the pieces are the answer's UTF-8, without the blank that SentencePiece puts before
+    a text of its own. Its decoder removes a leading blank, also one that the answer begins with.
     """
     vocabulary, tokenizer = case.vocabulary, case.tokenizer
     answers = [case.whole[row][1] for row in range(1, len(case.rows) + 1)]
     decoded = tokenizer.batch_decode([ids[:-1] for ids in answers], clean_up_tokenization_spaces=False)
     for row, (ids, text, output) in enumerate(zip(answers, decoded, case.outputs, strict=True), 1):
         assert ids[-1] == vocabulary.stop, f"row {row} does not end with the stop token"
-        blank = "" if vocabulary.byte_level or output.startswith(" ") else " "
-        expected = (blank + output).encode()
-        assert token_bytes(tokenizer, ids[:-1], byte_level=vocabulary.byte_level) == expected, f"row {row}"
+        assert token_bytes(tokenizer, ids[:-1], byte_level=vocabulary.byte_level) == output.encode(), f"row {row}"
         assert text == (output if vocabulary.byte_level else output.removeprefix(" ")), f"row {row}"
 
 
 def test_supervised_offsets_tile_the_answer(case: Case) -> None:
-    """The answer's text, tokenized alone, gives the supervised ids but the last; their offsets leave no gap.
+    """The answer's text behind a special token gives the supervised ids but the last; their offsets leave no gap.
 
     They begin at character 0 and end at the answer's length. Neighbours share a character only
     where a token holds a part of its bytes, or where SentencePiece's own blank stands at it.
     """
-    encoded = case.tokenizer(case.outputs, add_special_tokens=False, return_offsets_mapping=True)
+    mark = case.tokenizer.convert_ids_to_tokens(case.vocabulary.stop)
+    marked = [mark + output for output in case.outputs]
+    encoded = case.tokenizer(marked, add_special_tokens=False, return_offsets_mapping=True)
     for row, output in enumerate(case.outputs, 1):
-        ids, offsets = encoded["input_ids"][row - 1], encoded["offset_mapping"][row - 1]
+        ids = encoded["input_ids"][row - 1][1:]
+        offsets = [(a - len(mark), b - len(mark)) for a, b in encoded["offset_mapping"][row - 1][1:]]
         assert case.whole[row][1] == [*ids, case.vocabulary.stop], f"row {row}"
         error = tiling_error(offsets, len(output))
         assert error is None, f"row {row}: {error}"
@@ -183,9 +183,8 @@ def test_prompt_text_is_the_published_one(case: Case) -> None:
             [chat_messages(row) for row in case.rows], tokenize=False, add_generation_prompt=True
         )
     else:
-        begin = "" if case.vocabulary.bos is None else case.tokenizer.convert_ids_to_tokens(case.vocabulary.bos)
-        texts = [begin + plain_prompt(row) for row in case.rows]
-    expected = case.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        texts = [plain_prompt(row) for row in case.rows]
+    expected = case.tokenizer(texts, add_special_tokens=not case.vocabulary.own_template)["input_ids"]
     wrong = [row for row, (prompt, _) in case.whole.items() if prompt != expected[row - 1]]
     assert wrong == []
 
