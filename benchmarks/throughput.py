@@ -1,9 +1,10 @@
 """Tokens per second of loralab and of plain transformers + peft on the same rows, side by side.
 
 Both train the same adapter on the same model, batches and order; each epoch of one is followed
-by an epoch of the other, and the ratio of each pair is reported. Run it on an idle machine:
+by an epoch of the other, and the ratio of each pair is reported. Without arguments it takes the
+demo's embedded model and rows. Run it on an idle machine:
 
-    python benchmarks/throughput.py --model FOLDER --data FILE.json [--rows 200] [--repeats 5]
+    python benchmarks/throughput.py [--model FOLDER --data FILE.json] [--rows 200] [--repeats 5]
 """
 
 import argparse
@@ -25,6 +26,7 @@ from loralab.models.adapters import build_adapter, resolve_target_modules
 from loralab.models.load import load_base_model, load_tokenizer
 from loralab.progress import Reporter
 from loralab.training.loss import run_micro_batches
+from loralab.workflows.demo import demo_files
 
 BATCH, LENGTH = 4, 512
 CPU = torch.device("cpu")
@@ -64,7 +66,9 @@ def our_epoch(model: torch.nn.Module, steps: list[StepBatch], optimizer: torch.o
     losses = []
     for step in steps:
         count = step.supervised_tokens
-        result = run_micro_batches(model, step.micro_batches, device=CPU, backward=lambda s, n=count: (s / n).backward())
+        result = run_micro_batches(
+            model, step.micro_batches, device=CPU, backward=lambda s, n=count: (s / n).backward()
+        )
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(result.total) / count)
@@ -74,8 +78,8 @@ def our_epoch(model: torch.nn.Module, steps: list[StepBatch], optimizer: torch.o
 def main() -> None:
     """Measure and print one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--model", default=str(demo_files() / "base"))
+    parser.add_argument("--data", type=Path, default=demo_files() / "instructions.jsonl")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--stop-token", action="append")
@@ -92,7 +96,10 @@ def main() -> None:
     plain_base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     plain = get_peft_model(plain_base, PeftLoraConfig(r=lora.r, lora_alpha=int(lora.alpha), target_modules=targets))
     contenders = {"loralab": (ours, our_epoch), "plain": (plain, plain_epoch)}
-    optimizers = {n: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3) for n, (m, _) in contenders.items()}
+    optimizers = {
+        n: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3)
+        for n, (m, _) in contenders.items()
+    }
     tokens = sum(step.tokens for step in steps)
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     losses: dict[str, list[float]] = {name: [] for name in contenders}

@@ -2,8 +2,8 @@
 
 Usage, from the repository root::
 
-    python scripts/build_demo.py           # about ten minutes on two cores
-    python scripts/build_demo.py --check   # a minute: checksums, text, tokenizer and instructions
+    python scripts/build_demo.py           # about 12 minutes, one core
+    python scripts/build_demo.py --check   # seconds: checksums, text, tokenizer, instructions
 
 The script generates all text itself (see ``demo_world.py``), trains a byte-level BPE tokenizer and
 a small Llama on it from random weights, and writes ``src/loralab/demo``.  Text, tokenizer and

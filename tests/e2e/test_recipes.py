@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from support import tiny
 
 import loralab
 from loralab.workflows.configure import load_run_config
 from loralab.workflows.recipes import list_recipes, write_recipe
+from support import tiny
 
 # The shape of stand-in that a recipe's target layers exist in.
 STAND_INS: dict[str, tiny.Family] = {"gpt2-alpaca": "gpt2"}

@@ -25,9 +25,32 @@ _SPREAD = 0.15
 # The Alpaca preamble's words become tokens of their own, so that prompts stay short.
 _PREAMBLE = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n\n\n### Input:\n\n\n### Response:\n"
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n\n\n### Input:\n\n\n### Response:\n"
 )
-_WORDS = "red blue green cat dog bird runs sleeps sings one two three house tree river the a and of in is".split()
+_WORDS = [
+    "red",
+    "blue",
+    "green",
+    "cat",
+    "dog",
+    "bird",
+    "runs",
+    "sleeps",
+    "sings",
+    "one",
+    "two",
+    "three",
+    "house",
+    "tree",
+    "river",
+    "the",
+    "a",
+    "and",
+    "of",
+    "in",
+    "is",
+]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

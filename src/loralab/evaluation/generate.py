@@ -123,14 +123,15 @@ def _generate_batch(
     for index, prompt in enumerate(prompts):  # padded on the left: generation goes on at the right
         ids[index, longest - len(prompt) :] = torch.as_tensor(list(prompt), dtype=torch.int64)
         mask[index, longest - len(prompt) :] = 1
-    sampling = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature > 0 else {}
+    sampling = (
+        {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature > 0 else {}
+    )
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=settings.temperature > 0,
         eos_token_id=list(prompter.stop.ids),
         pad_token_id=pad,
         use_cache=True,
-        top_k=0,
         **sampling,
     )
     generate = cast(Callable[..., Tensor], model.generate)

@@ -35,6 +35,8 @@ STATUS_WORDS = {
     "failed": "Failed",
     "running": "Running, or ended without notice",
 }
+# Answers shown on the page; the others are in samples.json.
+SHOWN_SAMPLES = 12
 EVALUATED_ON = {
     "num_examples": "Rows",
     "supervised_tokens": "Supervised tokens",
@@ -198,10 +200,11 @@ def describe_samples(facts: Facts) -> Json | None:
                 for side, name in sides
             ],
         }
-        for row in rows
+        for row in rows[:SHOWN_SAMPLES]
     ]
     return {
         "rows": samples,
+        "count": len(rows),
         "split": str(dig(facts.samples, "split") or ""),
         "limit": format_count(dig_number(facts.samples, "max_new_tokens")),
         "stopped": {side: sum(row.get(f"{side}_stopped") is True for row in rows) for side, _ in sides},

@@ -1,0 +1,52 @@
+"""The demo's claim: the adapter answers held-out questions that the base model cannot."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loralab.evaluation.metrics import exact_matches
+
+# Seen: base 0, adapter 90 of 100. The margin leaves room for other processors' rounding.
+LEAST_BY_ADAPTER, MOST_BY_BASE = 70, 10
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp("demo") / "run"
+    command = [sys.executable, "-m", "loralab.cli", "demo", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+def test_adapter_answers_what_the_base_cannot(demo: tuple[Path, str]) -> None:
+    output, said = demo
+    samples = json.loads((output / "samples.json").read_text())["samples"]
+    references = [sample["reference"] for sample in samples]
+    adapter = exact_matches([sample["adapter_output"] for sample in samples], references)
+    base = exact_matches([sample["base_output"] for sample in samples], references)
+    assert len(samples) == 100
+    assert base <= MOST_BY_BASE
+    assert adapter >= LEAST_BY_ADAPTER
+    assert f"answered word for word: base {base}, adapter {adapter}" in said
+
+
+def test_held_out_questions_are_not_in_the_training_rows(demo: tuple[Path, str]) -> None:
+    output, _ = demo
+    rows = json.loads((output / "data.json").read_text())["splits"]
+    assert rows["validation"]["rows_kept"] == 100
+    assert rows["train"]["rows_kept"] + 100 == rows["train"]["source_rows"]
+    source = Path(json.loads((output / "data.json").read_text())["sources"][0]["name"])
+    questions = [(row["instruction"], row["input"]) for row in map(json.loads, source.read_text().splitlines())]
+    assert len(set(questions)) == len(questions)
+
+
+def test_demo_leaves_a_whole_run(demo: tuple[Path, str]) -> None:
+    output, said = demo
+    assert str(output / "report.html") in said
+    assert json.loads((output / "run.json").read_text())["status"] == "completed"
+    evaluation = json.loads((output / "evaluation.json").read_text())
+    assert evaluation["difference"]["high"] < 0
