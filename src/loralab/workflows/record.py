@@ -261,9 +261,8 @@ def closing_record(record: RunRecord) -> Iterator[None]:
         yield
     except BaseException as error:
         full = _disk_full(error, record.folder.path)
-        status = "interrupted" if isinstance(error, (StoppedBySignal, KeyboardInterrupt)) else "failed"
         try:
-            record.update(status=status, finished_at=now(), stopped_because=_first_line(error))
+            _note_end(record, error)
         except OSError:
             full = True
         if full and not isinstance(error, LoralabError):
@@ -273,6 +272,15 @@ def closing_record(record: RunRecord) -> Iterator[None]:
                 fix="free space, then go on with --resume; checkpoints that were written are whole",
             ) from error
         raise
+
+
+def _note_end(record: RunRecord, error: BaseException) -> None:
+    if record.content.get("status") == "completed":  # only what came after failed: the report
+        record.content["events"].append({"at": now(), "what": f"report not written: {_first_line(error)}"})
+        record.update()
+        return
+    status = "interrupted" if isinstance(error, (StoppedBySignal, KeyboardInterrupt)) else "failed"
+    record.update(status=status, finished_at=now(), stopped_because=_first_line(error))
 
 
 def _first_line(error: BaseException) -> str:
