@@ -61,13 +61,18 @@ class Run:
         return evaluate_workflow(self.path, overrides=overrides, data=data, reporter=Reporter())
 
     def generate(
-        self, prompts: str | Sequence[str], *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> list[str]:
         """Answer prompts with the adapter.
 
         Args:
             prompts: one user turn, or several.
-            max_new_tokens: longest answer, in tokens.
+            max_new_tokens: longest answer, in tokens; None takes the run's own limit.
             temperature: 0 takes the most likely token.
             seed: of sampling.
 

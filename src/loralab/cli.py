@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from loralab.config.load import describe_field, field_by_key
+from loralab.config.load import describe_field
 from loralab.config.schema import Config
 from loralab.console import ConsoleReporter
 from loralab.errors import ConfigError, LoralabError
@@ -53,7 +53,6 @@ def _overrides(given: list[str] | None, **options: Any) -> list[str]:
         "batch_size": "evaluation.batch_size",
         "max_length": "data.max_length",
         "device": "model.device",
-        "split": "evaluation.split",
         "max_new_tokens": "evaluation.max_new_tokens",
     }
     return [*(given or []), *(f"{keys[name]}={value}" for name, value in options.items() if value is not None)]
@@ -222,11 +221,10 @@ def generate(
     from loralab.evaluation.generate import GenerationSettings
     from loralab.workflows.generate import generate as run_generation
 
-    limit = max_new_tokens or field_by_key("evaluation.max_new_tokens").default
     results = run_generation(
         run,
         prompts,
-        settings=GenerationSettings(max_new_tokens=limit, temperature=temperature, top_p=top_p, seed=seed),
+        settings=GenerationSettings(temperature=temperature, top_p=top_p, seed=seed),
         system=system,
         with_base=base,
         overrides=_overrides(overrides, device=device, max_new_tokens=max_new_tokens),
@@ -269,6 +267,7 @@ def main() -> None:
     try:
         app()
     except LoralabError as error:
+        ConsoleReporter.close()
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
 

@@ -5,6 +5,7 @@ Owns the console's form. Everything but results goes to stderr, so that stdout c
 
 import sys
 import time
+from typing import ClassVar
 
 from rich.console import Console
 from rich.live import Live
@@ -21,9 +22,11 @@ _BAR_WIDTH = 24
 class ConsoleReporter(Reporter):
     """Shows a live line per stage on a terminal, plain lines elsewhere."""
 
+    # One terminal, one live line: whoever reports an error must be able to end it.
+    _live: ClassVar[Live | None] = None
+
     def __init__(self) -> None:
         self.console = Console(file=sys.stderr, highlight=False)
-        self._live: Live | None = None
         self._started: dict[str, float] = {}
         self._said: dict[str, float] = {}
 
@@ -37,12 +40,12 @@ class ConsoleReporter(Reporter):
         started = self._started.setdefault(label, now)
         line = _progress_line(label, done, total, now - started, detail)
         if self.console.is_terminal:
-            if self._live is None:
-                self._live = Live(console=self.console, auto_refresh=False, transient=True)
-                self._live.start()
+            if ConsoleReporter._live is None:
+                ConsoleReporter._live = Live(console=self.console, auto_refresh=False, transient=True)
+                ConsoleReporter._live.start()
             if now - self._said.get(label, 0.0) > 0.1 or done == total:
                 self._said[label] = now
-                self._live.update(Text(line), refresh=True)
+                ConsoleReporter._live.update(Text(line), refresh=True)
             return
         if now - self._said.setdefault(label, started) >= _PLAIN_SECONDS or (total is not None and done == total):
             self._said[label] = now
@@ -52,9 +55,14 @@ class ConsoleReporter(Reporter):
         """Close the live line."""
         self._started.pop(label, None)
         self._said.pop(label, None)
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self.close()
+
+    @classmethod
+    def close(cls) -> None:
+        """End the live line, if there is one."""
+        if ConsoleReporter._live is not None:
+            ConsoleReporter._live.stop()
+            ConsoleReporter._live = None
 
 
 def _progress_line(label: str, done: int, total: int | None, seconds: float, detail: str) -> str:

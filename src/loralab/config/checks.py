@@ -31,7 +31,6 @@ OWN_KEYS = {
     "eval_steps": "evaluation.steps",
     "per_device_eval_batch_size": "evaluation.batch_size",
     "metric_for_best_model": "training.early_stopping.metric",
-    "dataloader_num_workers": "data.num_workers",
 }
 
 
@@ -80,6 +79,9 @@ def _check_precision(config: Config) -> list[Finding]:
 
 def _check_warmup(config: Config) -> list[Finding]:
     training = config.training
+    if training.lr_scheduler_type == "constant" and (training.warmup_ratio > 0 or training.warmup_steps > 0):
+        what = "warm-up with lr_scheduler_type constant, which has none"
+        return [Finding("training.lr_scheduler_type", what, "set it to constant_with_warmup")]
     if training.warmup_ratio > 0 and training.warmup_steps > 0:
         what = f"warm-up given twice: warmup_ratio {training.warmup_ratio} and warmup_steps {training.warmup_steps}"
         return [Finding("training.warmup_steps", what, "keep one of them")]
@@ -127,10 +129,14 @@ def _check_early_stopping_metric(config: Config) -> list[Finding]:
 
 def _check_trainer_args(config: Config) -> list[Finding]:
     findings = []
-    for name in config.advanced.trainer_args:
-        if name in TRAINER_ARGS:
-            continue
+    for name, value in config.advanced.trainer_args.items():
         key = f"advanced.trainer_args.{name}"
+        if name in TRAINER_ARGS:
+            wanted = (dict,) if name == "lr_scheduler_kwargs" else (int, float)
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                kind = "a mapping" if name == "lr_scheduler_kwargs" else "a number"
+                findings.append(Finding(key, f"{name} got {value!r}", f"give {kind}: {TRAINER_ARGS[name]}"))
+            continue
         own = OWN_KEYS.get(name) or next(
             (
                 f"{section}.{name}"

@@ -83,7 +83,7 @@ class DataConfig(Section):
         "random", description="Which rows a fraction or number takes: random (by split_seed) or the first ones."
     )
     split_seed: NonNegativeInt = Field(42, description="Seed of the random split; part of the data fingerprint.")
-    format: str = Field("auto", description="Row format: auto, alpaca, prompt_completion or text.")
+    format: str = Field("auto", description="Row format: auto, alpaca, prompt_completion, text or tokenized.")
     columns: dict[str, str] = Field(
         default_factory=dict, description="Column of your data for each field of the format: {field: column}."
     )
@@ -169,10 +169,12 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time, same gradients."
     )
-    seed: NonNegativeInt = Field(42, description="Seed of adapter weights, order of rows and dropout.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        42, description="Seed of adapter weights, order of rows and dropout."
+    )
     logging_steps: PositiveInt = Field(10, description="Steps between two lines of metrics.jsonl.")
     save_strategy: Literal["epoch", "steps", "no"] = Field(
-        "epoch", description="When a checkpoint is written, besides on SIGINT and SIGTERM."
+        "epoch", description="When a checkpoint is written, besides at the last step and on SIGINT and SIGTERM."
     )
     save_steps: PositiveInt = Field(500, description="Steps between two checkpoints when save_strategy is steps.")
     save_total_limit: PositiveInt | None = Field(

@@ -4,6 +4,7 @@ Owns the order of the steps, the cache key and the data report (`data.json`).
 """
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -101,13 +102,14 @@ def prepare_data(
         worker = RowTokenizer(prompter, pool.format, dict(data.columns), settings, data.on_bad_row)
         key = _cache_key(pool, worker)
         store, stored = _load_or_tokenize(pool, worker, data, key, reporter)
-        for name, units in _parts(pool, data, stored["units"]).items():
+        for name, units in _parts(pool, data, store, stored).items():
             splits[name] = _part(store, units)
             reports[name] = _report_part(splits[name], units, stored, pool)
             _check_dropped(name, reports[name], data)
             reporter.say(_describe_part(name, reports[name]))
         keys.append(key)
-    identity = [keys, str(data.validation), str(data.test), data.split_method, data.split_seed]
+    amounts = [part if isinstance(part, (int, float)) else None for part in (data.validation, data.test)]
+    identity = [keys, amounts, data.split_method, data.split_seed]
     return PreparedData(
         splits=splits,
         prompter=prompter,
@@ -247,20 +249,49 @@ def _cache_key(pool: _Pool, worker: RowTokenizer) -> str:
         {k: str(v) for k, v in sorted(worker.prompter.tokenizer.special_tokens_map.items())},
         list(worker.prompter.stop.ids),
         _code_version(),
+        [importlib.metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _code_version() -> str:
     """Hash the code that makes tokens, so that a change of it never meets an older cache."""
-    names = ("example", "formats", "hub", "json_rows", "prompter", "readers", "rows", "store", "templates", "tokenize")
+    names = (
+        "dataset",
+        "pipeline",
+        "example",
+        "formats",
+        "hub",
+        "json_rows",
+        "prompter",
+        "readers",
+        "rows",
+        "store",
+        "templates",
+        "tokenize",
+    )
     return "".join(file_sha256(Path(__file__).with_name(f"{name}.py"))[:16] for name in names)
 
 
-def _parts(pool: _Pool, data: DataConfig, total: int) -> dict[str, Indices]:
-    if pool.parts == ("train",):
+def _parts(pool: _Pool, data: DataConfig, store: TokenStore, stored: dict[str, Any]) -> dict[str, Indices]:
+    total = int(stored["units"])
+    if pool.parts != ("train",):
+        return {pool.parts[0]: np.arange(total, dtype=np.int64)}
+    owners = _owners(store, stored)
+    rows = int(owners.max()) + 1 if total else 0
+    if rows in (1, total):  # one document: its windows are all that can be divided
         return split_units(total, data)
-    return {pool.parts[0]: np.arange(total, dtype=np.int64)}
+    # All windows of a document go to one part, or it would stand in training and validation.
+    return {name: np.flatnonzero(np.isin(owners, chosen)) for name, chosen in split_units(rows, data).items()}
+
+
+def _owners(store: TokenStore, stored: dict[str, Any]) -> Indices:
+    """Return for each unit the number of its source row, counted over all sources."""
+    pairs = np.zeros((int(stored["units"]), 2), dtype=np.int64)
+    pairs[store.units] = store.origins
+    for unit, source, row, _ in stored["dropped"]:
+        pairs[unit] = source, row
+    return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
 def _part(store: TokenStore, units: Indices) -> TokenStore:
@@ -283,7 +314,7 @@ def _report_part(store: TokenStore, units: Indices, stored: dict[str, Any], pool
         "truncated": store.truncated,
         "empty_answers": store.empty_answers,
         "supervised_tokens": int(store.supervised().sum()) if len(store) else 0,
-        "longest_branch_tokens": int(lengths.sum()) if len(store) else 0,
+        "total_tokens": int(lengths.sum()) if len(store) else 0,
         "length_percentiles": {f"p{p}": int(np.percentile(lengths, p)) for p in _PERCENTILES},
     }
 

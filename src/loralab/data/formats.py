@@ -121,12 +121,18 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def rename_columns(row: Fields, columns: Mapping[str, str]) -> Fields:
-    """Return the row under the format's field names; `columns` maps field to column."""
+def rename_columns(row: Fields, columns: Mapping[str, str], *, required: Collection[str]) -> Fields:
+    """Return the row under the format's field names; `columns` maps field to column.
+
+    Raises:
+        RowError: the column of a required field is missing.
+    """
     if not columns:
         return row
     renamed = dict(row)
     for name, column in columns.items():
+        if column not in row and name not in required:
+            continue
         if column not in row:
             raise RowError(f"missing column {column!r} (for {name!r}); the row has: {_list(row)}")
         renamed[name] = row[column]

@@ -64,7 +64,8 @@ class RowTokenizer:
 
     def _example(self, row: Row) -> Example | None:
         try:
-            return FORMATS[self.format].build(rename_columns(row.fields, self.columns))
+            form = FORMATS[self.format]
+            return form.build(rename_columns(row.fields, self.columns, required=form.required))
         except RowError as error:
             if self.on_bad_row == "drop":
                 return None

@@ -128,9 +128,10 @@ class Prompter:
             return self.encode(texts)
         text, token = self._joint
         encoded = self.encode([text + answer for answer in texts])
-        if all(ids[:1] == [token] for ids in encoded):
-            return [ids[1:] for ids in encoded]
-        return self.encode(texts)
+        return [
+            ids[1:] if ids[:1] == [token] else self.encode([answer])[0]
+            for ids, answer in zip(encoded, texts, strict=True)
+        ]
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the serving call: the rendered messages and the generation prompt."""
@@ -223,7 +224,9 @@ class Prompter:
             raise self._no_stop()
         text = self.render([Message("user", "question"), Message("assistant", _PROBE)], add_generation_prompt=False)
         behind = text.rpartition(_PROBE)[2].lstrip()
-        written = [token for token in tokenizer.all_special_tokens if token and behind.startswith(token)]
+        added = (str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        special = {*tokenizer.all_special_tokens, *added}
+        written = [token for token in special if token and behind.startswith(token)]
         stops = [max(written, key=len)] if written else []
         reason = f"the template writes {stops[0]} after an answer" if stops else ""
         if tokenizer.eos_token is not None and tokenizer.eos_token not in stops:

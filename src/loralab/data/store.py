@@ -67,6 +67,17 @@ class TokenStore(Sequence[TokenizedExample]):
         return units
 
     @property
+    def origins(self) -> npt.NDArray[np.int64]:
+        """Source and row of each example (examples, 2)."""
+        origins: npt.NDArray[np.int64] = self._examples[self._indices][:, [1, 0]]
+        return origins
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all examples."""
+        return int(self._tokens.max()) if len(self._tokens) else 0
+
+    @property
     def truncated(self) -> int:
         """Number of examples whose answer or text was cut."""
         return int((self._examples[self._indices, 5] & _TRUNCATED > 0).sum())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from loralab.config.schema import EvaluationConfig
 from loralab.data.prompter import Prompter
 from loralab.errors import ModelError
 from loralab.models.load import max_positions
@@ -39,13 +40,13 @@ class GenerationSettings:
     """How to generate.
 
     Attributes:
-        max_new_tokens: longest answer, in tokens.
+        max_new_tokens: longest answer, in tokens; None takes the run's own limit.
         temperature: 0 takes the most likely token (greedy).
         top_p: nucleus of the sampled tokens, 0 to 1.
         seed: of sampling.
     """
 
-    max_new_tokens: int
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -95,6 +96,8 @@ def generate_answers(
 def _fit_positions(
     model: SupervisedPeftModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings, reporter: Reporter
 ) -> GenerationSettings:
+    if settings.max_new_tokens is None:
+        settings = replace(settings, max_new_tokens=EvaluationConfig().max_new_tokens)
     limit = max_positions(model.language_model.config)
     if limit is None or not prompts:
         return settings
@@ -106,7 +109,7 @@ def _fit_positions(
             where=f"prompt {longest + 1}",
             fix="shorten it",
         )
-    if room >= settings.max_new_tokens:
+    if room >= (settings.max_new_tokens or 0):
         return settings
     reporter.say(f"max_new_tokens {settings.max_new_tokens} -> {room}: the model has {limit} positions")
     return replace(settings, max_new_tokens=room)

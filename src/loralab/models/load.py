@@ -225,9 +225,9 @@ def _is_dropout(name: str) -> bool:
 
 
 def model_sha256(name: str) -> str | None:
-    """Return a hash over a local model's weight files, or None for a Hub id (its revision counts)."""
+    """Return a hash over a local model's weights and configuration, or None for a Hub id (its revision counts)."""
     path = Path(name).expanduser()
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    files = sorted([*path.glob("*.safetensors"), *path.glob("config.json")]) if path.is_dir() else []
     if not files:
         return None
     return hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()

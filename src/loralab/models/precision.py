@@ -90,6 +90,12 @@ def resolve_precision(model: ModelConfig, device: torch.device) -> Resolved[torc
                 where="key model.precision",
                 fix="set model.precision: bfloat16 (same size, wider range) or float32",
             )
+        if model.precision == "float16":
+            raise ConfigError(
+                "float16 is not offered yet: its loss scaling has not been tested on a GPU",
+                where="key model.precision",
+                fix="set model.precision: bfloat16 or float32",
+            )
         return Resolved(getattr(torch, model.precision), "set in model.precision")
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

@@ -22,7 +22,6 @@ def build_arguments(
     staging: Path,
     steps_per_epoch: int,
     device: torch.device,
-    precision: torch.dtype,
     further: Mapping[str, Any],
 ) -> TrainingArguments:
     """Return Trainer's arguments.
@@ -33,14 +32,12 @@ def build_arguments(
         staging: folder where Trainer writes checkpoints before they are sealed.
         steps_per_epoch: optimizer steps of an epoch.
         device: where to compute.
-        precision: storage and compute type of the frozen weights.
         further: `advanced.trainer_args`, by its allow-list.
     """
     total = training.max_steps or math.ceil(steps_per_epoch * training.num_train_epochs)
     return TrainingArguments(
         output_dir=str(staging),
         use_cpu=device.type == "cpu",
-        fp16=precision == torch.float16,
         per_device_train_batch_size=training.per_device_train_batch_size,
         gradient_accumulation_steps=1,  # a dataloader item is a whole step already
         num_train_epochs=training.num_train_epochs,

@@ -6,6 +6,7 @@ Owns the reactions; `trainer.py` owns the steps themselves.
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from loralab.config.schema import EarlyStopping
 from loralab.errors import TrainingDivergedError
 from loralab.progress import Reporter
+from loralab.run import write_text
 from loralab.training.checkpoint import rotate_checkpoints, seal_checkpoint
 from loralab.training.sampler import StepSampler
 from loralab.training.state import RunState
@@ -67,7 +69,7 @@ def truncate_metrics(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue  # the line that a kill cut short
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 class ProgressReporter(TrainerCallback):
@@ -137,15 +139,18 @@ class EarlyStopper(TrainerCallback):
         value = (logs or {}).get(key)
         if value is None:
             return
-        best, delta = self.run_state.best_value, self.early_stopping.min_delta if self.early_stopping else 0.0
-        if math.isfinite(value) and (best is None or value < best - delta):
-            self.run_state.best_value, self.run_state.best_step = float(value), state.global_step
-            self.run_state.without_improvement = 0
+        run_state, finite = self.run_state, math.isfinite(value)
+        best, reference = run_state.best_value, run_state.reference_value
+        if finite and (best is None or value < best):
+            run_state.best_value, run_state.best_step = float(value), state.global_step
             control.should_save |= self.save_best
+        delta = self.early_stopping.min_delta if self.early_stopping else 0.0
+        if finite and (reference is None or value < reference - delta):
+            run_state.reference_value, run_state.without_improvement = float(value), 0
             return
         self.run_state.without_improvement += 1
         if self.early_stopping is not None and self.run_state.without_improvement >= self.early_stopping.patience:
-            control.should_training_stop = True
+            control.should_training_stop = control.should_save = True
             self.run_state.stopped_because = (
                 f"early stopping: {self.metric} has not been {_below(best)} (step {self.run_state.best_step}) "
                 f"for {self.early_stopping.patience} observations"
@@ -174,6 +179,9 @@ class StopRequest:
 def catching_signals(on_first: Callable[[], None]) -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request; a second one ends the process at once."""
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # only the main thread may handle signals; whoever owns it decides
+        return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, _frame: FrameType | None) -> None:
@@ -192,23 +200,49 @@ def catching_signals(on_first: Callable[[], None]) -> Iterator[StopRequest]:
 
 
 class SignalStop(TrainerCallback):
-    """Ends training at the next step, with a checkpoint, once a signal has asked for it."""
+    """Ends training at the next step, with a checkpoint, once a signal has asked for it.
 
-    def __init__(self, request: StopRequest) -> None:
+    An evaluation that was due at that step is left to the resumed run.
+    """
+
+    def __init__(self, request: StopRequest, *, run_state: RunState, steps_per_epoch: int) -> None:
         self.request = request
+        self.run_state = run_state
+        self.steps_per_epoch = steps_per_epoch
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save and stop."""
-        if self.request:
-            control.should_save = True
-            control.should_evaluate = False
-            control.should_training_stop = True
+        """Save and stop; save at the last step in any case, since what follows may be interrupted."""
+        control.should_save |= state.global_step >= state.max_steps
+        self._stop(control, evaluation_due=control.should_evaluate)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save and stop, when the signal came during the evaluation."""
+        self._stop(control, evaluation_due=False)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave out what the end of an epoch would otherwise bring."""
+        complete = state.global_step % self.steps_per_epoch == 0
+        self._stop(control, evaluation_due=complete and control.should_evaluate)
+
+    def _stop(self, control: TrainerControl, *, evaluation_due: bool) -> None:
         if self.request:
+            self.run_state.pending_evaluation |= evaluation_due
+            control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-            control.should_save = False
+
+
+class PendingEvaluation(TrainerCallback):
+    """Makes up, first thing after a resume, for an evaluation that a signal prevented."""
+
+    def __init__(self, run_state: RunState, evaluate: Callable[[], Any]) -> None:
+        self.run_state = run_state
+        self.evaluate = evaluate
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Evaluate at the step where the run goes on."""
+        if self.run_state.pending_evaluation:
+            self.run_state.pending_evaluation = False
+            self.evaluate()
 
 
 def check_finite(model: nn.Module, *, step: int) -> None:

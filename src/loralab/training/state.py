@@ -20,6 +20,8 @@ class RunState:
         window_total: nats since the last logged line.
         window_count: supervised tokens since then.
         best_value: best value of the watched metric so far, or None.
+        reference_value: value that the next must undercut by `min_delta` to count as improvement.
+        pending_evaluation: whether a signal came before an evaluation that was due.
         best_step: its step.
         without_improvement: observations since the best one.
         stopped_because: why training ended before its last step, or None.
@@ -31,6 +33,8 @@ class RunState:
     window_total: float = 0.0
     window_count: int = 0
     best_value: float | None = None
+    reference_value: float | None = None
+    pending_evaluation: bool = False
     best_step: int | None = None
     without_improvement: int = 0
     stopped_because: str | None = None
@@ -86,6 +90,5 @@ class RunState:
     def load(cls, folder: Path) -> "RunState":
         """Read the state of a checkpoint folder."""
         values: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        values["stopped_because"] = None
         values["window_tokens"] = 0  # its time is not known any more
         return cls(**values)

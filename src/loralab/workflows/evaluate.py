@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from loralab.config.schema import DataConfig, EvaluationConfig
-from loralab.data.dataset import prepare_data
+from loralab.data.dataset import PreparedData, prepare_data
 from loralab.data.prompter import Prompter
 from loralab.data.store import TokenStore
 from loralab.errors import DataError
@@ -20,8 +20,8 @@ from loralab.lookup import suggest
 from loralab.models.load import check_length, max_positions
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
-from loralab.run import write_json
-from loralab.workflows.session import Session, load_adapter_tokenizer, open_session
+from loralab.run import read_json, write_json
+from loralab.workflows.session import Session, Target, load_adapter_tokenizer, open_session
 
 # Text rows have no prompt of their own: their samples continue this many tokens.
 _TEXT_PROMPT_TOKENS = 32
@@ -163,26 +163,27 @@ def evaluate(
         UserError: adapter, base or data cannot be used.
     """
     session = open_session(path, overrides=overrides, base_model=base_model, reporter=reporter)
-    name, split = _find_split(session, data, data_split, reporter)
+    name, split, max_length = _find_split(session, data, data_split, reporter)
     result = evaluate_split(
         session.model,
         split,
         name=name,
         evaluation=session.config.evaluation,
-        max_length=session.config.data.max_length,
+        max_length=max_length,
         device=session.device,
         reporter=reporter,
     )
     folder = session.target.folder
-    if folder is not None and data is None:
-        usual = session.config.evaluation.split == "auto"
-        write_json(folder.evaluation if usual else folder.path / f"evaluation-{name}.json", result)
+    split_chosen = any(text.startswith("evaluation.split=") for text in overrides)
+    # `evaluation.json` is what the run itself measured; other settings do not replace it.
+    if folder is not None and data is None and base_model is None and (split_chosen or not overrides):
+        write_json(folder.path / f"evaluation-{name}.json" if split_chosen else folder.evaluation, result)
     return result
 
 
 def _find_split(
     session: Session, data: str | None, data_split: str | None, reporter: Reporter
-) -> tuple[str, TokenStore]:
+) -> tuple[str, TokenStore, int]:
     if data is None and session.target.folder is None:
         raise DataError("no data to evaluate on", where=str(session.target.adapter), fix="name some with --data FILE")
     section, wanted = _fit_length(session, reporter), session.config.evaluation.split
@@ -193,7 +194,7 @@ def _find_split(
         if named != data_split:
             reporter.say(f"{data} is one file: all its rows are evaluated as split {data_split}")
         prepared = prepare_data(alone, tokenizer, reporter=reporter, template=template, split=named)
-        return data_split or "train", prepared.splits["train"]
+        return data_split or "train", prepared.splits["train"], section.max_length
     prepared = prepare_data(section, tokenizer, reporter=reporter, template=template)
     chosen = resolve_split(wanted, prepared.splits)
     if chosen is None:
@@ -202,14 +203,34 @@ def _find_split(
             where=str(session.target.adapter),
             fix="name data with --data FILE, or evaluate the training rows with --split train",
         )
-    return chosen, prepared.splits[chosen]
+    _check_same_data(session.target, prepared)
+    return chosen, prepared.splits[chosen], section.max_length
+
+
+def _check_same_data(target: Target, prepared: PreparedData) -> None:
+    """Check that the run's own data is still what the run saw; its splits would be others."""
+    if target.folder is None or not target.folder.data.is_file():
+        return
+    before = {source["name"]: source["sha256"] for source in read_json(target.folder.data).get("sources", [])}
+    now = {source["name"]: source["sha256"] for source in prepared.report["sources"]}
+    changed = [
+        name
+        for name, sha in now.items()
+        if Path(name).name in {Path(b).name for b in before} and sha not in before.values()
+    ]
+    if changed:
+        raise DataError(
+            f"the data has changed since the run: {', '.join(changed)}",
+            where=str(target.folder.path),
+            fix="restore it, or evaluate on it by name with --data (rows may have been trained on)",
+        )
 
 
 def _fit_length(session: Session, reporter: Reporter) -> DataConfig:
     """Return the data section with a default max_length that the model has positions for."""
     section, config = session.config.data, session.model.language_model.config
     limit = max_positions(config)
-    if limit is not None and not section.chosen("max_length") and section.max_length > limit:
+    if limit is not None and "max_length" not in section.model_fields_set and section.max_length > limit:
         reporter.say(f"max_length: {limit} (all positions that the model has)")
         return section.model_copy(update={"max_length": limit})
     check_length(config, section.max_length)

@@ -1,7 +1,7 @@
 """The `generate` command: answers to prompts, under the adapter's prompt contract."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ def generate(
         with `with_base`, `base`: `text`, `stopped` and `tokens`.
     """
     session = open_session(path, overrides=overrides, base_model=base_model, reporter=reporter)
+    if settings.max_new_tokens is None:
+        settings = replace(settings, max_new_tokens=session.config.evaluation.max_new_tokens)
     before = [Message("system", system)] if system else []
     conversations = [[*before, Message("user", prompt)] for prompt in prompts]
     ids = [session.prompter.encode_prompt(messages) for messages in conversations]

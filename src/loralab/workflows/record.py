@@ -72,20 +72,23 @@ def check_same_config(folder: RunFolder, config: Config) -> None:
     Raises:
         RunFolderError: a setting differs; each is named with both values.
     """
-    before = load_config(folder.config).config.model_dump(mode="json")
-    wanted = anchored(config, folder).model_dump(mode="json")
-    differing = [
-        f"{section}.{key} was {before[section][key]!r}, now {value!r}"
-        for section, values in wanted.items()
-        for key, value in values.items()
-        if before[section][key] != value
-    ]
+    differing = _differing(load_config(folder.config).config, anchored(config, folder))
     if differing:
         raise RunFolderError(
             f"the run is complete, with other settings: {'; '.join(differing)}",
             where=str(folder.path),
             fix="start a new run in another output.dir, or replace this one with --overwrite",
         )
+
+
+def _differing(before: Config, wanted: Config) -> list[str]:
+    old, new = before.model_dump(mode="json"), wanted.model_dump(mode="json")
+    return [
+        f"{section}.{key} was {old[section][key]!r}, now {value!r}"
+        for section, values in new.items()
+        for key, value in values.items()
+        if old[section][key] != value
+    ]
 
 
 def _check_writable(path: Path) -> None:
@@ -116,7 +119,7 @@ def clear_run(folder: RunFolder) -> None:
         folder.samples,
         folder.report,
     )
-    for path in files:
+    for path in (*files, *folder.path.glob("evaluation-*.json")):
         path.unlink(missing_ok=True)
 
 
@@ -174,11 +177,14 @@ class RunRecord:
         return record
 
     @classmethod
-    def reopen(cls, folder: RunFolder) -> "RunRecord":
-        """Go on with the record of an interrupted run."""
+    def reopen(cls, folder: RunFolder, loaded: LoadedConfig, facts: Mapping[str, Any]) -> "RunRecord":
+        """Go on with the record of an interrupted run, with the settings and machine of now."""
         record = cls(folder, read_json(folder.record))
-        record.content.setdefault("events", []).append({"at": now(), "what": "resumed"})
-        record.update(status="running")
+        changed = _differing(load_config(folder.config).config, anchored(loaded.config, folder))
+        what = f"resumed; {'; '.join(changed)}" if changed else "resumed"
+        record.content.setdefault("events", []).append({"at": now(), "what": what})
+        write_text(folder.config, dump_config(anchored(loaded.config, folder)))
+        record.update(status="running", origin=loaded.origin, versions=versions(), **facts)
         return record
 
     def update(self, **values: Any) -> None:

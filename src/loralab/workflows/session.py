@@ -79,7 +79,8 @@ def find_target(path: Path) -> Target:
 
 def load_target_config(target: Target, overrides: Sequence[str], base_model: str | None) -> LoadedConfig:
     """Return the run's configuration, or a minimal one for an adapter alone, with overrides."""
-    chosen = [*overrides, *([f"model.name={base_model}"] if base_model else [])]
+    # A run folder may come from someone else: its word is not enough to run code.
+    chosen = ["model.trust_remote_code=false", *overrides, *([f"model.name={base_model}"] if base_model else [])]
     if target.folder is not None and target.folder.config.is_file():
         return load_run_config(target.folder.config, chosen)
     base = base_model or str(read_adapter_config(target.adapter).base_model_name_or_path or "")
@@ -104,7 +105,7 @@ def open_session(path: Path, *, overrides: Sequence[str], base_model: str | None
     config = load_target_config(target, overrides, base_model).config
     check_local_model(config.model.name)
     note = select_single_gpu(config.model.device)
-    device = resolve_device(config.model.device)
+    device = resolve_device("cuda:0" if note else config.model.device)
     precision = resolve_precision(config.model, device.value)
     for line in (note, f"device {device.value} ({device.reason})", f"{precision.value} ({precision.reason})"):
         if line:

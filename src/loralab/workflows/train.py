@@ -4,24 +4,26 @@ This page is the table of contents of a run: read `train` top to bottom.
 """
 
 import json
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
 from loralab.data.dataset import PreparedData, prepare_data
-from loralab.errors import RunFolderError, StoppedBySignal
+from loralab.errors import ConfigError, ModelError, RunFolderError, StoppedBySignal
 from loralab.evaluation.perplexity import Interrupted, measure_loss
 from loralab.layout.planner import Planner
 from loralab.models.adapters import WEIGHTS_FILE, adapter_sha256, build_adapter
@@ -44,6 +46,7 @@ from loralab.training.callbacks import (
     EarlyStopper,
     EpochSetter,
     MetricsWriter,
+    PendingEvaluation,
     ProgressReporter,
     SignalStop,
     StopRequest,
@@ -51,7 +54,12 @@ from loralab.training.callbacks import (
     check_finite,
     truncate_metrics,
 )
-from loralab.training.checkpoint import STAGING, Checkpoint, check_contract, find_checkpoint
+from loralab.training.checkpoint import (
+    STAGING,
+    Checkpoint,
+    find_checkpoint,
+    read_checkpoint,
+)
 from loralab.training.sampler import StepSampler
 from loralab.training.state import RunState
 from loralab.training.trainer import StepTrainer
@@ -69,6 +77,7 @@ from loralab.workflows.record import (
     peak_memory_bytes,
 )
 from loralab.workflows.report import build_report
+from loralab.workflows.resume import find_start, resume_contract
 from loralab.workflows.session import CONTRACT_FILE
 
 
@@ -119,10 +128,11 @@ def train(loaded: LoadedConfig, *, reporter: Reporter, resume: bool = False, ove
         check_same_config(folder, loaded.config)
         reporter.say(f"nothing to do: the run in {folder.path} is complete")
         return folder
-    # Until there is something to save, a signal may end the process as signals do.
     run = _prepare(loaded, folder, reporter)
-    contract = _resume_contract(run)
-    checkpoint = _find_start(run, contract) if resume else None
+    contract = resume_contract(
+        run.config, data=run.data, choices=run.choices, device=run.device, base=run.model.language_model
+    )
+    checkpoint = find_start(folder, contract, reporter=reporter) if resume else None
     if not resume:
         clear_run(folder)
     run.record = _begin_record(run, loaded, resumed=resume)
@@ -142,9 +152,15 @@ def train(loaded: LoadedConfig, *, reporter: Reporter, resume: bool = False, ove
 def _prepare(loaded: LoadedConfig, folder: RunFolder, reporter: Reporter) -> Run:
     """Load data and model; nothing is written to the run folder."""
     config = loaded.config
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"started as one of {os.environ['WORLD_SIZE']} processes; this version trains in one",
+            where="environment variable WORLD_SIZE",
+            fix="start `loralab train` directly",
+        )
     check_local_model(config.model.name)
     note = select_single_gpu(config.model.device)
-    device = resolve_device(config.model.device)
+    device = resolve_device("cuda:0" if note else config.model.device)
     precision = resolve_precision(config.model, device.value)
     choices: dict[str, Resolved[Any]] = {"device": device, "precision": precision}
     if note:
@@ -152,6 +168,7 @@ def _prepare(loaded: LoadedConfig, folder: RunFolder, reporter: Reporter) -> Run
     check_length(load_model_config(config.model), config.data.max_length)
     data = prepare_data(config.data, load_tokenizer(config.model), reporter=reporter)
     base, base_choices = load_base_model(config.model, dtype=precision.value, device=device.value)
+    _check_vocabulary(base, data)
     if config.training.gradient_checkpointing:
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
@@ -164,38 +181,21 @@ def _prepare(loaded: LoadedConfig, folder: RunFolder, reporter: Reporter) -> Run
     return Run(config, folder, data, model, device.value, choices, reporter, RunRecord(folder))
 
 
+def _check_vocabulary(base: PreTrainedModel, data: PreparedData) -> None:
+    size = cast(nn.Embedding, base.get_input_embeddings()).num_embeddings
+    largest = max(*(split.largest_id for split in data.splits.values()), *data.prompter.stop.ids)
+    if largest >= size:
+        raise ModelError(
+            f"token id {largest} in the data, but the model has embeddings for {size} tokens",
+            where="keys model.name, data.train",
+            fix="use the tokenizer that belongs to the model, or rows tokenized with it",
+        )
+
+
 def _resolve_evaluation(config: Config) -> dict[str, Resolved[Any]]:
     if config.data.validation is None:
         return {"evaluation_strategy": Resolved("no", "data.validation is null")}
     return {"evaluation_strategy": Resolved(config.evaluation.strategy, "set in evaluation.strategy or by default")}
-
-
-def _resume_contract(run: Run) -> dict[str, Any]:
-    """Return everything that changes the maths of a run; a resume must find it unchanged."""
-    config, training = run.config, run.config.training
-    facts = describe_model(config.model, run.model.language_model)
-    free = {"logging_steps", "save_strategy", "save_steps", "save_total_limit", "gradient_checkpointing"}
-    return {
-        "data": run.data.fingerprint,
-        "template": run.data.template.text,
-        "model": facts["sha256"] or f"{facts['name']}@{facts['revision']}",
-        "precision": str(run.choices["precision"].value),
-        "base_dropout": str(run.choices["base_dropout"].value),
-        **{f"lora.{key}": value for key, value in config.lora.model_dump(mode="json").items()},
-        **{f"training.{k}": v for k, v in training.model_dump(mode="json").items() if k not in free},
-        "advanced.trainer_args": dict(config.advanced.trainer_args),
-        "world_size": 1,
-    }
-
-
-def _find_start(run: Run, contract: Mapping[str, Any]) -> Checkpoint | None:
-    checkpoint = find_checkpoint(run.folder.checkpoints)
-    if checkpoint is None:
-        run.reporter.say("no checkpoint was written before: starting from step 0")
-        return None
-    check_contract(checkpoint, contract)
-    run.reporter.say(f"resuming from step {checkpoint.step}")
-    return checkpoint
 
 
 def _begin_record(run: Run, loaded: LoadedConfig, *, resumed: bool) -> RunRecord:
@@ -216,7 +216,7 @@ def _begin_record(run: Run, loaded: LoadedConfig, *, resumed: bool) -> RunRecord
         },
     }
     run.reporter.say(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
-    record = RunRecord.reopen(run.folder) if resumed else RunRecord.begin(run.folder, loaded, facts)
+    record = (RunRecord.reopen if resumed else RunRecord.begin)(run.folder, loaded, facts)
     write_json(run.folder.data, run.data.report)
     return record
 
@@ -242,7 +242,6 @@ def _run_steps(run: Run, contract: Mapping[str, Any], checkpoint: Checkpoint | N
             steps_per_epoch=len(sampler),
             evaluation=config.evaluation.model_copy(update={"strategy": run.choices["evaluation_strategy"].value}),
             device=run.device,
-            precision=run.choices["precision"].value,
             further=config.advanced.trainer_args,
         ),
         train_dataset=run.data.splits["train"],
@@ -256,7 +255,12 @@ def _run_steps(run: Run, contract: Mapping[str, Any], checkpoint: Checkpoint | N
         trainer.remove_callback(shown)
     state.start_clock()
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        if checkpoint is None or state.stopped_because is None:  # an early stop stays one after a resume
+            trainer.add_callback(PendingEvaluation(state, trainer.evaluate))
+            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        else:
+            set_peft_model_state_dict(run.model, load_file(checkpoint.path / WEIGHTS_FILE))
+            trainer.state.global_step = checkpoint.step
         check_finite(run.model, step=trainer.state.global_step)
     finally:
         shutil.rmtree(run.folder.checkpoints / STAGING, ignore_errors=True)
@@ -279,7 +283,7 @@ def _callbacks(
         EpochSetter(sampler),
         EarlyStopper(state, metric=metric, early_stopping=early_stopping, save_best=best),
         CheckpointSealer(run.folder.checkpoints, run_state=state, contract=contract, keep=training.save_total_limit),
-        SignalStop(request),
+        SignalStop(request, run_state=state, steps_per_epoch=len(sampler)),
     ]
     return callbacks
 
@@ -302,6 +306,7 @@ def _measure_validation(run: Run, state: RunState, request: StopRequest) -> Call
                 should_stop=lambda: bool(request),
             )
         except Interrupted:
+            state.pending_evaluation = True
             return {}
         finally:
             state.pause_clock(time.perf_counter() - started)
@@ -312,11 +317,11 @@ def _measure_validation(run: Run, state: RunState, request: StopRequest) -> Call
 
 def _stop_if_asked(request: StopRequest, run: Run) -> None:
     if request.signal_number is not None:
+        sealed = find_checkpoint(run.folder.checkpoints)
         raise StoppedBySignal(
             request.signal_number,
             where=str(run.folder.path),
-            fix="go on with: loralab train "
-            f"{run.folder.config} --resume (it loses nothing up to step {run.record.content.get('steps', 0)})",
+            fix=f"go on from step {sealed.step if sealed else 0} with: loralab train {run.folder.config} --resume",
         )
 
 
@@ -327,7 +332,7 @@ def _keep_best(run: Run, state: RunState) -> None:
     if state.best_step == run.record.content["steps"]:
         return
     best = run.folder.checkpoints / f"checkpoint-{state.best_step}"
-    if not best.is_dir():
+    if read_checkpoint(best) is None:
         raise RunFolderError(
             f"the best checkpoint is gone: {best.name}", where=str(best.parent), fix="train again with --overwrite"
         )

@@ -87,7 +87,7 @@ KEPT: list[Values] = [
     {"training": {"warmup_ratio": 0.1}},
     {"training": {"warmup_steps": 3}},
     {"training": {"early_stopping": {"metric": "loss"}}},
-    {"advanced": {"trainer_args": dict.fromkeys(TRAINER_ARGS, 0.5)}},
+    {"advanced": {"trainer_args": {name: {} if name == "lr_scheduler_kwargs" else 0.5 for name in TRAINER_ARGS}}},
     {"data": {"format": "text", "long_text": "truncate", "train_on": "all"}},
 ]
 

@@ -157,7 +157,7 @@ def test_report_says_what_was_read_kept_and_why(path: Path, notes: Notes) -> Non
     ]
     assert (part["truncated"], part["empty_answers"]) == (0, 1)
     assert part["supervised_tokens"] == sum(example.supervised_tokens for example in kept)
-    assert part["longest_branch_tokens"] == sum(lengths)
+    assert part["total_tokens"] == sum(lengths)
     assert part["length_percentiles"]["p0"] == lengths[0]
     assert part["length_percentiles"]["p100"] == lengths[1]
     json.dumps(report)

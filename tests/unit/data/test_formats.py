@@ -113,12 +113,12 @@ def test_chosen_format_without_its_columns() -> None:
 
 def test_rename_columns_maps_field_to_column() -> None:
     row = {"q": "question", "output": "old", "a": "answer"}
-    assert rename_columns(row, {}) is row
-    renamed = rename_columns(row, {"instruction": "q", "output": "a"})
+    assert rename_columns(row, {}, required=()) is row
+    renamed = rename_columns(row, {"instruction": "q", "output": "a"}, required=("instruction",))
     assert FORMATS["alpaca"].build(renamed) == turns("question", "answer")
     assert row["output"] == "old"
     with pytest.raises(RowError, match=r"missing column 'Q' \(for 'instruction'\); the row has: q, output, a"):
-        rename_columns(row, {"instruction": "Q"})
+        rename_columns(row, {"instruction": "Q"}, required=("instruction",))
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,7 @@ def test_model_hash_follows_the_weights(base: Path, tmp_path: Path) -> None:
     copy = tmp_path / "model.safetensors"
     content = (base / "model.safetensors").read_bytes()
     copy.write_bytes(content)
+    (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
     assert model_sha256(str(tmp_path)) == model_sha256(str(base))
     copy.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert model_sha256(str(tmp_path)) != model_sha256(str(base))

@@ -58,7 +58,6 @@ def test_device_that_is_not_there(setting: str, gpus: int, message: str, monkeyp
     [
         ("float32", CUDA, True, (9, 0), torch.float32, "set in model.precision"),
         ("bfloat16", CPU, False, (8, 0), torch.bfloat16, "set in model.precision"),
-        ("float16", CUDA, False, (7, 0), torch.float16, "set in model.precision"),
         ("auto", CUDA, False, (8, 0), torch.bfloat16, "compute capability 8.0 multiplies bfloat16"),
         ("auto", CUDA, True, (7, 5), torch.float32, "compute capability 7.5 has no bfloat16"),
         ("auto", CPU, True, (8, 0), torch.bfloat16, "this processor has bfloat16 instructions"),

@@ -205,7 +205,9 @@ def test_handlers_are_restored_without_a_signal_and_after_an_error() -> None:
 @pytest.mark.parametrize("number", [None, 15])
 def test_requested_stop_saves_and_ends_the_training(number: int | None, arguments: TrainingArguments) -> None:
     control = TrainerControl(should_evaluate=True)
-    SignalStop(StopRequest(number)).on_step_end(arguments, at(1), control)
+    state = RunState()
+    SignalStop(StopRequest(number), run_state=state, steps_per_epoch=5).on_step_end(arguments, at(1), control)
+    assert state.pending_evaluation == (number is not None)
     asked = number is not None
     assert (control.should_save, control.should_training_stop, control.should_evaluate) == (asked, asked, not asked)
 
