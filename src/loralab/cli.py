@@ -126,8 +126,10 @@ def train(
         raise ConfigError(
             "--resume and --overwrite exclude each other", where="command line", fix="keep the one that you mean"
         )
-    source = config / "config.yaml" if (config / "config.yaml").is_file() else config
-    loaded = load_run_config(source, overrides or [])
+    chosen, source = list(overrides or []), config
+    if (config / "config.yaml").is_file():  # a run folder, which may have been moved or copied
+        source, chosen = config / "config.yaml", [f"output.dir={config.absolute()}", *chosen]
+    loaded = load_run_config(source, chosen)
     from loralab.workflows.train import train as run_training
 
     folder = run_training(loaded, reporter=ConsoleReporter(), resume=resume, overwrite=overwrite)
@@ -217,7 +219,7 @@ def generate(
     """Prompt the adapter under its prompt contract."""
     from loralab.workflows.prompts import read_prompts
 
-    prompts = read_prompts(prompt or [], file, None if sys.stdin.isatty() else sys.stdin)
+    prompts = read_prompts(prompt or [], file, None if sys.stdin is None or sys.stdin.isatty() else sys.stdin)
     from loralab.evaluation.generate import GenerationSettings
     from loralab.workflows.generate import generate as run_generation
 

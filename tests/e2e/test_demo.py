@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
+import loralab
+from loralab.errors import RunFolderError
 from loralab.evaluation.metrics import exact_matches
+from loralab.progress import Reporter
+from loralab.workflows.demo import run_demo
+from support import tiny
 
 # Seen: base 0, adapter 90 of 100. The margin leaves room for other processors' rounding.
 LEAST_BY_ADAPTER, MOST_BY_BASE = 70, 10
@@ -50,3 +55,13 @@ def test_demo_leaves_a_whole_run(demo: tuple[Path, str]) -> None:
     assert json.loads((output / "run.json").read_text())["status"] == "completed"
     evaluation = json.loads((output / "evaluation.json").read_text())
     assert evaluation["difference"]["high"] < 0
+
+
+def test_demo_never_replaces_another_run(tmp_path: Path) -> None:
+    base = tiny.save_base(tmp_path / "base")
+    rows = tiny.write_rows(tmp_path / "rows.json", tiny.alpaca_rows(8))
+    run = loralab.train(tiny.run_config(base, rows, tmp_path / "demo"))
+    before = (run.adapter() / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(RunFolderError, match="a run that is no demo"):
+        run_demo(tmp_path / "demo", reporter=Reporter())
+    assert (run.adapter() / "adapter_model.safetensors").read_bytes() == before

@@ -167,8 +167,9 @@ def _apply_overrides(
             problems.append(Problem(f"not an override: {text!r}", where, "write section.key=value"))
             continue
         try:
-            value = parse_scalar(raw)
-        except yaml.YAMLError:
+            # A shell argument has no comments: what follows a # is part of the value.
+            value = raw if "#" in raw else parse_scalar(raw)
+        except (yaml.YAMLError, ValueError):
             value = raw
         if not _set_dotted(values, key.strip(), value):
             problems.append(Problem(f"{key!r} goes below a single value", where, "write section.key=value"))

@@ -60,7 +60,11 @@ class LinedYaml:
 def parse_yaml(text: str, name: str) -> LinedYaml:
     """Parse `text`; `name` is the file's name in messages."""
     document = LinedYaml()
-    loader = CoreLoader(text)
+    try:
+        loader = CoreLoader(text)
+    except yaml.YAMLError as error:
+        document.problems.append(Problem(f"not valid YAML: {error}", name, "remove control characters"))
+        return document
     try:
         node = loader.get_single_node()
         if node is not None:
@@ -72,6 +76,8 @@ def parse_yaml(text: str, name: str) -> LinedYaml:
         document.problems.append(
             Problem(f"not valid YAML: {problem}", where, "check indentation, colons and quotes on that line")
         )
+    except ValueError as error:
+        document.problems.append(Problem(f"not a usable value: {error}", name, "write plain numbers and strings"))
     except RecursionError:
         document.problems.append(Problem("an alias contains itself", name, "write the value out instead of using *"))
     finally:

@@ -73,7 +73,8 @@ def run_demo(output: Path, *, reporter: Reporter) -> tuple[RunFolder, list[str]]
         RunFolderError: another run is in the way.
     """
     folder = RunFolder(output)
-    if folder.exists() and read_json(folder.record).get("name") != "demo":
+    base = str(demo_files() / "base")
+    if folder.exists() and read_json(folder.record).get("model", {}).get("name") != base:
         raise RunFolderError(
             f"output folder holds a run that is no demo: {str(output)!r}",
             where="option --output",

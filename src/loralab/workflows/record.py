@@ -195,9 +195,9 @@ class RunRecord:
 
 def anchored(config: Config, folder: RunFolder) -> Config:
     """Return the configuration with local paths made absolute, so that it means the same anywhere."""
-    data = {
-        name: _absolute(getattr(config.data, name)) for name in ("train", "validation", "test", "template", "cache_dir")
-    }
+    data = {name: _absolute(getattr(config.data, name)) for name in ("train", "validation", "test", "cache_dir")}
+    if Path(config.data.template).is_file():  # a folder of that name is no template
+        data["template"] = _absolute(config.data.template)
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"name": _absolute(config.model.name)}),

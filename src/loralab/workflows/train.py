@@ -167,6 +167,7 @@ def _prepare(loaded: LoadedConfig, folder: RunFolder, reporter: Reporter) -> Run
         reporter.say(note)
     check_length(load_model_config(config.model), config.data.max_length)
     data = prepare_data(config.data, load_tokenizer(config.model), reporter=reporter)
+    resolve_split(config.evaluation.split, data.splits)  # now, not after hours of training
     base, base_choices = load_base_model(config.model, dtype=precision.value, device=device.value)
     _check_vocabulary(base, data)
     if config.training.gradient_checkpointing:
