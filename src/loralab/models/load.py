@@ -8,7 +8,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -141,6 +141,21 @@ def check_length(config: PreTrainedConfig, max_length: int) -> None:
             f"max_length {max_length} is more than the model's {limit} positions",
             where="key data.max_length",
             fix=f"set data.max_length: {limit} or less",
+        )
+
+
+def check_vocabulary(base: PreTrainedModel, largest_id: int) -> None:
+    """Check that the model has an embedding for every token id of the data.
+
+    Raises:
+        ModelError: it has fewer.
+    """
+    size = cast(nn.Embedding, base.get_input_embeddings()).num_embeddings
+    if largest_id >= size:
+        raise ModelError(
+            f"token id {largest_id} in the data, but the model has embeddings for {size} tokens",
+            where="keys model.name, data.train",
+            fix="use the tokenizer that belongs to the model, or rows tokenized with it",
         )
 
 

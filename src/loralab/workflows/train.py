@@ -11,25 +11,25 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
 from loralab.data.dataset import PreparedData, prepare_data
-from loralab.errors import ConfigError, ModelError, RunFolderError, StoppedBySignal
+from loralab.errors import ConfigError, RunFolderError, StoppedBySignal
 from loralab.evaluation.perplexity import Interrupted, measure_loss
 from loralab.layout.planner import Planner
 from loralab.models.adapters import WEIGHTS_FILE, adapter_sha256, build_adapter
 from loralab.models.load import (
     check_length,
     check_local_model,
+    check_vocabulary,
     count_parameters,
     describe_model,
     load_base_model,
@@ -169,7 +169,8 @@ def _prepare(loaded: LoadedConfig, folder: RunFolder, reporter: Reporter) -> Run
     data = prepare_data(config.data, load_tokenizer(config.model), reporter=reporter)
     resolve_split(config.evaluation.split, data.splits)  # now, not after hours of training
     base, base_choices = load_base_model(config.model, dtype=precision.value, device=device.value)
-    _check_vocabulary(base, data)
+    largest = max(*(split.largest_id for split in data.splits.values()), *data.prompter.stop.ids)
+    check_vocabulary(base, largest)
     if config.training.gradient_checkpointing:
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
@@ -180,17 +181,6 @@ def _prepare(loaded: LoadedConfig, folder: RunFolder, reporter: Reporter) -> Run
     for name, choice in choices.items():
         reporter.say(f"{name}: {str(choice.value).removeprefix('torch.')} ({choice.reason})")
     return Run(config, folder, data, model, device.value, choices, reporter, RunRecord(folder))
-
-
-def _check_vocabulary(base: PreTrainedModel, data: PreparedData) -> None:
-    size = cast(nn.Embedding, base.get_input_embeddings()).num_embeddings
-    largest = max(*(split.largest_id for split in data.splits.values()), *data.prompter.stop.ids)
-    if largest >= size:
-        raise ModelError(
-            f"token id {largest} in the data, but the model has embeddings for {size} tokens",
-            where="keys model.name, data.train",
-            fix="use the tokenizer that belongs to the model, or rows tokenized with it",
-        )
 
 
 def _resolve_evaluation(config: Config) -> dict[str, Resolved[Any]]:
