@@ -57,7 +57,7 @@ def check_config(config: Config) -> list[Finding]:
 def _check_splits(config: Config) -> list[Finding]:
     findings = []
     for key, value in (("data.validation", config.data.validation), ("data.test", config.data.test)):
-        if isinstance(value, bool) or (isinstance(value, float) and not 0.0 < value < 1.0):
+        if isinstance(value, float) and not 0.0 < value < 1.0:
             fix = "give a fraction above 0 and below 1, a whole number of rows, a file, or the name of a split"
             findings.append(Finding(key, f"not a usable fraction: {value!r}", fix))
         elif isinstance(value, int) and value < 1:

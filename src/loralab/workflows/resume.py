@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from loralab.config.schema import Config
 from loralab.data.dataset import PreparedData
-from loralab.models.load import describe_model
 from loralab.models.precision import Resolved
 from loralab.progress import Reporter
 from loralab.run import RunFolder
@@ -31,15 +29,15 @@ def resume_contract(
     data: PreparedData,
     choices: Mapping[str, Resolved[Any]],
     device: torch.device,
-    base: PreTrainedModel,
+    model: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return everything that changes the maths of a run; a resume must find it unchanged."""
-    training, facts = config.training, describe_model(config.model, base)
+    training = config.training
     free = {"logging_steps", "save_strategy", "save_steps", "save_total_limit", "gradient_checkpointing"}
     return {
         "data": data.fingerprint,
         "template": data.template.text,
-        "model": facts["sha256"] or f"{facts['name']}@{facts['revision']}",
+        "model": model["sha256"] or f"{model['name']}@{model['revision']}",
         "precision": str(choices["precision"].value),
         "attn_implementation": str(choices["attn_implementation"].value),
         "device": device.type,

@@ -91,6 +91,7 @@ class Run:
         data: tokenized splits and prompter.
         model: base with adapter.
         device: where the model is.
+        base_facts: what identifies the base model; its weights are hashed once.
         choices: automatic choices with their reasons.
         reporter: told of progress.
         record: `run.json`.
@@ -101,6 +102,7 @@ class Run:
     data: PreparedData
     model: SupervisedPeftModel
     device: torch.device
+    base_facts: dict[str, Any]
     choices: dict[str, Resolved[Any]]
     reporter: Reporter
     record: RunRecord
@@ -129,9 +131,7 @@ def train(loaded: LoadedConfig, *, reporter: Reporter, resume: bool = False, ove
         reporter.say(f"nothing to do: the run in {folder.path} is complete")
         return folder
     run = _prepare(loaded, folder, reporter)
-    contract = resume_contract(
-        run.config, data=run.data, choices=run.choices, device=run.device, base=run.model.language_model
-    )
+    contract = resume_contract(run.config, data=run.data, choices=run.choices, device=run.device, model=run.base_facts)
     checkpoint = find_start(folder, contract, reporter=reporter) if resume else None
     if not resume:
         clear_run(folder)
@@ -180,7 +180,8 @@ def _prepare(loaded: LoadedConfig, folder: RunFolder, reporter: Reporter) -> Run
     choices |= base_choices | adapter_choices | _resolve_evaluation(config)
     for name, choice in choices.items():
         reporter.say(f"{name}: {str(choice.value).removeprefix('torch.')} ({choice.reason})")
-    return Run(config, folder, data, model, device.value, choices, reporter, RunRecord(folder))
+    base_facts = describe_model(config.model, base)
+    return Run(config, folder, data, model, device.value, base_facts, choices, reporter, RunRecord(folder))
 
 
 def _resolve_evaluation(config: Config) -> dict[str, Resolved[Any]]:
@@ -196,7 +197,7 @@ def _begin_record(run: Run, loaded: LoadedConfig, *, resumed: bool) -> RunRecord
         "resolved": describe_choices(run.choices),
         "hardware": hardware(run.device),
         "model": {
-            **describe_model(config.model, run.model.language_model),
+            **run.base_facts,
             "parameters": total,
             "trainable_parameters": trainable,
         },
