@@ -7,6 +7,8 @@
         ModelError             a base model, tokenizer or adapter that cannot be loaded
         RunFolderError         an output folder in the way, or not a run folder
         StorageError           a disk that is full or not writable
+        WorkerError            a worker process that died
+        OutOfMemoryError       not even one example fits into the accelerator
         TrainingDivergedError  a loss that is not finite
       ProofError             exit 3: a proof failed
         PromptContractError    the prompt is not the one that the adapter was trained on
@@ -100,6 +102,14 @@ class RunFolderError(UserError):
 
 class StorageError(UserError):
     """A disk that is full or a folder that cannot be written."""
+
+
+class WorkerError(UserError):
+    """A worker process that died, as when the system ran out of memory and killed it."""
+
+
+class OutOfMemoryError(UserError):
+    """Not even one example fits into the accelerator's memory."""
 
 
 class TrainingDivergedError(UserError):

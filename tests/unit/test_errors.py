@@ -11,6 +11,7 @@ from loralab.errors import (
     DataError,
     LoralabError,
     ModelError,
+    OutOfMemoryError,
     Problem,
     PromptContractError,
     ProofError,
@@ -19,6 +20,7 @@ from loralab.errors import (
     StorageError,
     TrainingDivergedError,
     UserError,
+    WorkerError,
 )
 
 EXIT_CODES = {
@@ -30,6 +32,8 @@ EXIT_CODES = {
     RunFolderError: 2,
     StorageError: 2,
     TrainingDivergedError: 2,
+    WorkerError: 2,
+    OutOfMemoryError: 2,
     ProofError: 3,
     PromptContractError: 3,
 }

@@ -4,7 +4,8 @@ Owns every rule that needs no file, no library and no hardware; what needs those
 where they are met (`data`, `models`), before anything is written.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from loralab.config.schema import Config
@@ -20,6 +21,24 @@ TRAINER_ARGS = {
     "adam_epsilon": "AdamW's denominator term",
     "lr_scheduler_kwargs": "extra arguments of the schedule, such as num_cycles",
 }
+
+# What an AdamW term may be; other optimizers have none of them.
+ADAM_TERMS = {
+    "adam_beta1": (0.0, 1.0, "a number from 0 to below 1"),
+    "adam_beta2": (0.0, 1.0, "a number from 0 to below 1"),
+    "adam_epsilon": (math.ulp(0.0), math.inf, "a number above 0"),
+}
+
+# What `lr_scheduler_kwargs` may hold for each schedule; the others take nothing.
+SCHEDULE_TERMS: dict[str, dict[str, tuple[float, float, str]]] = {
+    "cosine": {"num_cycles": (math.ulp(0.0), math.inf, "a number above 0")},
+    "polynomial": {
+        "lr_end": (0.0, math.inf, "a learning rate, 0 or more"),
+        "power": (math.ulp(0.0), math.inf, "a number above 0"),
+    },
+    "inverse_sqrt": {"timescale": (math.ulp(0.0), math.inf, "a number of steps above 0")},
+}
+_POLYNOMIAL_END = 1e-7  # where transformers' polynomial schedule ends by default
 
 # TrainingArguments that have a key of their own here.
 OWN_KEYS = {
@@ -62,6 +81,56 @@ def _check_splits(config: Config) -> list[Finding]:
             findings.append(Finding(key, f"not a usable fraction: {value!r}", fix))
         elif isinstance(value, int) and value < 1:
             findings.append(Finding(key, f"not a usable number of rows: {value}", "give at least 1, or null for none"))
+        elif isinstance(value, str) and _is_number(value):
+            what = f"{value!r} is text, because it stands in quotes or has a % sign"
+            fix = "write a plain number, such as 0.1 for a tenth of the rows or 100 for a hundred rows"
+            findings.append(Finding(key, what, fix))
+    return findings
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.strip().removesuffix("%"))
+    except ValueError:
+        return False
+    return True
+
+
+def _check_same_rows(config: Config) -> list[Finding]:
+    findings = []
+    seen = dict.fromkeys(_names(config.data.train), "data.train")
+    for key, value in (("data.validation", config.data.validation), ("data.test", config.data.test)):
+        shared = [name for name in _names(value) if name in seen]
+        if shared:
+            what = f"{shared[0]!r} is in {seen[shared[0]]} too: what was measured there would say nothing"
+            findings.append(Finding(key, what, "name other rows, or a share of data.train, such as 0.1"))
+        seen |= dict.fromkeys(_names(value), key)
+    return findings
+
+
+def _names(value: object) -> list[str]:
+    return [value] if isinstance(value, str) else [str(name) for name in value] if isinstance(value, list) else []
+
+
+def _check_effect(config: Config) -> list[Finding]:
+    """Find settings that another one leaves without effect."""
+    data, training, evaluation, findings = config.data, config.training, config.evaluation, []
+    if training.chosen("save_steps") and training.save_strategy != "steps":
+        what = (
+            f"save_steps {training.save_steps} with save_strategy {training.save_strategy}, which does not count steps"
+        )
+        findings.append(Finding("training.save_steps", what, "remove it, or set training.save_strategy: steps"))
+    if evaluation.chosen("steps") and evaluation.strategy != "steps":
+        what = f"steps {evaluation.steps} with strategy {evaluation.strategy}, which does not count steps"
+        findings.append(Finding("evaluation.steps", what, "remove it, or set evaluation.strategy: steps"))
+    drawn = any(isinstance(amount, (int, float)) for amount in (data.validation, data.test))
+    if data.chosen("split_seed") and (data.split_method == "first" or not drawn):
+        why = "split_method first, which draws nothing" if drawn else "no fraction or number of rows to draw"
+        fix = "remove it, or set data.split_method: random" if drawn else "remove it, or set data.validation: 0.1"
+        findings.append(Finding("data.split_seed", f"split_seed {data.split_seed} with {why}", fix))
+    if data.chosen("split_method") and not drawn:
+        what = f"split_method {data.split_method} with no fraction or number of rows to take"
+        findings.append(Finding("data.split_method", what, "remove it, or set data.validation: 0.1"))
     return findings
 
 
@@ -85,6 +154,11 @@ def _check_warmup(config: Config) -> list[Finding]:
     if training.warmup_ratio > 0 and training.warmup_steps > 0:
         what = f"warm-up given twice: warmup_ratio {training.warmup_ratio} and warmup_steps {training.warmup_steps}"
         return [Finding("training.warmup_steps", what, "keep one of them")]
+    last = training.max_steps
+    if last is not None and training.warmup_steps >= last and training.lr_scheduler_type == "polynomial":
+        # transformers divides by the steps between the two.
+        what = f"warm-up of {training.warmup_steps} steps in a run of {last}: nothing is left for the schedule"
+        return [Finding("training.warmup_steps", what, f"set it below {last}, or raise training.max_steps")]
     return []
 
 
@@ -131,23 +205,66 @@ def _check_trainer_args(config: Config) -> list[Finding]:
     findings = []
     for name, value in config.advanced.trainer_args.items():
         key = f"advanced.trainer_args.{name}"
-        if name in TRAINER_ARGS:
-            wanted = (dict,) if name == "lr_scheduler_kwargs" else (int, float)
-            if not isinstance(value, wanted) or isinstance(value, bool):
-                kind = "a mapping" if name == "lr_scheduler_kwargs" else "a number"
-                findings.append(Finding(key, f"{name} got {value!r}", f"give {kind}: {TRAINER_ARGS[name]}"))
-            continue
-        own = OWN_KEYS.get(name) or next(
-            (
-                f"{section}.{name}"
-                for section in ("training", "evaluation")
-                if name in getattr(config, section).__class__.model_fields
-            ),
-            None,
-        )
-        fix = f"use {own}" if own else suggest(name, TRAINER_ARGS)
-        findings.append(Finding(key, f"not passed through: {name!r}", fix))
+        if name in ADAM_TERMS:
+            findings += _check_adam_term(config.training.optim, name, value)
+        elif name == "lr_scheduler_kwargs":
+            findings += _check_schedule_terms(config, value)
+        else:
+            own = OWN_KEYS.get(name) or next(
+                (
+                    f"{section}.{name}"
+                    for section in ("training", "evaluation")
+                    if name in getattr(config, section).__class__.model_fields
+                ),
+                None,
+            )
+            fix = f"use {own}" if own else suggest(name, TRAINER_ARGS)
+            findings.append(Finding(key, f"not passed through: {name!r}", fix))
     return findings
+
+
+def _check_adam_term(optim: str, name: str, value: object) -> list[Finding]:
+    key = f"advanced.trainer_args.{name}"
+    if not optim.startswith("adamw"):
+        fix = "remove it, or set training.optim: adamw_torch"
+        return [Finding(key, f"{name} with optim {optim}, which has no such term", fix)]
+    return _check_term(key, value, ADAM_TERMS[name])
+
+
+def _check_term(key: str, value: object, limits: tuple[float, float, str]) -> list[Finding]:
+    low, high, wanted = limits
+    # Written so that NaN is refused too.
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < high:
+        return []
+    return [Finding(key, f"{key.rpartition('.')[2]} got {value!r}", f"give {wanted}")]
+
+
+def _check_schedule_terms(config: Config, terms: object) -> list[Finding]:
+    key, schedule = "advanced.trainer_args.lr_scheduler_kwargs", config.training.lr_scheduler_type
+    if not isinstance(terms, Mapping):
+        return [
+            Finding(key, f"lr_scheduler_kwargs got {terms!r}", f"give a mapping: {TRAINER_ARGS[key.split('.')[2]]}")
+        ]
+    findings, known = [], SCHEDULE_TERMS.get(schedule, {})
+    for name, value in terms.items():
+        if name in known:
+            findings += _check_term(f"{key}.{name}", value, known[name])
+            continue
+        fix = suggest(str(name), known) if known else "remove it, or set another training.lr_scheduler_type"
+        findings.append(Finding(f"{key}.{name}", f"the schedule {schedule} takes no {name!r}", fix))
+    return findings
+
+
+def _check_polynomial_end(config: Config) -> list[Finding]:
+    training, terms = config.training, config.advanced.trainer_args.get("lr_scheduler_kwargs")
+    if training.lr_scheduler_type != "polynomial":
+        return []
+    end = terms.get("lr_end", _POLYNOMIAL_END) if isinstance(terms, Mapping) else _POLYNOMIAL_END
+    if not isinstance(end, (int, float)) or end < training.learning_rate:
+        return []
+    key = "advanced.trainer_args.lr_scheduler_kwargs.lr_end"
+    what = f"the schedule would rise, from learning_rate {training.learning_rate} to lr_end {end}"
+    return [Finding(key, what, f"set lr_end below {training.learning_rate}, or raise training.learning_rate")]
 
 
 def _check_text(config: Config) -> list[Finding]:
@@ -170,14 +287,26 @@ def _check_text(config: Config) -> list[Finding]:
     return findings
 
 
+def _check_layout(config: Config) -> list[Finding]:
+    layout, attention = config.training.layout, config.model.attn_implementation
+    if layout in ("auto", "padded") or attention == "auto":
+        return []
+    what = f"layout {layout!r} with attn_implementation {attention!r}, which cannot compute it"
+    return [Finding("training.layout", what, "set model.attn_implementation: auto")]
+
+
 Rule = Callable[[Config], list[Finding]]
 RULES: tuple[Rule, ...] = (
     _check_splits,
+    _check_same_rows,
+    _check_effect,
     _check_precision,
     _check_warmup,
     _check_validation_needs,
     _check_early_stopping_metric,
     _check_best,
     _check_trainer_args,
+    _check_polynomial_end,
     _check_text,
+    _check_layout,
 )

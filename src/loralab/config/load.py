@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from loralab.config.checks import Finding, check_config
+from loralab.config.paths import check_paths
 from loralab.config.schema import Config
 from loralab.config.yaml_lines import dump_yaml, parse_scalar, parse_yaml
 from loralab.errors import ConfigError, Problem
@@ -65,9 +66,8 @@ def load_config(
     problems += _apply_overrides(values, overrides, origin)
     config, wrong = _validate(values, origin, problems)
     if config is not None:
-        findings = [
-            finding for check in (check_config, *checks) for finding in check(config) if finding.key not in wrong
-        ]
+        rules = (check_config, check_paths, *checks)
+        findings = [finding for rule in rules for finding in rule(config) if finding.key not in wrong]
         problems += [Problem(f.what, _where(f.key, origin), f.fix) for f in findings]
     if problems or config is None:
         raise ConfigError.from_problems(problems)
@@ -166,17 +166,32 @@ def _apply_overrides(
         if not equals or not key.strip():
             problems.append(Problem(f"not an override: {text!r}", where, "write section.key=value"))
             continue
-        try:
-            # A shell argument has no comments: what follows a # is part of the value.
-            value = raw if "#" in raw else parse_scalar(raw)
-        except (yaml.YAMLError, ValueError):
-            value = raw
+        value = _read_argument(key.strip(), raw)
         if not _set_dotted(values, key.strip(), value):
             problems.append(Problem(f"{key!r} goes below a single value", where, "write section.key=value"))
         for stale in [known for known in origin if known.startswith(f"{key.strip()}.")]:
             del origin[stale]
         origin[key.strip()] = "command line"
     return problems
+
+
+def _read_argument(key: str, raw: str) -> Any:
+    """Read the value of an override; one for a setting that takes text alone is text, whatever it looks like."""
+    if "#" in raw:  # a shell argument has no comments: what follows a # is part of the value
+        return raw
+    try:
+        value = parse_scalar(raw)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return raw
+    field = field_by_key(key)
+    kinds = _kinds(field.annotation) if field else ()
+    if str not in kinds or isinstance(value, (str, *(typing.get_origin(kind) or kind for kind in kinds))):
+        return value
+    return None if value is None and type(None) in kinds else raw
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
 
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> bool:
@@ -235,8 +250,7 @@ def _dotted_field(location: Sequence[str | int]) -> str:
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
     """Return the section class that an annotation (`X` or `X | None`) names, or None."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return next((o for o in _kinds(annotation) if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
 def _describe_field(key: str, errors: Sequence[ErrorDetails], origin: Mapping[str, str]) -> Problem:

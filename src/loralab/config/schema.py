@@ -151,6 +151,20 @@ class TrainingConfig(Section):
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps; overrides num_train_epochs when set.")
     per_device_train_batch_size: PositiveInt = Field(8, description="Rows per device and micro-step (B).")
     gradient_accumulation_steps: PositiveInt = Field(1, description="Micro-steps per optimizer step (K).")
+    sampling: Literal["random", "grouped"] = Field(
+        "random",
+        description="Order of rows: random, or grouped so that rows with a long common prefix meet in a step.",
+    )
+    layout: Literal["auto", "shared", "packed", "padded"] = Field(
+        "auto",
+        description="How the rows of a step lie in memory: shared (common prefixes once), packed or padded; losses and "
+        "gradients are the same, auto takes shared where the model can.",
+    )
+    token_budget: PositiveInt | Literal["auto"] = Field(
+        "auto",
+        description="Most tokens that go through the model at once; auto goes by free memory. A step is cut "
+        "accordingly, its loss is the same.",
+    )
     learning_rate: PositiveFloat = Field(2e-4, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         Field("linear", description="Learning-rate schedule after warm-up.")

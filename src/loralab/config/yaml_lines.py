@@ -18,6 +18,14 @@ class CoreLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own form
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return the value of a node; a value that its tag cannot have is an error with its line."""
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            reason = "a number of too many digits" if "digits" in str(error) else f"not a value of {node.tag}"
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark) from error
+
 
 def _add_core_rules() -> None:
     rules = (
@@ -76,10 +84,11 @@ def parse_yaml(text: str, name: str) -> LinedYaml:
         document.problems.append(
             Problem(f"not valid YAML: {problem}", where, "check indentation, colons and quotes on that line")
         )
-    except ValueError as error:
-        document.problems.append(Problem(f"not a usable value: {error}", name, "write plain numbers and strings"))
     except RecursionError:
-        document.problems.append(Problem("an alias contains itself", name, "write the value out instead of using *"))
+        line = loader.line + 1
+        document.problems.append(
+            Problem("nested too deeply", f"{name} line {line}", "close the brackets; no setting has that many levels")
+        )
     finally:
         loader.dispose()
     return document
@@ -110,18 +119,27 @@ def parse_scalar(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: the text is not valid YAML.
+        RecursionError: it is nested too deeply.
     """
     return yaml.load(text, CoreLoader)  # noqa: S506 - CoreLoader is a SafeLoader
 
 
-def _plain(loader: CoreLoader, node: yaml.Node, path: str, document: LinedYaml, name: str) -> Any:
+def _plain(
+    loader: CoreLoader, node: yaml.Node, path: str, document: LinedYaml, name: str, *, outer: tuple[yaml.Node, ...] = ()
+) -> Any:
     if not isinstance(node, yaml.MappingNode):
         return loader.construct_object(node, deep=True)
+    if any(node is each for each in outer):
+        raise yaml.constructor.ConstructorError(None, None, "an alias contains itself", node.start_mark)
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key = str(loader.construct_object(key_node, deep=True))
         line = key_node.start_mark.line + 1
         dotted = f"{path}.{key}" if path else key
+        if key == "<<":
+            what, fix = "merge keys (<<) are not supported", "write the keys out; loralab shows the line of each"
+            document.problems.append(Problem(what, f"{name} line {line}", fix))
+            continue
         if key in values:
             document.problems.append(
                 Problem(
@@ -131,5 +149,5 @@ def _plain(loader: CoreLoader, node: yaml.Node, path: str, document: LinedYaml, 
                 )
             )
         document.lines[dotted] = line
-        values[key] = _plain(loader, value_node, dotted, document, name)
+        values[key] = _plain(loader, value_node, dotted, document, name, outer=(*outer, node))
     return values

@@ -3,9 +3,7 @@
 Owns the order of the steps, the cache key and the data report (`data.json`).
 """
 
-import hashlib
-import importlib.metadata
-import json
+import errno
 import logging
 import os
 from collections import Counter
@@ -17,8 +15,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from loralab.config.paths import local_path
 from loralab.config.schema import DataConfig
 from loralab.data.formats import FORMATS, resolve_format
+from loralab.data.identity import cache_key, data_identity, identity_sha256
 from loralab.data.pipeline import RowTokenizer, tokenize_rows
 from loralab.data.prompter import Prompter, apply_stop_setting, choose_bos_prefix
 from loralab.data.sources import Row, Source, resolve_sources
@@ -28,7 +28,6 @@ from loralab.data.templates import Template, resolve_template
 from loralab.data.tokenize import TokenizeSettings, Unit
 from loralab.errors import DataError, StorageError
 from loralab.progress import Reporter
-from loralab.run import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +45,19 @@ class PreparedData:
         prompter: the tokenizer with its template and stop tokens.
         template: the chosen template.
         report: the content of `data.json`.
-        fingerprint: SHA-256 over everything that decides on the tokens and their order.
+        identity: what decides on the tokens and their order, and their hashes, by readable name.
     """
 
     splits: dict[str, TokenStore]
     prompter: Prompter
     template: Template
     report: dict[str, Any]
-    fingerprint: str
+    identity: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the identity."""
+        return identity_sha256(self.identity)
 
 
 @dataclass(slots=True)
@@ -97,19 +101,17 @@ def prepare_data(
     settings = TokenizeSettings(data.train_on, data.max_length, data.truncation, data.long_text)
     splits: dict[str, TokenStore] = {}
     reports: dict[str, Any] = {}
-    keys = []
+    workers = []
     for pool in pools:
         worker = RowTokenizer(prompter, pool.format, dict(data.columns), settings, data.on_bad_row)
-        key = _cache_key(pool, worker)
-        store, stored = _load_or_tokenize(pool, worker, data, key, reporter)
+        store, stored = _load_or_tokenize(pool, worker, data, reporter)
         for name, units in _parts(pool, data, store, stored).items():
             splits[name] = _part(store, units)
             reports[name] = _report_part(splits[name], units, stored, pool)
             _check_dropped(name, reports[name], data)
             reporter.say(_describe_part(name, reports[name]))
-        keys.append(key)
-    amounts = [part if isinstance(part, (int, float)) else None for part in (data.validation, data.test)]
-    identity = [keys, amounts, data.split_method, data.split_seed]
+        workers.append(worker)
+    sources = [source for pool in pools for source in pool.sources]
     return PreparedData(
         splits=splits,
         prompter=prompter,
@@ -122,11 +124,11 @@ def prepare_data(
                 "texts": list(prompter.stop.texts),
                 "reason": prompter.stop.reason,
             },
-            "sources": [{"name": s.name, "sha256": s.fingerprint} for pool in pools for s in pool.sources],
+            "sources": [{"name": source.name, "sha256": source.fingerprint} for source in sources],
             "split": {"method": data.split_method, "seed": data.split_seed},
             "splits": reports,
         },
-        fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        identity=data_identity(data, sources=sources, workers=workers, splits=splits),
     )
 
 
@@ -141,11 +143,29 @@ def _resolve_pools(data: DataConfig, split: str | None) -> list[_Pool]:
         else:
             sources = resolve_sources(spec, where=where)
         pools.append(_Pool(sources, parts=(name,)))
+    _refuse_shared(pools)
     return pools
 
 
+def _refuse_shared(pools: Sequence[_Pool]) -> None:
+    """Refuse a source that is in two splits, under whatever names."""
+    seen: dict[str, tuple[str, str]] = {}
+    for pool in pools:
+        here = {source.fingerprint: (source.name, pool.parts[0]) for source in pool.sources}
+        for fingerprint in here.keys() & seen.keys():
+            (name, part), (other, first) = here[fingerprint], seen[fingerprint]
+            same = f"{name!r} holds the rows of {other!r}" if name != other else f"{name!r} is named twice"
+            raise DataError(
+                f"{same}: what is measured on {part} rows that are also {first} rows says nothing",
+                where=f"keys data.{first}, data.{part}",
+                fix="name other rows, or a share of data.train, such as 0.1",
+            )
+        seen |= here
+
+
 def _is_split_name(spec: str) -> bool:
-    return not Path(spec).expanduser().exists() and not any(mark in spec for mark in "/\\.*?[#~")
+    path = local_path(spec)
+    return path is not None and not path.exists() and not any(mark in spec for mark in "/\\.*?[#~")
 
 
 def _detect(pool: _Pool, data: DataConfig) -> tuple[str, str]:
@@ -190,24 +210,33 @@ def _choose_template(data: DataConfig, name: str, tokenizer: PreTrainedTokenizer
 
 
 def _load_or_tokenize(
-    pool: _Pool, worker: RowTokenizer, data: DataConfig, key: str, reporter: Reporter
+    pool: _Pool, worker: RowTokenizer, data: DataConfig, reporter: Reporter
 ) -> tuple[TokenStore, dict[str, Any]]:
-    folder = cache_folder(data) / key
-    stored = read_store_report(folder)
+    folder = cache_folder(data) / cache_key(pool.sources, worker)
     label = f"tokenize {' + '.join(pool.parts)}"
-    if stored is not None:
-        reporter.say(f"{label}: cache hit ({folder.name[:12]}: same rows, tokenizer, template and settings)")
-        return TokenStore(folder), stored
-    report: dict[str, Any] = {"units": 0, "rows": 0, "dropped": []}
     try:
+        stored = read_store_report(folder)
+        if stored is not None:
+            reporter.say(f"{label}: cache hit ({folder.name[:12]}: same rows, tokenizer, template and settings)")
+            return TokenStore(folder), stored
+        report: dict[str, Any] = {"units": 0, "rows": 0, "dropped": []}
         write_store(folder, _units(pool, worker, data, report, reporter, label), report=report)
+        reporter.finish(label)
+        return TokenStore(folder), report
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise StorageError(
-            f"cannot write tokenized data: {reason}", where=str(folder.parent), fix="free space, or set data.cache_dir"
-        ) from error
-    reporter.finish(label)
-    return TokenStore(folder), report
+        raise _cache_error(error, folder) from error
+
+
+def _cache_error(error: OSError, folder: Path) -> StorageError:
+    reason = error.strerror or str(error)
+    if isinstance(error, PermissionError) and folder.exists():
+        what, where = "cannot read tokenized data that another user wrote", str(folder)
+        fix = "have its owner run `chmod -R a+rX` on it, or set data.cache_dir to a folder of your own"
+    else:
+        what, where = "cannot write tokenized data", str(folder.parent)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "free space there, or set data.cache_dir" if full else "set data.cache_dir to a folder that you may write"
+    return StorageError(f"{what}: {reason}", where=where, fix=fix)
 
 
 def _units(
@@ -227,50 +256,21 @@ def _units(
 
 
 def cache_folder(data: DataConfig) -> Path:
-    """Return the folder of tokenized data: `data.cache_dir`, else the user's cache folder."""
+    """Return the folder of tokenized data: `data.cache_dir`, else the user's cache folder.
+
+    Raises:
+        StorageError: the user has no home folder.
+    """
     if data.cache_dir is not None:
         return Path(data.cache_dir).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "loralab" / "tokenized"
-
-
-def _cache_key(pool: _Pool, worker: RowTokenizer) -> str:
-    backend = getattr(worker.prompter.tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(worker.prompter.tokenizer.get_vocab())
-    settings = worker.settings
-    parts = [
-        [source.fingerprint for source in pool.sources],
-        worker.format,
-        sorted(worker.columns.items()),
-        [settings.train_on, settings.max_length, settings.truncation, settings.long_text],
-        worker.on_bad_row,
-        hashlib.sha256(vocabulary.encode()).hexdigest(),
-        worker.prompter.tokenizer.chat_template,
-        {k: str(v) for k, v in sorted(worker.prompter.tokenizer.special_tokens_map.items())},
-        list(worker.prompter.stop.ids),
-        _code_version(),
-        [importlib.metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")],
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _code_version() -> str:
-    """Hash the code that makes tokens, so that a change of it never meets an older cache."""
-    names = (
-        "dataset",
-        "pipeline",
-        "example",
-        "formats",
-        "hub",
-        "json_rows",
-        "prompter",
-        "readers",
-        "rows",
-        "store",
-        "templates",
-        "tokenize",
-    )
-    return "".join(file_sha256(Path(__file__).with_name(f"{name}.py"))[:16] for name in names)
+    base = local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if base is None:
+        raise StorageError(
+            "no home folder to keep tokenized data in",
+            where="environment variables HOME, XDG_CACHE_HOME",
+            fix="set HOME, or data.cache_dir",
+        )
+    return base / "loralab" / "tokenized"
 
 
 def _parts(pool: _Pool, data: DataConfig, store: TokenStore, stored: dict[str, Any]) -> dict[str, Indices]:

@@ -17,6 +17,7 @@ Fields = Mapping[str, Any]
 
 # Between instruction and input in an Alpaca user turn; the alpaca template looks for it.
 ALPACA_INPUT_MARK = "\n\n### Input:\n"
+_LARGEST_ID = 2**31  # tokens are stored as int32
 
 
 class RowError(Exception):
@@ -93,6 +94,9 @@ def build_tokenized(row: Fields) -> Example:
     mask = _integers(row, "attention_mask") if row.get("attention_mask") is not None else [1] * len(ids)
     if not len(ids) == len(labels) == len(mask):
         raise RowError(f"lengths differ: input_ids {len(ids)}, labels {len(labels)}, attention_mask {len(mask)}")
+    strange = next((i for i in ids if not 0 <= i < _LARGEST_ID), None)
+    if strange is not None:
+        raise RowError(f"field 'input_ids' holds {_short(strange)}, which is no token id")
     kept = [(i, label) for i, label, keep in zip(ids, labels, mask, strict=True) if keep]
     wrong = next((p for p, (i, label) in enumerate(kept) if label not in (-100, i)), None)
     if wrong is not None:
@@ -105,7 +109,8 @@ def _integers(row: Fields, name: str) -> list[int]:
     value = row.get(name)
     if value is None:
         raise RowError(f"missing field {name!r}; the row has: {_list(row)}")
-    if not isinstance(value, (list, tuple)) or not all(isinstance(i, int) for i in value):
+    # A boolean is an int to Python, and no token id.
+    if not isinstance(value, (list, tuple)) or not all(type(i) is int for i in value):
         raise RowError(f"field {name!r} is not a list of whole numbers: {_short(value)}")
     return list(value)
 

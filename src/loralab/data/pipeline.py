@@ -8,9 +8,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +21,7 @@ from loralab.data.formats import FORMATS, RowError, rename_columns
 from loralab.data.prompter import Prompter
 from loralab.data.sources import Row
 from loralab.data.tokenize import TokenizeSettings, Unit, tokenize_examples
-from loralab.errors import DataError
+from loralab.errors import DataError, WorkerError
 
 CHUNK_ROWS = 256
 # Below this many rows, starting processes costs more than they save.
@@ -132,7 +134,16 @@ def _install(tokenizer: RowTokenizer) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_tokenizer = tokenizer
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the parent process and end this one, which would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _tokenize_chunk(chunk: list[Row]) -> list[RowUnits]:
@@ -145,16 +156,33 @@ def _tokenize_in_processes(rows: Iterator[Row], tokenizer: RowTokenizer, workers
     first = next(_chunks(rows), None)
     if first is None:
         return
+    done = 0
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_install, initargs=(tokenizer,)) as pool:
-        pending: deque[Future[list[RowUnits]]] = deque()
         try:
-            for chunk in itertools.chain([first], _chunks(rows)):
-                pending.append(pool.submit(_tokenize_chunk, chunk))
-                if len(pending) > workers * _CHUNKS_AHEAD:
-                    yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
+            for finished in _results(pool, itertools.chain([first], _chunks(rows)), workers * _CHUNKS_AHEAD):
+                done += len(finished)
+                yield from finished
+        except BrokenProcessPool as error:
+            raise _worker_died(first[0], done, workers) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _results(pool: ProcessPoolExecutor, chunks: Iterable[list[Row]], ahead: int) -> Iterator[list[RowUnits]]:
+    pending: deque[Future[list[RowUnits]]] = deque()
+    for chunk in chunks:
+        pending.append(pool.submit(_tokenize_chunk, chunk))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _worker_died(first: Row, done: int, workers: int) -> WorkerError:
+    return WorkerError(
+        f"one of {workers} worker processes that tokenize was killed, most often because memory ran out",
+        where=f"{first.source}, after row {first.number - 1 + done}",
+        fix="set data.num_workers: 0 (or fewer than now), or give the machine more memory",
+    )

@@ -4,10 +4,10 @@ Owns the cache's layout. A store is written into a temporary folder and renamed,
 run leaves no half store; one that does not match its own manifest is rebuilt.
 """
 
+import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loralab.data.example import Branch, TokenizedExample
+from loralab.data.staging import staging_folder
 from loralab.data.tokenize import Unit
 
 # examples: row, source, unit, first branch, number of branches, flags; branches: start, prompt, answer.
@@ -53,7 +54,7 @@ class TokenStore(Sequence[TokenizedExample]):
             return [self[i] for i in range(*index.indices(len(self)))]
         row, source, _, first, count, _ = (int(v) for v in self._examples[self._indices[index]])
         branches = tuple(self._branch(first + offset) for offset in range(count))
-        return TokenizedExample(row, source, branches)
+        return TokenizedExample(row, source, branches, index)
 
     def _branch(self, index: int) -> Branch:
         start, prompt, answer = (int(v) for v in self._branches[index])
@@ -86,6 +87,22 @@ class TokenStore(Sequence[TokenizedExample]):
     def empty_answers(self) -> int:
         """Number of examples with an answer that is nothing but its stop token."""
         return int((self._examples[self._indices, 5] & _EMPTY_ANSWER > 0).sum())
+
+    def content_sha256(self) -> str:
+        """Return a hash over ids, branch borders and order of the examples: everything that training sees of them."""
+        counts = self._examples[self._indices, 4]
+        first = self._examples[self._indices, 3]
+        # The branches of all examples, in order: first, first + 1, ... for each example.
+        steps = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        branches = self._branches[np.repeat(first, counts) + steps]
+        digest = hashlib.sha256(np.ascontiguousarray(counts).tobytes())
+        digest.update(np.ascontiguousarray(branches[:, 1:]).tobytes())
+        starts, ends = branches[:, 0], branches.sum(axis=1)
+        # Branches that lie one behind the other go into the hash in one piece.
+        breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+        for start, end in zip(starts[[0, *breaks]], ends[[*(breaks - 1), -1]], strict=True) if len(branches) else ():
+            digest.update(self._tokens[start:end])  # as it lies in the file: no copy
+        return digest.hexdigest()
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """Return the length of each example's longest branch, in tokens."""
@@ -125,9 +142,7 @@ def write_store(folder: Path, units: Iterable[tuple[int, int, Unit]], *, report:
         units: source index, row number and unit, in order; dropped units count but are not kept.
         report: filled by the caller while `units` is consumed; stored beside the arrays.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".tokenizing-", dir=folder.parent))
-    try:
+    with staging_folder(folder.parent) as staging:
         _write_arrays(staging, units)
         sizes = {name: (staging / name).stat().st_size for name in _ARRAYS}
         (staging / _MANIFEST).write_text(json.dumps({"sizes": sizes, "report": report}), encoding="utf-8")
@@ -137,8 +152,6 @@ def write_store(folder: Path, units: Iterable[tuple[int, int, Unit]], *, report:
         except OSError:
             if read_store_report(folder) is None:  # else another process wrote the same content first
                 raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_arrays(staging: Path, units: Iterable[tuple[int, int, Unit]]) -> None:
@@ -165,10 +178,16 @@ def _write_arrays(staging: Path, units: Iterable[tuple[int, int, Unit]]) -> None
 
 
 def read_store_report(folder: Path) -> dict[str, Any] | None:
-    """Return the report of a complete store, or None where there is none or it is damaged."""
+    """Return the report of a complete store, or None where there is none or it is damaged.
+
+    Raises:
+        PermissionError: there is one that somebody else keeps from being read.
+    """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in _ARRAYS}
         return dict(manifest["report"]) if manifest["sizes"] == sizes else None
+    except PermissionError:
+        raise  # writing it anew would fail too, with a reason that misleads
     except (OSError, ValueError, KeyError, TypeError):
         return None

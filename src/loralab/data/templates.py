@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loralab.config.checks import Finding
+from loralab.config.paths import local_path
 from loralab.config.schema import Config
 from loralab.errors import DataError
 from loralab.lookup import suggest
@@ -100,7 +101,7 @@ def resolve_template(
         )
     if setting in TEMPLATES:
         return Template(setting, bos_prefix + TEMPLATES[setting], "set in data.template")
-    return Template(setting, _read_template(Path(setting)), "file set in data.template")
+    return Template(setting, _read_template(Path(setting).expanduser()), "file set in data.template")
 
 
 def _read_template(path: Path) -> str:
@@ -118,7 +119,10 @@ def _read_template(path: Path) -> str:
 def check_template_name(config: Config) -> list[Finding]:
     """Return a finding for a `data.template` that is no name and no file."""
     name = config.data.template
-    if name in ("auto", TOKENIZERS_OWN) or name in TEMPLATES or Path(name).expanduser().is_file():
+    if name in ("auto", TOKENIZERS_OWN) or name in TEMPLATES:
+        return []
+    path = local_path(name)
+    if path is None or path.is_file():  # what is no path at all is a finding of its own
         return []
     if "/" in name or name.endswith((".jinja", ".j2")):
         return [Finding("data.template", f"no such template file: {name!r}", "give the path of a Jinja file")]

@@ -1,10 +1,14 @@
 """Rules that span fields: each broken once, with its key where the user looks."""
 
+import inspect
+import math
+import typing
 from typing import Any
 
 import pytest
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from loralab.config.checks import OWN_KEYS, RULES, TRAINER_ARGS, check_config
+from loralab.config.checks import ADAM_TERMS, OWN_KEYS, RULES, SCHEDULE_TERMS, TRAINER_ARGS, check_config
 from loralab.config.load import field_by_key, load_config
 from loralab.config.schema import Config
 from loralab.errors import ConfigError
@@ -19,6 +23,12 @@ BROKEN: list[tuple[str, Values, list[str], str]] = [
     ("_check_splits", {"data": {"validation": -3, "test": 1.0}}, ["data.validation", "data.test"], "rows: -3"),
     ("_check_precision", {"model": {"precision": "float16", "device": "cpu"}}, ["model.precision"], "bfloat16"),
     ("_check_warmup", {"training": {"warmup_ratio": 0.1, "warmup_steps": 5}}, ["training.warmup_steps"], "0.1"),
+    (
+        "_check_warmup",
+        {"training": {"warmup_steps": 5, "max_steps": 5, "lr_scheduler_type": "polynomial"}},
+        ["training.warmup_steps"],
+        "warm-up of 5 steps in a run of 5",
+    ),
     (
         "_check_validation_needs",
         {"training": {"load_best_model_at_end": True}},
@@ -74,6 +84,94 @@ BROKEN: list[tuple[str, Values, list[str], str]] = [
         ["advanced.trainer_args.adam_beta3"],
         "did you mean 'adam_beta",
     ),
+    ("_check_splits", {"data": {"validation": "0.1"}}, ["data.validation"], "'0.1' is text"),
+    ("_check_splits", {"data": {"test": "10 %"}}, ["data.test"], "plain number"),
+    (
+        "_check_same_rows",
+        {"data": {"validation": "rows.json"}},
+        ["data.validation"],
+        "'rows.json' is in data.train too",
+    ),
+    ("_check_same_rows", {"data": {"train": ["a", "b"], "test": ["c", "b"]}}, ["data.test"], "'b' is in data.train"),
+    ("_check_same_rows", {"data": {"validation": "v", "test": "v"}}, ["data.test"], "'v' is in data.validation"),
+    ("_check_effect", {"training": {"save_steps": 5}}, ["training.save_steps"], "save_strategy: steps"),
+    ("_check_effect", {"training": {"save_steps": 5, "save_strategy": "no"}}, ["training.save_steps"], "strategy no"),
+    ("_check_effect", {"evaluation": {"steps": 5}, "data": {"test": 3}}, ["evaluation.steps"], "strategy: steps"),
+    (
+        "_check_effect",
+        {"data": {"split_method": "first", "split_seed": 1, "validation": 3}},
+        ["data.split_seed"],
+        "draws nothing",
+    ),
+    (
+        "_check_effect",
+        {"data": {"split_method": "first", "split_seed": 1, "validation": "v"}},
+        ["data.split_seed", "data.split_method"],
+        "no fraction or number",
+    ),
+    *(
+        ("_check_trainer_args", {"advanced": {"trainer_args": {name: value}}}, [f"advanced.trainer_args.{name}"], part)
+        for name, value, part in (
+            ("adam_beta1", 1.0, "adam_beta1 got 1.0 give a number from 0 to below 1"),
+            ("adam_beta2", -0.1, "from 0 to below 1"),
+            ("adam_beta2", math.nan, "from 0 to below 1"),
+            ("adam_beta2", True, "adam_beta2 got True"),
+            ("adam_epsilon", 0, "a number above 0"),
+            ("adam_epsilon", math.inf, "a number above 0"),
+            ("adam_epsilon", "1e-8", "adam_epsilon got '1e-8'"),
+            ("lr_scheduler_kwargs", 3, "give a mapping"),
+        )
+    ),
+    *(
+        (
+            "_check_trainer_args",
+            {"training": {"optim": optim}, "advanced": {"trainer_args": {"adam_beta1": 0.9}}},
+            ["advanced.trainer_args.adam_beta1"],
+            f"adam_beta1 with optim {optim}",
+        )
+        for optim in ("sgd", "adafactor")
+    ),
+    *(
+        (
+            "_check_trainer_args",
+            {
+                "training": {"lr_scheduler_type": schedule},
+                "advanced": {"trainer_args": {"lr_scheduler_kwargs": {name: value}}},
+            },
+            [f"advanced.trainer_args.lr_scheduler_kwargs.{name}"],
+            part,
+        )
+        for schedule, name, value, part in (
+            ("linear", "num_cycles", 1, "linear takes no 'num_cycles'"),
+            ("constant", "lr_end", 1, "another training.lr_scheduler_type"),
+            ("cosine", "num_cycle", 1, "did you mean 'num_cycles'?"),
+            ("cosine", "num_cycles", "two", "num_cycles got 'two'"),
+            ("polynomial", "lr_end", -1e-9, "0 or more"),
+            ("polynomial", "power", 0, "a number above 0"),
+            ("inverse_sqrt", "timescale", 0, "above 0"),
+        )
+    ),
+    (
+        "_check_polynomial_end",
+        {
+            "training": {"lr_scheduler_type": "polynomial", "learning_rate": 1e-3},
+            "advanced": {"trainer_args": {"lr_scheduler_kwargs": {"lr_end": 1e-3}}},
+        },
+        ["advanced.trainer_args.lr_scheduler_kwargs.lr_end"],
+        "from learning_rate 0.001 to lr_end 0.001",
+    ),
+    (
+        "_check_polynomial_end",
+        {"training": {"lr_scheduler_type": "polynomial", "learning_rate": 1e-8}},
+        ["advanced.trainer_args.lr_scheduler_kwargs.lr_end"],
+        "to lr_end 1e-07",
+    ),
+    (
+        "_check_layout",
+        {"training": {"layout": "packed"}, "model": {"attn_implementation": "eager"}},
+        ["training.layout"],
+        "'packed' with attn_implementation 'eager'",
+    ),
     ("_check_text", {"data": {"format": "alpaca", "long_text": "truncate"}}, ["data.long_text"], "'alpaca'"),
     ("_check_text", {"data": {"format": "text", "template": "alpaca"}}, ["data.template"], "not prompted"),
     ("_check_text", {"data": {"format": "text", "train_on": "last_response"}}, ["data.train_on"], "every token"),
@@ -89,6 +187,20 @@ KEPT: list[Values] = [
     {"training": {"early_stopping": {"metric": "loss"}}},
     {"advanced": {"trainer_args": {name: {} if name == "lr_scheduler_kwargs" else 0.5 for name in TRAINER_ARGS}}},
     {"data": {"format": "text", "long_text": "truncate", "train_on": "all"}},
+    {"data": {"validation": "1st.jsonl", "test": "test"}},
+    {"data": {"validation": 0.1, "split_seed": 7}},
+    {"data": {"test": 3, "split_method": "first", "split_seed": 42}},
+    {"training": {"save_steps": 5, "save_strategy": "steps"}},
+    {"training": {"save_steps": 500}},
+    {"evaluation": {"steps": 5, "strategy": "steps"}, "data": {"validation": 3}},
+    {"training": {"optim": "adamw_torch_fused"}, "advanced": {"trainer_args": {"adam_beta1": 0, "adam_epsilon": 1e-9}}},
+    *(
+        {
+            "training": {"lr_scheduler_type": schedule},
+            "advanced": {"trainer_args": {"lr_scheduler_kwargs": dict.fromkeys(terms, 1e-06)}},
+        }
+        for schedule, terms in SCHEDULE_TERMS.items()
+    ),
 ]
 
 
@@ -126,3 +238,12 @@ def test_own_keys_exist() -> None:
 
 def test_passed_through_arguments_have_no_key_of_their_own() -> None:
     assert not set(TRAINER_ARGS) & set(OWN_KEYS)
+
+
+def test_terms_are_those_of_the_library() -> None:
+    fixed = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    for schedule in typing.get_args(field_by_key("training.lr_scheduler_type").annotation):
+        function = TYPE_TO_SCHEDULER_FUNCTION[schedule]
+        terms = set(inspect.signature(function).parameters) - fixed if schedule != "constant" else set()
+        assert set(SCHEDULE_TERMS.get(schedule, {})) == terms, schedule
+    assert {*ADAM_TERMS, "lr_scheduler_kwargs"} == set(TRAINER_ARGS)

@@ -238,7 +238,7 @@ FULL: dict[str, Any] = {
         "num_workers": 0,
     },
     "lora": {"target_modules": ["q", "v"], "alpha": 1e-05},
-    "training": {"learning_rate": 1e-20, "early_stopping": {"metric": "loss"}},
+    "training": {"learning_rate": 1e-20, "lr_scheduler_type": "cosine", "early_stopping": {"metric": "loss"}},
     "advanced": {"trainer_args": {"adam_beta1": 0.5, "lr_scheduler_kwargs": {"num_cycles": 2}}},
 }
 
@@ -253,7 +253,8 @@ def test_dumped_configuration_reads_back_equal(path: Path, values: dict[str, Any
 
 @given(text=st.text(st.characters(exclude_categories=["Cs", "Nd"]), min_size=1))
 def test_dumped_text_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
-    config = Config.model_validate({"model": {"name": text}, "data": {"train": [text], "columns": {"prompt": text}}})
+    data = {"train": ["f"], "columns": {"prompt": text}, "stop_tokens": [text]}  # no paths: not all texts are one
+    config = Config.model_validate({"model": {"name": "m", "revision": text}, "data": data})
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
     assert load(path, dump_config(config)).config == config
 
@@ -262,3 +263,37 @@ def test_every_key_leads_to_its_field() -> None:
     assert [key for key in schema_keys() if field_by_key(key) is None] == []
     assert field_by_key("training.early_stopping.patience").default == 3
     assert field_by_key("training.nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("model.name=2024", "2024"),
+        ("model.name=007", "007"),
+        ("model.name='2024'", "2024"),
+        ("model.name={a}", "{a}"),
+        ("model.revision=1e10", "1e10"),
+        ("model.revision=null", None),
+        ("output.dir=true", "true"),
+        ("data.train=2024", "2024"),
+        ("data.train=[a, b]", ["a", "b"]),
+        ("data.validation=7", 7),
+        ("training.max_steps=7", 7),
+    ],
+)
+def test_text_of_an_override_stays_text(override: str, value: Any) -> None:
+    section, _, name = override.partition("=")[0].partition(".")
+    config = load_config({"model": {"name": "m"}, "data": {"train": "f"}}, [override]).config
+    assert getattr(getattr(config, section), name) == value
+
+
+def test_brackets_without_end_on_the_command_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({"model": {"name": "m"}, "data": {"train": "f"}}, ["data.train=" + "[" * 5000])
+    assert "name of 5000 bytes in the path '[[[" in caught.value.problems[0].what
+
+
+def test_number_of_too_many_digits_on_the_command_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({"model": {"name": "m"}, "data": {"train": "f"}}, [f"training.seed={'1' * 5000}"])
+    assert caught.value.problems[0].where.startswith("command line")

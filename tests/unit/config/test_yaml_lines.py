@@ -81,3 +81,42 @@ def test_invalid_yaml_names_the_line(text: str, line: int) -> None:
 @pytest.mark.parametrize(("text", "value"), [("", None), ("# nothing\n", None), ("- a\n- b\n", ["a", "b"]), ("x", "x")])
 def test_documents_that_are_no_mapping(text: str, value: Any) -> None:
     assert parse_yaml(text, "f").value == value
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "line"),
+    [
+        (f"a: 1\nb: !!int {'1' * 5000}\n", "a number of too many digits", 2),
+        (f"a: 1\nb: {'1' * 5000}\n", "a number of too many digits", 2),
+        ("a:\n  b: [1, !!int x]\n", "not a value of tag:yaml.org,2002:int", 2),
+        ("a: !!float x\n", "not a value of tag:yaml.org,2002:float", 1),
+        ("a: !!bool x\n", "not a value of tag:yaml.org,2002:bool", 1),
+        ("a: !!timestamp x\n", "not a value of tag:yaml.org,2002:timestamp", 1),
+        ("a: !!binary é\n", "", 1),
+        ("a: 1\nb: &x {c: {d: *x}}\n", "an alias contains itself", 2),
+        ("a: 1\nb: &x [1, *x]\n", "recursive", 2),
+    ],
+)
+def test_values_that_no_tag_takes_name_their_line(text: str, what: str, line: int) -> None:
+    (problem,) = parse_yaml(text, "f.yaml").problems
+    assert what in problem.what
+    assert problem.where.startswith(f"f.yaml line {line}, column ")
+
+
+@pytest.mark.parametrize("text", ["a: 1\nb: " + "[" * 20_000, "a: 1\nb: " + "{a: " * 20_000])
+def test_deep_nesting_is_no_alias(text: str) -> None:
+    (problem,) = parse_yaml(text, "f.yaml").problems
+    assert problem.what == "nested too deeply"
+    assert problem.where == "f.yaml line 2"
+
+
+def test_merge_keys_are_refused_by_name() -> None:
+    document = parse_yaml("a: &x {b: 1}\nc:\n  <<: *x\n  d: 2\n", "f.yaml")
+    (problem,) = document.problems
+    assert (problem.what, problem.where) == ("merge keys (<<) are not supported", "f.yaml line 3")
+
+
+def test_alias_of_a_mapping_may_be_used_twice() -> None:
+    document = parse_yaml("a: &x {b: 1}\nc: *x\nd: {e: *x}\n", "f.yaml")
+    assert document.problems == []
+    assert document.value == {"a": {"b": 1}, "c": {"b": 1}, "d": {"e": {"b": 1}}}

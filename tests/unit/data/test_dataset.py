@@ -1,15 +1,19 @@
 """The data of a run: cache, splits, report, and the limit of dropped rows."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loralab.config.schema import DataConfig
+from loralab.data import dataset, identity
 from loralab.data.dataset import PreparedData, cache_folder, prepare_data
+from loralab.data.identity import tokenizer_sha256
 from loralab.data.templates import TEMPLATES
-from loralab.errors import DataError
+from loralab.errors import DataError, StorageError
 from loralab.progress import Reporter
 from support import tiny
 from unit.data.prompters import CHATML, build_tokenizer
@@ -245,3 +249,104 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder(DataConfig(train="f")) == tmp_path / "loralab" / "tokenized"
     assert cache_folder(DataConfig(train="f", cache_dir="~/x")) == Path("~/x").expanduser()
+
+
+def test_identity_names_what_differs(path: Path, notes: Notes, tmp_path: Path) -> None:
+    def differing(**chosen: Any) -> set[str]:
+        other = prepare(chosen.pop("rows", path), notes, **{"validation": 4, **chosen}).identity
+        return {name for name in before.keys() | other.keys() if before.get(name) != other.get(name)}
+
+    before = prepare(path, notes, validation=4).identity
+    both = {"tokens of train", "tokens of validation"}
+    changed = tiny.alpaca_rows(20)
+    changed[3]["output"] += "!"
+    rows = tiny.write_rows(tmp_path / "changed.json", changed)
+    assert differing(cache_dir=str(tmp_path / "elsewhere")) == set()
+    assert differing(max_length=400) == {"max_length"}
+    assert differing(template="none") == {"template", *both}
+    assert differing(split_seed=1) == {"split", *both}
+    assert differing(stop_tokens=["<|stop|>"]) == {"special_tokens", "stop_tokens", "stop_token_ids", *both}
+    assert differing(validation=None) == {"split", *both}
+    assert differing(rows=rows) == {"rows", next(iter(differing(rows=rows) - {"rows"}))}
+    assert before["max_length"] == "512"
+
+
+def test_other_code_with_the_same_tokens_keeps_the_identity(
+    path: Path, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = prepare(path, notes)
+    monkeypatch.setattr(identity, "_CODE", ("tokenize",))
+    after = prepare(path, notes)
+    assert notes.hits == 0  # the cache does not survive its code
+    assert after.identity == before.identity
+    assert after.fingerprint == before.fingerprint
+
+
+class Plain:
+    """In place of a tokenizer in Python alone, which has no backend."""
+
+    vocab_files_names = {"vocab_file": "vocab.txt"}  # noqa: RUF012 - the library's own form
+
+    def __init__(self, **settings: Any) -> None:
+        self.init_kwargs = settings
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"a": 0, "b": 1}
+
+
+class Other(Plain):
+    """The same vocabulary under other rules."""
+
+
+def test_tokenizer_without_a_backend_is_its_class_settings_and_files(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a", "b", "c")]
+    for file, content in zip(files, ("1", "1", "2"), strict=True):
+        file.write_text(content)
+    made: list[Any] = [
+        Plain(vocab_file=str(files[0]), name_or_path="here"),
+        Plain(vocab_file=str(files[1]), name_or_path="there"),
+        Plain(vocab_file=str(files[2])),
+        Plain(vocab_file=str(files[0]), do_lower_case=True),
+        Other(vocab_file=str(files[0])),
+    ]
+    hashes = [tokenizer_sha256(each) for each in made]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 4
+
+
+@pytest.mark.parametrize(
+    ("number", "there", "what", "fix"),
+    [
+        (errno.EACCES, True, "cannot read tokenized data that another user wrote", "chmod -R a+rX"),
+        (errno.EACCES, False, "cannot write tokenized data: Permission denied", "a folder that you may write"),
+        (errno.ENOSPC, False, "cannot write tokenized data: No space left", "free space there"),
+    ],
+)
+def test_cache_that_cannot_be_used(
+    path: Path, notes: Notes, monkeypatch: pytest.MonkeyPatch, number: int, there: bool, what: str, fix: str
+) -> None:
+    def refuse(folder: Path, *_: Any, **__: Any) -> None:
+        if there:
+            folder.mkdir(parents=True)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(dataset, "read_store_report" if there else "write_store", refuse)
+    with pytest.raises(StorageError, match=what) as caught:
+        prepare(path, notes)
+    assert fix in caught.value.problems[0].fix
+
+
+def test_no_home_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nosuchuser/x")
+    with pytest.raises(StorageError, match="no home folder"):
+        cache_folder(DataConfig(train="f"))
+    assert cache_folder(DataConfig(train="f", cache_dir="c")) == Path("c")
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_same_rows_under_two_names_are_refused(path: Path, notes: Notes, tmp_path: Path, part: str) -> None:
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match=r"copy\.json' holds the rows of .*rows\.json'") as caught:
+        prepare(path, notes, **{part: str(copy)})
+    assert caught.value.problems[0].where == f"keys data.train, data.{part}"

@@ -38,6 +38,18 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("text", {"text": {"a": "b" * 99}}, "field 'text' is dict, not a string: {'a': '" + "b" * 50 + "..."),
     ("tokenized", {"input_ids": [1], "label": [1]}, "missing field 'labels'; the row has: input_ids, label"),
     ("tokenized", {"input_ids": "1", "labels": [1]}, "field 'input_ids' is not a list of whole numbers: '1'"),
+    (
+        "tokenized",
+        {"input_ids": [True, 1], "labels": [1, 1]},
+        "field 'input_ids' is not a list of whole numbers: [True, 1]",
+    ),
+    ("tokenized", {"input_ids": [1], "labels": [True]}, "field 'labels' is not a list of whole numbers: [True]"),
+    ("tokenized", {"input_ids": [1, -5], "labels": [1, -5]}, "field 'input_ids' holds -5, which is no token id"),
+    (
+        "tokenized",
+        {"input_ids": [2**31], "labels": [2**31]},
+        "field 'input_ids' holds 2147483648, which is no token id",
+    ),
     ("tokenized", {"input_ids": [1.5], "labels": [1]}, "field 'input_ids' is not a list of whole numbers: [1.5]"),
     ("tokenized", {"input_ids": [1, 2], "labels": [1]}, "lengths differ: input_ids 2, labels 1, attention_mask 2"),
     (

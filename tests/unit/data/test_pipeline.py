@@ -1,5 +1,11 @@
 """Rows to units: the same in one process and in several, and errors that name the row."""
 
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +14,7 @@ from loralab.data import pipeline
 from loralab.data.pipeline import RowTokenizer, tokenize_rows
 from loralab.data.sources import Row
 from loralab.data.tokenize import TokenizeSettings
-from loralab.errors import DataError
+from loralab.errors import DataError, WorkerError
 from support import tiny
 from unit.data.prompters import build_prompter
 
@@ -100,3 +106,69 @@ def test_dropped_rows_stay_in_their_place() -> None:
     ]
     good = plain(tokenize_rows(rows(5), build(), workers=0))
     assert [result[i] for i in (1, 2, 4)] == [good[i] for i in (1, 2, 4)]
+
+
+def kill_workers(given: list[Row], *, after: int) -> Iterator[Row]:
+    for row in given:
+        if row.number == after:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid or 0, signal.SIGKILL)
+        yield row
+
+
+@pytest.mark.usefixtures("_small_chunks")
+def test_killed_worker_is_named() -> None:
+    with pytest.raises(WorkerError) as caught:
+        list(tokenize_rows(kill_workers(rows(90), after=50), build(), workers=2))
+    (problem,) = caught.value.problems
+    assert "one of 2 worker processes that tokenize was killed" in problem.what
+    assert problem.where.startswith("rows.json, after row ")
+    assert int(problem.where.split()[-1]) < 50
+    assert "data.num_workers: 0" in problem.fix
+
+
+def hang(folder: str) -> None:
+    """Tokenize without an end, in this process's own workers, whose numbers go to a file."""
+
+    def endless() -> Iterator[Row]:
+        for number, row in enumerate(rows(40)):
+            if number == 39:
+                children = [str(child.pid) for child in multiprocessing.active_children()]
+                Path(folder, "workers").write_text(" ".join(children))
+                time.sleep(600)
+            yield row
+
+    list(tokenize_rows(endless(), build(), workers=2))
+
+
+@pytest.mark.usefixtures("_small_chunks")
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    parent = multiprocessing.get_context("fork").Process(target=hang, args=(str(tmp_path),))
+    parent.start()
+    wait_for(lambda: (tmp_path / "workers").is_file() and (tmp_path / "workers").read_text() != "")
+    workers = [int(pid) for pid in (tmp_path / "workers").read_text().split()]
+    parent.kill()
+    parent.join()
+    assert len(workers) == 2
+    try:
+        wait_for(lambda: not any(is_running(pid) for pid in workers))
+    finally:
+        for pid in filter(is_running, workers):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(condition: Any) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail("waited for a minute")
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process is there and is no zombie, which nobody may have asked for its end yet."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return state.rpartition(") ")[2][0] not in "ZX"

@@ -1,7 +1,9 @@
 """Tokenized rows on disk: what was written comes back, or the store does not exist."""
 
 import json
+import os
 import pickle
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,3 +141,49 @@ def test_older_store_is_replaced_and_survives_a_failure(store: TokenStore) -> No
     assert [plain(example) for example in TokenStore(store.folder)] == KEPT[:1]
     assert json.loads((store.folder / "manifest.json").read_text())["report"] == {"rows": 1}
     assert [path.name for path in store.folder.parent.iterdir()] == ["store"]
+
+
+def test_everybody_may_read_a_store(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        write_store(tmp_path / "s", UNITS, report={})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o755
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "s").iterdir()} == {0o644}
+
+
+CONTENTS: dict[str, list[tuple[int, int, Unit]]] = {
+    "token": [(0, 1, Unit([branch([1, 2], [4])]))],
+    "border": [(0, 1, Unit([branch([1], [2, 3])]))],
+    "branches": [(0, 1, Unit([branch([1], [2]), branch([3], [])]))],
+    "two examples": [(0, 1, Unit([branch([1, 2], [3])])), (0, 2, Unit([branch([1, 2], [3])]))],
+    "nothing": [],
+}
+
+
+def test_content_hash_is_of_ids_borders_and_order(tmp_path: Path) -> None:
+    hashes = {}
+    for number, (name, units) in enumerate({"base": [UNITS[0]], **CONTENTS}.items()):
+        write_store(tmp_path / str(number), units, report={})
+        hashes[name] = TokenStore(tmp_path / str(number)).content_sha256()
+    assert len(set(hashes.values())) == len(hashes)
+
+
+def test_content_hash_of_a_view_is_that_of_its_examples(store: TokenStore, tmp_path: Path) -> None:
+    for chosen in ([3, 1], [0, 1, 2, 3], [1], [0, 3]):
+        kept = [unit for unit in UNITS if not unit[2].dropped]
+        # Other rows and sources, the same tokens.
+        write_store(tmp_path / "part", [(7, 70 + i, kept[i][2]) for i in chosen], report={})
+        part = TokenStore(tmp_path / "part").content_sha256()
+        assert store.select(np.asarray(chosen)).content_sha256() == part
+    assert store.select(np.asarray([1, 3])).content_sha256() != store.select(np.asarray([3, 1])).content_sha256()
+
+
+def test_store_of_another_user_is_not_taken_for_absent(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(PermissionError):
+        read_store_report(store.folder)

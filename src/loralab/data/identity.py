@@ -1,0 +1,115 @@
+"""What decides on the tokens of a run, by name: for the cache key, and for a resume that must find the same data.
+
+Owns hashing. The two differ on purpose: the cache key holds the versions of all code that makes
+tokens, so that no entry outlives its code; the identity holds the tokens themselves, so that
+code which makes the same tokens leaves a run its data.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from loralab.config.schema import DataConfig
+from loralab.data.pipeline import RowTokenizer
+from loralab.data.sources import Source
+from loralab.data.store import TokenStore
+from loralab.run import file_sha256
+
+# All modules that decide on tokens or on how they are stored.
+_CODE = (
+    "example",
+    "formats",
+    "hub",
+    "json_rows",
+    "pipeline",
+    "prompter",
+    "readers",
+    "rows",
+    "store",
+    "templates",
+    "tokenize",
+)
+_LIBRARIES = ("tokenizers", "transformers", "jinja2")
+
+
+def cache_key(sources: Sequence[Source], worker: RowTokenizer) -> str:
+    """Return the name of the cache entry that holds the tokens of `sources`."""
+    parts = [
+        [source.fingerprint for source in sources],
+        sorted(describe_tokenizing(worker).items()),
+        [file_sha256(Path(__file__).with_name(f"{name}.py")) for name in _CODE],
+        [importlib.metadata.version(name) for name in _LIBRARIES],
+    ]
+    return _hash(parts)
+
+
+def describe_tokenizing(worker: RowTokenizer) -> dict[str, str]:
+    """Return everything but the rows that decides on tokens, by readable name; long values as hashes."""
+    prompter = worker.prompter
+    return {
+        "format": worker.format,
+        "columns": json.dumps(dict(sorted(worker.columns.items()))),
+        "on_bad_row": worker.on_bad_row,
+        **{name: str(value) for name, value in asdict(worker.settings).items()},
+        "tokenizer": tokenizer_sha256(prompter.tokenizer),
+        # Templates write them, and data.stop_tokens changes the end token.
+        "special_tokens": json.dumps({k: str(v) for k, v in sorted(prompter.tokenizer.special_tokens_map.items())}),
+        "template": _hash(prompter.tokenizer.chat_template),
+        "stop_tokens": json.dumps(prompter.stop.texts),
+        "stop_token_ids": json.dumps(prompter.stop.ids),
+    }
+
+
+def data_identity(
+    data: DataConfig, *, sources: Sequence[Source], workers: Sequence[RowTokenizer], splits: Mapping[str, TokenStore]
+) -> dict[str, str]:
+    """Return what a run's data is, by readable name.
+
+    Args:
+        data: the data section.
+        sources: of all splits, in order.
+        workers: what tokenized them; they differ in their format alone.
+        splits: the tokens.
+    """
+    identity = {"rows": _hash([source.fingerprint for source in sources])}
+    identity |= describe_tokenizing(workers[0])
+    identity["format"] = ", ".join(dict.fromkeys(worker.format for worker in workers))
+    amounts = {name: value for name in ("validation", "test") if isinstance(value := getattr(data, name), (int, float))}
+    if amounts:
+        seed = f", seed {data.split_seed}" if data.split_method == "random" else ""
+        taken = ", ".join(f"{name} {amount}" for name, amount in amounts.items())
+        identity["split"] = f"{taken}, {data.split_method}{seed}"
+    return identity | {f"tokens of {name}": store.content_sha256() for name, store in splits.items()}
+
+
+def identity_sha256(identity: Mapping[str, str]) -> str:
+    """Return the fingerprint: one hash over an identity."""
+    return _hash(sorted(identity.items()))
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash over everything of a tokenizer that decides on ids, wherever its files lie."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return _hash(backend.to_str())
+    # Without a backend the ids come from the class's own code, its settings and its files.
+    files = {name: tokenizer.init_kwargs.get(name) or getattr(tokenizer, name, None) for name in _file_names(tokenizer)}
+    content = {name: file_sha256(Path(file)) for name, file in files.items() if file and Path(file).is_file()}
+    placed = {"name_or_path", "chat_template", *files}
+    settings = {k: repr(v) for k, v in sorted(tokenizer.init_kwargs.items()) if k not in placed}
+    kind = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
+    return _hash([kind, sorted(tokenizer.get_vocab().items()), settings, content])
+
+
+def _file_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [str(name) for name in tokenizer.vocab_files_names]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
