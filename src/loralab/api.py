@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loralab.config.paths import check_path
 from loralab.evaluation.generate import GenerationSettings
 from loralab.progress import Reporter
 from loralab.run import Json, RunFolder, open_run, read_json, read_metrics
@@ -23,11 +24,12 @@ class Run:
         path: the run folder.
 
     Raises:
+        ConfigError: no path can be like that.
         RunFolderError: there is no run in that folder.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.folder: RunFolder = open_run(Path(path))
+        self.folder: RunFolder = open_run(check_path(Path(path), where="argument path"))
 
     @property
     def path(self) -> Path:
@@ -90,6 +92,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    warm_start: str | Path | None = None,
     reporter: Reporter | None = None,
     **overrides: Any,
 ) -> Run:
@@ -99,6 +102,7 @@ def train(
         config: path of a YAML file, or its content as a nested mapping.
         resume: go on from the newest checkpoint of the output folder.
         overwrite: replace an earlier run in the output folder.
+        warm_start: run or adapter folder whose weights the new run starts from.
         reporter: told of progress; silent by default.
         **overrides: sections (`training={"seed": 1}`) or dotted keys (`**{"training.seed": 1}`).
 
@@ -109,7 +113,10 @@ def train(
         UserError: the configuration, data, model or folder cannot be used.
         StoppedBySignal: SIGINT or SIGTERM came; a checkpoint was written.
     """
-    source = Path(config) if isinstance(config, str) else config
+    source = config if isinstance(config, Mapping) else check_path(Path(config), where="argument config")
     loaded = load_run_config(source, overrides)
-    folder = train_workflow(loaded, reporter=reporter or Reporter(), resume=resume, overwrite=overwrite)
+    start = None if warm_start is None else check_path(Path(warm_start), where="argument warm_start")
+    folder = train_workflow(
+        loaded, reporter=reporter or Reporter(), resume=resume, overwrite=overwrite, warm_start=start
+    )
     return Run(folder.path)

@@ -7,20 +7,78 @@ so that help and configuration errors never wait for torch.
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
-from loralab.config.load import describe_field
 from loralab.config.schema import Config
-from loralab.console import ConsoleReporter
+from loralab.console import (
+    ClosedOutput,
+    ConsoleReporter,
+    ResultConsole,
+    discard,
+    nobody_reads,
+    speaks,
+    tolerate_characters,
+)
 from loralab.errors import ConfigError, LoralabError
+from loralab.options import (
+    AsJson,
+    BaseModel,
+    BatchSize,
+    Device,
+    MaxLength,
+    MaxNewTokens,
+    Overrides,
+    RunPath,
+    Split,
+    option_overrides,
+    usable_path,
+)
 from loralab.run import render_json
 
+# What a shell gives for a process that ended because nobody reads its output (128 + SIGPIPE).
+CLOSED_OUTPUT_CODE = 141
+
+
+class _Commands(TyperGroup):
+    """The commands; a closed stdout comes out as `ClosedOutput`, not as an exit code that means a bug."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        """Read the arguments; `--help` prints here."""
+        with _watching_output():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with _watching_output():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _watching_output() -> Iterator[None]:
+    try:
+        yield
+        if sys.stdout is not None:  # as after `>&-`
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        if nobody_reads(sys.stdout):
+            raise ClosedOutput from None
+        # typer would take any broken pipe for the output's, and end without a word.
+        raise RuntimeError("the pipe to another process broke") from error
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # how rich, which writes the help, ends
+            raise ClosedOutput from None
+        raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="loralab",
     help="LoRA fine-tuning that proves what it claims: train, evaluate, compare, use.",
     no_args_is_help=True,
@@ -29,43 +87,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, on top of the configuration.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or an adapter folder.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
-
-
-def schema_option(key: str, flag: str | None = None) -> Any:
-    """Return the option for a field of the configuration; its name and help are the field's own."""
-    name = flag or "--" + key.rpartition(".")[2].replace("_", "-")
-    return typer.Option(name, help=f"{describe_field(key)} ({key})", show_default=False)
-
-
-BatchSize = Annotated[int | None, schema_option("evaluation.batch_size")]
-MaxLength = Annotated[int | None, schema_option("data.max_length")]
-Device = Annotated[str | None, schema_option("model.device")]
-Split = Annotated[str | None, schema_option("evaluation.split")]
-MaxNewTokens = Annotated[int | None, schema_option("evaluation.max_new_tokens")]
-BaseModel = Annotated[str | None, schema_option("model.name", "--model")]
-
-
-def _overrides(given: list[str] | None, **options: Any) -> list[str]:
-    keys = {
-        "batch_size": "evaluation.batch_size",
-        "max_length": "data.max_length",
-        "device": "model.device",
-        "max_new_tokens": "evaluation.max_new_tokens",
-    }
-    return [*(given or []), *(f"{keys[name]}={value}" for name, value in options.items() if value is not None)]
-
 
 def _print_json(value: Any) -> None:
-    print(render_json(value))
+    text = render_json(value)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:  # replacement characters would change the values; JSON has escapes
+        text = json.dumps(json.loads(text), indent=2)
+    print(text)
 
 
 @app.command()
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", help="Run folder; replaced when it holds an earlier demo.")
+        Path,
+        typer.Option("--output", help="Run folder; replaced when it holds an earlier demo.", callback=usable_path),
     ] = Path("runs/demo"),
 ) -> None:
     """Run the whole pipeline on an embedded model and data set, offline, in about a minute."""
@@ -89,13 +125,16 @@ def recipes(as_json: AsJson = False) -> None:
     table = Table("recipe", "what it does")
     for name, summary in found.items():
         table.add_row(name, summary)
-    Console().print(table)
+    ResultConsole().print(table)
 
 
 @app.command()
 def init(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe; `loralab recipes` lists them.")],
-    output: Annotated[Path | None, typer.Option("--output", help="File to write; RECIPE.yaml by default.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="File to write; RECIPE.yaml by default.", callback=usable_path),
+    ] = None,
 ) -> None:
     """Write a recipe as a commented YAML file."""
     from loralab.workflows.recipes import write_recipe
@@ -112,11 +151,18 @@ def schema() -> None:
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, or the run folder to go on with.")],
+    config: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG", help="YAML file, or the run folder to go on with.", callback=usable_path),
+    ],
     overrides: Overrides = None,
     *,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    warm_start: Annotated[
+        Path | None,
+        typer.Option("--warm-start", help="Start from the weights of this run or adapter.", callback=usable_path),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter: configuration in, run folder out."""
@@ -132,19 +178,56 @@ def train(
     loaded = load_run_config(source, chosen)
     from loralab.workflows.train import train as run_training
 
-    folder = run_training(loaded, reporter=ConsoleReporter(), resume=resume, overwrite=overwrite)
+    folder = run_training(loaded, reporter=ConsoleReporter(), resume=resume, overwrite=overwrite, warm_start=warm_start)
+    if not speaks():
+        return
     if as_json:
         _print_json(json.loads(folder.record.read_text(encoding="utf-8")))
     else:
         print(folder.path)
 
 
-@app.command(name="eval")
-def evaluate(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder, or an adapter folder.")] = None,
+@app.command()
+def replay(
+    run: RunPath,
     overrides: Overrides = None,
     *,
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="The same as RUN, as an option.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Exit with 3 where adapter or losses differ, and name what does.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Folder of the replay; by default beside RUN.", callback=usable_path),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recorded run again, into a new folder, and compare the adapters."""
+    from loralab.workflows.replay import check_replay
+    from loralab.workflows.replay import replay as run_replay
+
+    result = run_replay(run, output=output, overrides=overrides or (), reporter=ConsoleReporter())
+    if as_json:
+        _print_json(result)
+    else:
+        for name in ("run", "replay"):
+            print(f"{name + ':':<8}{result['adapter_sha256'][name]}  {result[name]}")
+    if verify:
+        check_replay(result)
+        if not as_json:
+            print(f"equal: the adapter and {result['compared_losses']} losses, to the last bit")
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN]", help="Run folder, or an adapter folder.", callback=usable_path),
+    ] = None,
+    overrides: Overrides = None,
+    *,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="The same as RUN, as an option.", callback=usable_path)
+    ] = None,
     model: BaseModel = None,
     data: Annotated[
         str | None, typer.Option("--data", help="File, saved data set or Hub id to evaluate on, instead of the run's.")
@@ -159,9 +242,8 @@ def evaluate(
     if adapter is not None and run is not None and "=" in str(run):
         run, overrides = None, [str(run), *(overrides or [])]  # with --adapter, RUN's place holds an override
     target = _one_target(run, adapter)
-    chosen = _overrides(overrides, batch_size=batch_size, max_length=max_length, device=device)
-    if split is not None and data is None:
-        chosen.append(f"evaluation.split={split}")
+    own_split = split if data is None else None  # of other data, `split` names one of its own
+    chosen = option_overrides(overrides, batch_size=batch_size, max_length=max_length, device=device, split=own_split)
     from loralab.workflows.evaluate import evaluate as run_evaluation
 
     result = run_evaluation(
@@ -173,7 +255,7 @@ def evaluate(
     table = Table("", "base", "adapter")
     for name in ("eval_loss", "perplexity", "eval_loss_batch_mean", "supervised_tokens", "num_examples", "num_batches"):
         table.add_row(name, _figure(result["base"][name]), _figure(result[name]))
-    console = Console()
+    console = ResultConsole()
     console.print(table)
     console.print(_difference(result["difference"]))
 
@@ -205,7 +287,9 @@ def generate(
     overrides: Overrides = None,
     *,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A user turn; may be repeated.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="File with one prompt per line.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", help="File with one prompt per line.", callback=usable_path)
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message before every prompt.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Let the base model answer too.")] = False,
     model: BaseModel = None,
@@ -229,7 +313,7 @@ def generate(
         settings=GenerationSettings(temperature=temperature, top_p=top_p, seed=seed),
         system=system,
         with_base=base,
-        overrides=_overrides(overrides, device=device, max_new_tokens=max_new_tokens),
+        overrides=option_overrides(overrides, device=device, max_new_tokens=max_new_tokens),
         base_model=model,
         reporter=ConsoleReporter(),
     )
@@ -266,12 +350,18 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("loralab").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
+    tolerate_characters()
     try:
         app()
     except LoralabError as error:
         ConsoleReporter.close()
-        print(error, file=sys.stderr)
+        if speaks(error):
+            print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+    except ClosedOutput:
+        ConsoleReporter.close()
+        discard(sys.stdout)
+        sys.exit(CLOSED_OUTPUT_CODE)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,89 @@
 """What a person sees on the terminal: progress, lines, tables.
 
-Owns the console's form. Everything but results goes to stderr, so that stdout can be piped.
+Owns the console's form, and what happens where a stream is closed or knows few characters.
+Everything but results goes to stderr, so that stdout can be piped.
 """
 
+import os
+import select
 import sys
 import time
-from typing import ClassVar
+from typing import ClassVar, TextIO
 
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
+from loralab.errors import LoralabError, WorkerError
 from loralab.progress import Reporter
 
 # Where there is no terminal, a stage says how far it is at most this often.
 _PLAIN_SECONDS = 10.0
 _BAR_WIDTH = 24
+
+
+class ClosedOutput(Exception):
+    """Whoever read stdout has closed it, as `head` does."""
+
+
+class ResultConsole(Console):
+    """Prints tables on stdout."""
+
+    def on_broken_pipe(self) -> None:
+        """Say that stdout is closed.
+
+        Raises:
+            ClosedOutput: always.
+        """
+        raise ClosedOutput
+
+
+class _NoteConsole(Console):
+    """Prints notes on stderr; a run does not end because nobody reads them."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """Let a closed stream swallow what is still written to it, at the end of Python too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def nobody_reads(stream: TextIO) -> bool:
+    """Return whether the other end of the pipe that a stream writes to is closed."""
+    if not hasattr(select, "poll"):  # Windows; a broken pipe is then taken for the stream's
+        return True
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), 0)  # errors are reported unasked
+    except (OSError, ValueError):
+        return False
+    return bool(poll.poll(0))
+
+
+def tolerate_characters() -> None:
+    """Write what stdout and stderr cannot encode as replacement characters, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)  # streams that tests put there have none
+        if reconfigure is not None:
+            reconfigure(errors="replace")
+
+
+def speaks(error: LoralabError | None = None) -> bool:
+    """Return whether this process tells the user something, as one of those that a launcher started.
+
+    The first one speaks for all. That it is gone, the others must say.
+
+    Args:
+        error: what is to be told, or None for a result.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return alone or os.environ.get("RANK", "0") == "0" or isinstance(error, WorkerError)
 
 
 class ConsoleReporter(Reporter):
@@ -26,7 +93,7 @@ class ConsoleReporter(Reporter):
     _live: ClassVar[Live | None] = None
 
     def __init__(self) -> None:
-        self.console = Console(file=sys.stderr, highlight=False)
+        self.console = _NoteConsole(file=sys.stderr, highlight=False)
         self._started: dict[str, float] = {}
         self._said: dict[str, float] = {}
 
@@ -39,6 +106,8 @@ class ConsoleReporter(Reporter):
         now = time.monotonic()
         started = self._started.setdefault(label, now)
         line = _progress_line(label, done, total, now - started, detail)
+        if self.console.options.ascii_only:
+            line = line.replace("█", "#").replace("░", ".")
         if self.console.is_terminal:
             if ConsoleReporter._live is None:
                 ConsoleReporter._live = Live(console=self.console, auto_refresh=False, transient=True)

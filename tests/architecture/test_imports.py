@@ -18,7 +18,7 @@ LAYERS = (
     ("data", "models", "layout"),
     ("training", "evaluation", "reports", "export", "doctor"),
     ("workflows",),
-    ("api", "console"),
+    ("api", "console", "options"),
     ("cli",),
     ("__main__",),
 )

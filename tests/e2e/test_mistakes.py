@@ -80,6 +80,11 @@ CONFIG_MISTAKES = {
     "no override": ("--", "not an override: 'data'", "command line: data", "section.key=value"),
     "trainer argument": ("advanced.trainer_args.fp16=true", "'fp16'", "advanced.trainer_args", "use model.precision"),
     "split": ("data.validation=1.5", "not a usable fraction: 1.5", "data.validation", "below 1"),
+    "ignored": ("training.save_steps=5", "save_steps 5 with save_strategy no", "training.save_steps", "steps"),
+    "range": ("advanced.trainer_args.adam_beta1=1", "adam_beta1 got 1", "advanced.trainer_args.adam_beta1", "below 1"),
+    "home": ("output.dir=~nosuchuser/x", "cannot expand '~nosuchuser/x'", "output.dir", "whole path"),
+    "long name": (f"data.cache_dir={'n' * 300}", "name of 300 bytes", "data.cache_dir", "shorten"),
+    "digits": (f"training.seed={'1' * 5000}", "training.seed got '111", "training.seed", "Seed"),
 }
 
 
@@ -432,14 +437,14 @@ def changed_base(world: World, folder: Path) -> str:
     return f"model.name={base}"
 
 
-HASHES = "was '[0-9a-f]{64}', now '[0-9a-f]{64}'"
+HASHES = r"was sha256 [0-9a-f]{12}\.\., now sha256 [0-9a-f]{12}\.\."
 CHANGES: dict[str, tuple[Callable[[World, Path], str], str]] = {
     "seed": (lambda *_: "training.seed=7", "training.seed was 42, now 7"),
     "rank": (lambda *_: "lora.r=2", "lora.r was 4, now 2"),
     "rate": (lambda *_: "training.learning_rate=0.5", "training.learning_rate was 0.01, now 0.5"),
     "epochs": (lambda *_: "training.num_train_epochs=9", "training.num_train_epochs was 1.0, now 9.0"),
-    "row": (changed_rows, f"data {HASHES}"),
-    "base": (changed_base, f"model {HASHES}"),
+    "row": (changed_rows, rf"data\.rows {HASHES}"),
+    "base": (changed_base, f"model weights {HASHES}"),
 }
 
 
@@ -453,7 +458,7 @@ def test_resume_of_a_changed_run(
     problem = refused(answer, what="cannot resume", where=str(interrupted / "checkpoints"), fix="restore these")
     listed = problem.what.partition("the run has changed: ")[2]
     assert re.fullmatch(wanted, listed), listed
-    values = re.findall(r"[0-9a-f]{64}", listed)
+    values = re.findall(r"[0-9a-f]{12}", listed)
     assert len(set(values)) == len(values)
     assert snapshot(interrupted) == before
 
@@ -496,6 +501,63 @@ def test_no_prompt(options: list[str], finished: Path, tmp_path: Path, monkeypat
 def test_missing_prompts_file(finished: Path) -> None:
     answer = run_here("generate", finished, "--file", "nowhere.txt")
     refused(answer, what="'nowhere.txt'", where="option --file", fix="UTF-8 text file")
+
+
+def test_number_is_a_name_where_a_name_is_wanted(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (["generate", finished, "-p", "red"], ["eval", finished]):
+        answer = run_here(*command, "--model", "2024")
+        (problem,) = read_problems(answer)
+        assert "'2024'" in problem.what
+        assert "string" not in problem.what
+
+
+WITHOUT_EFFECT = {
+    "section": (["eval", "training.seed=7"], "training.seed has no effect on this command", "training.seed=7"),
+    "answers": (["eval", "evaluation.max_new_tokens=7"], "evaluation.max_new_tokens has no effect", "max_new_tokens=7"),
+    "contract": (["eval", "data.template=none"], "data.template has no effect", "data.template=none"),
+    "own rows": (["eval", "--data", "x.json", "data.validation=3"], "data.validation has no effect", "validation=3"),
+    "rows": (["generate", "-p", "a", "data.max_length=7"], "data.max_length has no effect", "data.max_length=7"),
+    "base": (["generate", "-p", "a", "--model", "m", "model.name=n"], "model.name has no effect", "model.name=n"),
+    "nucleus": (["generate", "-p", "a", "--top-p", "0.5"], "top_p 0.5 has no effect at temperature 0", "--top-p"),
+    "seed": (["generate", "-p", "a", "--seed", "3"], "seed 3 has no effect at temperature 0", "--seed"),
+}
+
+
+@pytest.mark.parametrize("mistake", WITHOUT_EFFECT.values(), ids=WITHOUT_EFFECT)
+def test_what_a_command_does_not_read(mistake: tuple[list[str], str, str], finished: Path) -> None:
+    (name, *rest), what, where = mistake
+    before = snapshot(finished)
+    refused(run_here(name, finished, *rest), what=what, where=where, fix="remove it")
+    assert snapshot(finished) == before
+
+
+@pytest.mark.parametrize("options", [["--temperature", "inf"], ["--temperature", "1", "--top-p", "0"]])
+def test_sampling_out_of_range(options: list[str], finished: Path) -> None:
+    answer = run_here("generate", finished, "-p", "red", *options)
+    refused(answer, what=f"{options[-2][2:].replace('-', '_')} {float(options[-1])}", where=options[-2], fix="give")
+
+
+def test_prompt_that_is_no_text(finished: Path, tmp_path: Path) -> None:
+    answer = run_here("generate", finished, "-p", "red", "-p", "caf\udce9")
+    refused(answer, what="not UTF-8 text: 'caf\\udce9'", where="prompt 2, character 4", fix="UTF-8")
+    system = run_here("generate", finished, "-p", "red", "--system", "\udce9")
+    refused(system, what="not UTF-8 text", where="system message, character 1", fix="UTF-8")
+
+
+def test_empty_prompt_of_a_template_without_words(world: World, tmp_path: Path) -> None:
+    rows = tiny.write_rows(tmp_path / "rows.json", [{"prompt": "red", "completion": "blue"}] * 4)
+    assert run_here("train", world.config(tmp_path), f"data.train={rows}").code == 0
+    answer = run_here("generate", tmp_path / "out", "-p", "red", "-p", "")
+    refused(answer, what="empty prompt", where="prompt 2", fix="some text")
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "report"])
+def test_run_that_no_path_can_name(command: str) -> None:
+    answer = run_here(command, "n" * 300, *(["-p", "red"] if command == "generate" else []))
+    refused(answer, what="name of 300 bytes in the path", where="argument RUN", fix="at most 255 bytes")
 
 
 @pytest.mark.parametrize("command", [["generate", "-p", "red"], ["eval"]], ids=["generate", "eval"])
@@ -737,7 +799,9 @@ def test_disk_fills_at_the_adapter(disk: Disk, roomy: Path) -> None:
     disk.resize(small_files(roomy) + room)
     out = disk.folder / "run"
 
-    answer = run_here("train", roomy / "config.yaml", f"output.dir={out}", "training.save_strategy=epoch")
+    answer = run_here(
+        "train", roomy / "config.yaml", f"output.dir={out}", "training.save_strategy=epoch", "training.save_steps=500"
+    )
 
     check_full_disk(answer, out)
     found = [read_checkpoint(path) for path in list_checkpoints(out / "checkpoints")]

@@ -4,7 +4,7 @@ Owns generation settings; the prompts come from the `Prompter` (or from tokenize
 came from it).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -14,7 +14,8 @@ from transformers import GenerationConfig
 
 from loralab.config.schema import EvaluationConfig
 from loralab.data.prompter import Prompter
-from loralab.errors import ModelError
+from loralab.errors import DataError, ModelError
+from loralab.evaluation.perplexity import Interrupted
 from loralab.models.load import max_positions
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
@@ -61,6 +62,7 @@ def generate_answers(
     batch_size: int,
     reporter: Reporter,
     label: str = "generate",
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Answer]:
     """Answer prompts.
 
@@ -72,47 +74,69 @@ def generate_answers(
         batch_size: prompts at a time.
         reporter: told of progress.
         label: name of the stage.
+        should_stop: asked before every batch.
 
     Returns:
         One answer per prompt, in order.
 
     Raises:
+        DataError: a prompt has no tokens.
         ModelError: a prompt is longer than the model's positions.
+        Interrupted: `should_stop` answered yes.
     """
-    settings = _fit_positions(model, prompts, settings, reporter)
+    rooms = _fit_positions(model, prompts, settings, reporter)
     was_training = model.training
     model.eval()
     torch.manual_seed(settings.seed)
-    answers: list[Answer] = []
-    with torch.inference_mode():
-        for start in range(0, len(prompts), batch_size):
-            answers += _generate_batch(model, prompts[start : start + batch_size], prompter, settings)
-            reporter.progress(label, len(answers), len(prompts))
-    model.train(was_training)
+    answers: dict[int, Answer] = {}
+    try:
+        with torch.inference_mode():
+            for room, batch in _batches(rooms, batch_size):
+                if should_stop():
+                    raise Interrupted
+                chosen = replace(settings, max_new_tokens=room)
+                made = _generate_batch(model, [prompts[index] for index in batch], prompter, chosen)
+                answers |= dict(zip(batch, made, strict=True))
+                reporter.progress(label, len(answers), len(prompts))
+    finally:
+        model.train(was_training)
     reporter.finish(label)
-    return answers
+    return [answers[index] for index in range(len(prompts))]
 
 
 def _fit_positions(
     model: SupervisedPeftModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings, reporter: Reporter
-) -> GenerationSettings:
-    if settings.max_new_tokens is None:
-        settings = replace(settings, max_new_tokens=EvaluationConfig().max_new_tokens)
+) -> list[int]:
+    """Return for each prompt how many tokens its answer may have."""
+    wanted = settings.max_new_tokens or EvaluationConfig().max_new_tokens
     limit = max_positions(model.language_model.config)
-    if limit is None or not prompts:
-        return settings
-    longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
-    room = limit - len(prompts[longest])
-    if room < 1:
-        raise ModelError(
-            f"prompt of {len(prompts[longest])} tokens, but the model has {limit} positions",
-            where=f"prompt {longest + 1}",
-            fix="shorten it",
-        )
-    if room >= (settings.max_new_tokens or 0):
-        return settings
-    reporter.say(f"max_new_tokens {settings.max_new_tokens} -> {room}: the model has {limit} positions")
-    return replace(settings, max_new_tokens=room)
+    rooms = []
+    for number, prompt in enumerate(prompts, start=1):
+        if not len(prompt):
+            raise DataError(
+                "empty prompt: the template makes no token of it",
+                where=f"prompt {number}",
+                fix="give it some text, or a system message",
+            )
+        room = wanted if limit is None else min(wanted, limit - len(prompt))
+        if room < 1:
+            raise ModelError(
+                f"prompt of {len(prompt)} tokens, but the model has {limit} positions",
+                where=f"prompt {number}",
+                fix="shorten it",
+            )
+        if room < wanted:
+            reporter.say(f"prompt {number}: max_new_tokens {wanted} -> {room}, the model has {limit} positions")
+        rooms.append(room)
+    return rooms
+
+
+def _batches(rooms: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
+    """Yield room and prompt numbers of each batch; a prompt with less room never shortens another's answer."""
+    for room in sorted(set(rooms), reverse=True):
+        members = [index for index, each in enumerate(rooms) if each == room]
+        for start in range(0, len(members), batch_size):
+            yield room, members[start : start + batch_size]
 
 
 def _generate_batch(

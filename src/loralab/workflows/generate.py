@@ -1,14 +1,19 @@
 """The `generate` command: answers to prompts, under the adapter's prompt contract."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from loralab.data.example import Message
+from loralab.errors import ConfigError, Problem
 from loralab.evaluation.generate import GenerationSettings, generate_answers
 from loralab.progress import Reporter
+from loralab.workflows.prompts import check_texts
 from loralab.workflows.session import open_session
+
+_READ = ("model", "data.template", "data.stop_tokens", "evaluation.batch_size", "evaluation.max_new_tokens")
 
 
 def generate(
@@ -37,8 +42,13 @@ def generate(
     Returns:
         For each prompt `prompt`, `prompt_text` (as the template renders it), `adapter` and,
         with `with_base`, `base`: `text`, `stopped` and `tokens`.
+
+    Raises:
+        UserError: a setting or prompt cannot be used, or the adapter does not load.
     """
-    session = open_session(path, overrides=overrides, base_model=base_model, reporter=reporter)
+    _check_sampling(settings)
+    check_texts(prompts, system)
+    session = open_session(path, overrides=overrides, base_model=base_model, reporter=reporter, reads=_READ)
     if settings.max_new_tokens is None:
         settings = replace(settings, max_new_tokens=session.config.evaluation.max_new_tokens)
     before = [Message("system", system)] if system else []
@@ -66,3 +76,23 @@ def generate(
             for result, b in zip(results, answer("generate without adapter"), strict=True):
                 result["base"] = b
     return results
+
+
+def _check_sampling(settings: GenerationSettings) -> None:
+    problems = []
+    default, greedy = GenerationSettings(), "at temperature 0, which takes the most likely token"
+    if not 0.0 <= settings.temperature < math.inf:
+        problems.append(Problem(f"temperature {settings.temperature}", "option --temperature", "give 0 or more"))
+    if not 0.0 < settings.top_p <= 1.0:
+        problems.append(Problem(f"top_p {settings.top_p}", "option --top-p", "give a number above 0 and at most 1"))
+    elif settings.temperature == 0 and settings.top_p != default.top_p:
+        what = f"top_p {settings.top_p} has no effect {greedy}"
+        problems.append(Problem(what, "option --top-p", "remove it, or add --temperature 1"))
+    if settings.temperature == 0 and settings.seed != default.seed:
+        what = f"seed {settings.seed} has no effect {greedy}"
+        problems.append(Problem(what, "option --seed", "remove it, or add --temperature 1"))
+    if settings.max_new_tokens is not None and settings.max_new_tokens < 1:
+        what = f"max_new_tokens {settings.max_new_tokens}"
+        problems.append(Problem(what, "option --max-new-tokens", "give 1 or more"))
+    if problems:
+        raise ConfigError.from_problems(problems)

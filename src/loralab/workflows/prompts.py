@@ -25,8 +25,38 @@ def read_prompts(options: Sequence[str], file: Path | None, stdin: TextIO | None
             ) from None
         prompts += [line for line in text.splitlines() if line.strip()]
     if not prompts and file is None and stdin is not None:
-        text = stdin.read().strip("\n")
+        text = _read_input(stdin).strip("\n")
         prompts = [text] if text else []
     if not prompts:
         raise DataError("no prompt given", where="options --prompt, --file", fix="add --prompt 'Your question'")
+    check_texts(prompts)
     return prompts
+
+
+def _read_input(stdin: TextIO) -> str:
+    try:
+        return stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"the prompt is not {error.encoding} text (byte {error.start})",
+            where="standard input",
+            fix="send UTF-8, and set LC_ALL=C.UTF-8 where the locale is another",
+        ) from None
+
+
+def check_texts(prompts: Sequence[str], system: str | None = None) -> None:
+    """Check that every prompt and the system message can be written as UTF-8, which tokenizers read.
+
+    Raises:
+        DataError: one holds half a surrogate pair, as bytes that are no UTF-8 become on the command line.
+    """
+    texts = {f"prompt {number}": prompt for number, prompt in enumerate(prompts, start=1)}
+    for name, text in {**texts, **({} if system is None else {"system message": system})}.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"not UTF-8 text: {text[max(error.start - 20, 0) : error.start + 20]!r}",
+                where=f"{name}, character {error.start + 1}",
+                fix="write it in UTF-8, or put it into a UTF-8 file for --file",
+            ) from None

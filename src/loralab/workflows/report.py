@@ -1,5 +1,8 @@
 """Plots, page and model card of a run folder, rebuilt from its files. No torch."""
 
+import errno
+
+from loralab.errors import StorageError
 from loralab.reports.html import write_report
 from loralab.reports.model_card import write_model_card
 from loralab.reports.plots import write_plots
@@ -7,8 +10,21 @@ from loralab.run import RunFolder
 
 
 def build_report(folder: RunFolder) -> None:
-    """Write plots, `report.html` and, where there is an adapter, its model card."""
-    write_plots(folder)
-    write_report(folder)
-    if folder.adapter.is_dir():
-        write_model_card(folder)
+    """Write plots, `report.html` and, where there is an adapter, its model card.
+
+    Raises:
+        StorageError: the run folder is read-only.
+    """
+    try:
+        write_plots(folder)
+        write_report(folder)
+        if folder.adapter.is_dir():
+            write_model_card(folder)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise StorageError(
+            f"cannot write the report: {error.strerror}",
+            where=str(error.filename or folder.path),
+            fix="make the run folder writable, or copy it to a place of your own and report on the copy",
+        ) from error

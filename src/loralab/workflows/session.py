@@ -16,6 +16,7 @@ from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
 from loralab.data.prompter import Prompter, apply_stop_setting, choose_bos_prefix, load_contracted
 from loralab.data.templates import resolve_template
+from loralab.errors import ConfigError, Problem
 from loralab.models.adapters import load_adapter, read_adapter_config
 from loralab.models.load import check_local_model, load_base_model, load_tokenizer
 from loralab.models.precision import resolve_device, resolve_precision, select_single_gpu
@@ -25,6 +26,10 @@ from loralab.run import RunFolder, read_json
 from loralab.workflows.configure import load_run_config
 
 CONTRACT_FILE = "prompt_contract.json"
+# No dropout runs where nothing trains.
+_NEVER_READ = ("model.base_dropout",)
+# An adapter's contract fixes its template and stop tokens.
+_IN_CONTRACT = ("data.template", "data.stop_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +85,29 @@ def find_target(path: Path) -> Target:
 def load_target_config(target: Target, overrides: Sequence[str], base_model: str | None) -> LoadedConfig:
     """Return the run's configuration, or a minimal one for an adapter alone, with overrides."""
     # A run folder may come from someone else: its word is not enough to run code.
-    chosen = ["model.trust_remote_code=false", *overrides, *([f"model.name={base_model}"] if base_model else [])]
+    chosen = [
+        "model.trust_remote_code=false",
+        *overrides,
+        *([f"model.name={base_model}"] if base_model is not None else []),
+    ]
     if target.folder is not None and target.folder.config.is_file():
         return load_run_config(target.folder.config, chosen)
-    base = base_model or str(read_adapter_config(target.adapter).base_model_name_or_path or "")
+    base = (
+        base_model if base_model is not None else str(read_adapter_config(target.adapter).base_model_name_or_path or "")
+    )
     values: dict[str, Any] = {"model": {"name": base}, "data": {"train": "none"}}
     return load_run_config(values, overrides, name=target.adapter.name)
 
 
-def open_session(path: Path, *, overrides: Sequence[str], base_model: str | None, reporter: Reporter) -> Session:
+def open_session(
+    path: Path,
+    *,
+    overrides: Sequence[str],
+    base_model: str | None,
+    reporter: Reporter,
+    reads: Sequence[str] = ("",),
+    ignores: Sequence[str] = (),
+) -> Session:
     """Load base, adapter and tokenizer, and check the prompt contract.
 
     Args:
@@ -96,13 +115,20 @@ def open_session(path: Path, *, overrides: Sequence[str], base_model: str | None
         overrides: `section.key=value` on top of the run's configuration.
         base_model: base to use instead of the recorded one.
         reporter: told of choices.
+        reads: sections and keys that the command reads; an override of another is refused.
+        ignores: keys below `reads` that it does not read.
 
     Raises:
+        ConfigError: an override would have no effect.
         ModelError: something does not load or fit.
         PromptContractError: the tokenizer would prompt differently than in training.
     """
     target = find_target(path)
     config = load_target_config(target, overrides, base_model).config
+    contracted = (target.adapter / CONTRACT_FILE).is_file()
+    _check_effect(overrides, reads, [*ignores, *_NEVER_READ, *(_IN_CONTRACT if contracted else ())])
+    if base_model is not None:
+        _check_effect(overrides, ("",), ("model.name",))
     check_local_model(config.model.name)
     note = select_single_gpu(config.model.device)
     device = resolve_device("cuda:0" if note else config.model.device)
@@ -114,9 +140,25 @@ def open_session(path: Path, *, overrides: Sequence[str], base_model: str | None
     base, _ = load_base_model(config.model, dtype=precision.value, device=device.value)
     model = load_adapter(base, target.adapter)
     model.to(device.value)
-    contracted = (target.adapter / CONTRACT_FILE).is_file()
     template = str(prompter.tokenizer.chat_template) if contracted else None
     return Session(model, prompter, config, target, device.value, template)
+
+
+def _check_effect(overrides: Sequence[str], reads: Sequence[str], ignores: Sequence[str]) -> None:
+    problems = []
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if any(_covers(each, key) for each in reads) and not any(_covers(each, key) for each in ignores):
+            continue
+        listed = ", ".join(f"{each}.*" if "." not in each else each for each in reads if each)
+        fix = "remove it" + (f"; this command reads {listed}" if listed else ", or the option that replaces it")
+        problems.append(Problem(f"{key} has no effect on this command", f"command line: {text}", fix))
+    if problems:
+        raise ConfigError.from_problems(problems)
+
+
+def _covers(section: str, key: str) -> bool:
+    return not section or key == section or key.startswith(f"{section}.")
 
 
 def load_adapter_tokenizer(target: Target, config: Config) -> PreTrainedTokenizerBase:

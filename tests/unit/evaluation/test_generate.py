@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from loralab.config.schema import LoraConfig
+from loralab.errors import DataError, ModelError
 from loralab.evaluation.generate import Answer, GenerationSettings, generate_answers
+from loralab.evaluation.perplexity import Interrupted
 from loralab.models.adapters import build_adapter
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
@@ -127,3 +129,44 @@ def test_mode_of_the_model_is_left_alone(training: bool) -> None:
 
 def test_no_prompts_no_answers() -> None:
     assert answer(build(), []) == []
+
+
+def test_a_long_prompt_leaves_the_other_answers_alone() -> None:
+    model = build("gpt2")  # 256 positions
+    long = (PROMPTS[0] * 50)[:252]
+    short = answer(model, PROMPTS, most=7)
+    mixed = answer(model, [PROMPTS[0], long, *PROMPTS[1:]], batch_size=8, most=7)
+    assert [mixed[0], *mixed[2:]] == short
+    assert max(each.tokens for each in short) > 4
+    assert mixed[1].text == PROMPTER.decode(argmax_answer(model, long, most=4))
+    with pytest.raises(ModelError, match="prompt of 256 tokens, but the model has 256 positions"):
+        answer(model, [PROMPTS[0], (PROMPTS[0] * 50)[:256]])
+
+
+def test_prompt_without_tokens_is_named() -> None:
+    with pytest.raises(DataError, match="empty prompt") as caught:
+        answer(build(), [PROMPTS[0], []])
+    assert caught.value.problems[0].where == "prompt 2"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generation_can_be_interrupted_between_batches(training: bool) -> None:
+    model: Any = Scripted([1], [1]).train(training)
+    asked = []
+
+    def should_stop() -> bool:
+        asked.append(len(model.calls))
+        return len(asked) == 2
+
+    with pytest.raises(Interrupted):
+        generate_answers(
+            model,
+            PROMPTS,
+            prompter=PROMPTER,
+            settings=GenerationSettings(2),
+            batch_size=2,
+            reporter=Reporter(),
+            should_stop=should_stop,
+        )
+    assert asked == [0, 1]
+    assert model.training is training

@@ -1,0 +1,59 @@
+"""The arguments and options that several commands share.
+
+Owns their types and help texts. An option that stands for a setting is declared from the
+configuration's own field, never twice. No torch here.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loralab.config.load import describe_field
+from loralab.config.paths import check_path
+
+
+def usable_path(param: typer.CallbackParam, value: Path | None) -> Path | None:
+    """Return the path that an argument or option gave, if it can be one.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    kind = "option --" if param.param_type_name == "option" else "argument "
+    name = str(param.name)
+    return value if value is None else check_path(value, where=kind + (name if "--" in kind else name.upper()))
+
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, on top of the configuration.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or an adapter folder.", callback=usable_path)]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+
+
+# The options that stand for a setting: name and help are the field's own.
+SETTINGS = {
+    "batch_size": "evaluation.batch_size",
+    "max_length": "data.max_length",
+    "device": "model.device",
+    "max_new_tokens": "evaluation.max_new_tokens",
+    "split": "evaluation.split",
+    "model": "model.name",
+}
+
+
+def schema_option(name: str) -> Any:
+    """Return the option for a setting in `SETTINGS`."""
+    key = SETTINGS[name]
+    return typer.Option(f"--{name.replace('_', '-')}", help=f"{describe_field(key)} ({key})", show_default=False)
+
+
+BatchSize = Annotated[int | None, schema_option("batch_size")]
+MaxLength = Annotated[int | None, schema_option("max_length")]
+Device = Annotated[str | None, schema_option("device")]
+Split = Annotated[str | None, schema_option("split")]
+MaxNewTokens = Annotated[int | None, schema_option("max_new_tokens")]
+BaseModel = Annotated[str | None, schema_option("model")]
+
+
+def option_overrides(given: list[str] | None, **options: Any) -> list[str]:
+    """Return overrides as given, then those of options that stand for a setting and were used."""
+    return [*(given or []), *(f"{SETTINGS[name]}={value}" for name, value in options.items() if value is not None)]
