@@ -16,6 +16,7 @@ from loralab.data.dataset import PreparedData, prepare_data
 from loralab.data.formats import FORMATS, resolve_format
 from loralab.data.sources import resolve_sources
 from loralab.evaluation.perplexity import measure_loss
+from loralab.layout.planner import Planner
 from loralab.models.adapters import build_adapter
 from loralab.models.load import load_base_model
 from loralab.progress import Reporter
@@ -169,7 +170,13 @@ def test_window_loss_is_the_plain_loss(data_folder: Path, tmp_path: Path, capsys
     base, _ = load_base_model(config, dtype=torch.float32, device=torch.device("cpu"))
     model, _ = build_adapter(base, LoraConfig(), seed=0)
     measured = measure_loss(
-        model, chosen, batch_size=8, device=torch.device("cpu"), reporter=Reporter(), label="windows"
+        model,
+        chosen,
+        planner=Planner(token_budget=4096, layout="padded"),
+        batch_size=8,
+        device=torch.device("cpu"),
+        reporter=Reporter(),
+        label="windows",
     )
     plain = AutoModelForCausalLM.from_pretrained(str(data_folder / STORIES), dtype=torch.float32).eval()
     totals = []

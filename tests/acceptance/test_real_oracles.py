@@ -16,8 +16,10 @@ from loralab.data.prompter import Prompter, apply_stop_setting
 from loralab.data.templates import TEMPLATES
 from loralab.evaluation.generate import GenerationSettings, generate_answers
 from loralab.evaluation.perplexity import measure_loss
+from loralab.layout.planner import Layout, Planner
 from loralab.models.adapters import build_adapter
 from loralab.models.load import count_parameters, load_base_model, load_tokenizer
+from loralab.models.self_check import resolve_tree_kernel
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
 
@@ -82,15 +84,16 @@ def test_fresh_adapter_changes_no_parameter_of_the_base(model: SupervisedPeftMod
 def test_log_probabilities_agree(
     model: SupervisedPeftModel, stories_tokenizer: PreTrainedTokenizerBase, reference: dict[str, Any]
 ) -> None:
-    """`logits_at` through adapter and gathered head gives llama2.c's log-probabilities and last logits."""
+    """Head and adapter at gathered hidden states give llama2.c's log-probabilities and last logits."""
     ids = stories_tokenizer(reference["text"])["input_ids"]
     assert ids == reference["ids_with_bos"]
     inputs = torch.tensor([ids])
     positions = torch.arange(len(ids))
     with torch.no_grad():
-        logits = model.logits_at(
-            positions, input_ids=inputs, attention_mask=torch.ones_like(inputs), position_ids=positions[None]
+        hidden = model.hidden_states(
+            input_ids=inputs, attention_mask=torch.ones_like(inputs), position_ids=positions[None]
         )
+        logits = model.head(hidden[0])
     found = logits.log_softmax(-1)[:-1].gather(1, inputs[0, 1:, None])[:, 0]
     expected = torch.tensor(reference["token_logprobs_from_second_token"])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
@@ -99,14 +102,18 @@ def test_log_probabilities_agree(
     torch.testing.assert_close(top.values, torch.tensor(reference["last_position_top10_logits"]), rtol=0, atol=1e-4)
 
 
-def test_perplexity_agrees(model: SupervisedPeftModel, reference: dict[str, Any]) -> None:
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_perplexity_agrees(layout: Layout, model: SupervisedPeftModel, reference: dict[str, Any]) -> None:
     """`measure_loss` gives llama2.c's mean negative log-likelihood, each token's share of it, and the perplexity."""
     ids = reference["ids_with_bos"]
-    # Rows of different length in one batch: padding must not reach the loss of any of them.
+    model.tree_kernel = resolve_tree_kernel(model).value
+    planner = Planner(token_budget=4096, layout=layout)
+    # Rows of different length in one batch: neither padding nor a shared beginning may reach the loss of any.
     lengths = (len(ids), 20, 2, 41)
     measured = measure_loss(
         model,
         [example_of(ids[:length]) for length in lengths],
+        planner=planner,
         batch_size=4,
         device=CPU,
         reporter=Reporter(),

@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy import stats
-from torch import Tensor, nn
+from torch import nn
 
 from loralab.data.example import TokenizedExample
 from loralab.layout.collate import MicroBatch
 from loralab.layout.planner import Planner
+from loralab.models.token_loss import TokenLosses
 from loralab.progress import Reporter
+from loralab.training.distributed import ALONE, Processes
 from loralab.training.loss import run_micro_batches
 
 FloatArray = npt.NDArray[np.float64]
@@ -33,11 +35,15 @@ class SplitLoss:
         totals: negative log-likelihood of each example, nats (examples).
         counts: supervised tokens of each example (examples).
         batch_means: mean loss of each batch, as older scripts average it (batches).
+        entropies: entropy of the predicted distributions of each example, summed, nats (examples).
+        correct: number of labels of each example that were the most likely token (examples).
     """
 
     totals: FloatArray
     counts: FloatArray
     batch_means: FloatArray
+    entropies: FloatArray
+    correct: FloatArray
 
     @property
     def loss(self) -> float:
@@ -49,6 +55,16 @@ class SplitLoss:
         """Exponential of the loss."""
         return perplexity_of(self.loss)
 
+    @property
+    def token_accuracy(self) -> float:
+        """Share of labels that were the most likely token, given all before them."""
+        return float(self.correct.sum() / max(self.counts.sum(), 1.0))
+
+    @property
+    def token_entropy(self) -> float:
+        """Mean entropy of the predicted distributions, nats per supervised token."""
+        return float(self.entropies.sum() / max(self.counts.sum(), 1.0))
+
     def as_dict(self) -> dict[str, Any]:
         """Return the figures under the names of `evaluation.json`."""
         return {
@@ -58,6 +74,8 @@ class SplitLoss:
             "num_batches": len(self.batch_means),
             "num_examples": len(self.counts),
             "supervised_tokens": int(self.counts.sum()),
+            "token_accuracy": self.token_accuracy,
+            "token_entropy": self.token_entropy,
         }
 
 
@@ -74,47 +92,65 @@ def measure_loss(
     model: nn.Module,
     examples: Sequence[TokenizedExample],
     *,
+    planner: Planner,
     batch_size: int,
     device: torch.device,
     reporter: Reporter,
     label: str,
     should_stop: Callable[[], bool] = lambda: False,
+    processes: Processes = ALONE,
 ) -> SplitLoss:
     """Measure the loss of every example, in the split's order.
+
+    Several processes take the batches in turn, and all of them know all losses in the end.
 
     Args:
         model: a `SupervisedPeftModel`; put into evaluation mode meanwhile.
         examples: the split.
+        planner: lays out each batch; the losses are the same however it does.
         batch_size: examples per batch.
         device: where the model is.
         reporter: told of progress under `label`.
         label: name of the stage.
-        should_stop: asked before every batch.
+        should_stop: asked before every batch, in every process; they must agree.
+        processes: those that share the work.
 
     Raises:
         Interrupted: `should_stop` answered yes.
     """
-    planner = Planner(batch_size)
-    totals, counts, means = np.zeros(len(examples)), np.zeros(len(examples)), []
+    size = len(examples)
+    totals, counts, entropy, correct = (np.zeros(size) for _ in range(4))
+    means = np.zeros(-(-size // batch_size))
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
-        for start in range(0, len(examples), batch_size):
-            if should_stop():
-                raise Interrupted
-            step = planner([examples[i] for i in range(start, min(start + batch_size, len(examples)))])
+    try:
+        with torch.no_grad():
+            for first in range(0, len(means), processes.count):
+                if should_stop():
+                    raise Interrupted
+                number = first + processes.rank
+                if number >= len(means):
+                    continue
+                start = number * batch_size
+                step = planner([examples[i] for i in range(start, min(start + batch_size, len(examples)))])
 
-            def observe(batch: MicroBatch, losses: Tensor, start: int = start) -> None:
-                owners = batch.label_examples.numpy() + start
-                np.add.at(totals, owners, losses.double().cpu().numpy())
-                np.add.at(counts, owners, 1.0)
+                def observe(batch: MicroBatch, result: TokenLosses, start: int = start) -> None:
+                    owners = batch.label_examples.numpy() + start
+                    np.add.at(counts, owners, 1.0)
+                    sums = (totals, result.losses), (entropy, result.entropies), (correct, result.correct)
+                    for total, values in sums:
+                        if values is not None:
+                            np.add.at(total, owners, values.double().cpu().numpy())
 
-            result = run_micro_batches(model, step.micro_batches, device=device, observe=observe)
-            means.append(float(result.total) / max(result.count, 1))
-            reporter.progress(label, start + len(step.rows), len(examples))
-    model.train(was_training)
+                result = run_micro_batches(model, step.micro_batches, device=device, observe=observe)
+                means[number] = float(result.total) / max(result.count, 1)
+                reporter.progress(label, min(size, (first + processes.count) * batch_size), size)
+    finally:
+        model.train(was_training)
     reporter.finish(label)
-    return SplitLoss(totals, counts, np.asarray(means))
+    # Each example was measured by one process and is zero in the others, so these sums are exact.
+    totals, counts, entropy, correct = processes.sum(np.stack([totals, counts, entropy, correct]))
+    return SplitLoss(totals, counts, processes.sum(means), entropy, correct)
 
 
 def compare_losses(adapter: SplitLoss, base: SplitLoss, *, resamples: int, level: float = 0.95) -> dict[str, Any]:

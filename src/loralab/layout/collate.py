@@ -4,13 +4,15 @@ Owns padding. Padded positions are hidden by position, never by token id.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loralab.layout.tree import Int64Array, PackedRow
+from loralab.data.example import TokenizedExample
+from loralab.layout.tree import Int64Array, PackedRow, Root, find_roots
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +25,12 @@ class MicroBatch:
         position_ids: positions (A, R, L).
         depth: tokens from the root (R, L).
         subtree_end: end of each token's subtree (R, L); zero behind a row's end.
+        token_examples: position in the split of each token's example (R, L).
         label_positions: index into the R x L flattened positions (N).
         labels: token ids to predict (N).
         label_examples: index of each label's example within the step (N).
+        tokens: number of tokens without padding.
+        roots: the trees of the only row, or None where rows are plain chains.
     """
 
     input_ids: Tensor
@@ -33,19 +38,20 @@ class MicroBatch:
     position_ids: Tensor
     depth: Tensor
     subtree_end: Tensor
+    token_examples: Tensor
     label_positions: Tensor
     labels: Tensor
     label_examples: Tensor
+    tokens: int
+    roots: tuple[Root, ...] | None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the same batch on `device`."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return replace(self, **moved)
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens without padding."""
-        return int(self.attention_mask.sum())
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = value.to(device, non_blocking=True)
+        return MicroBatch(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +61,36 @@ class StepBatch:
     Attributes:
         micro_batches: in order; their sums make the step.
         supervised_tokens: labels in all micro-batches.
-        rows: source and row number of each example, for messages.
+        examples: what was laid out, so that it can be laid out again when memory runs out.
     """
 
     micro_batches: tuple[MicroBatch, ...]
     supervised_tokens: int
-    rows: tuple[tuple[int, int], ...]
+    examples: tuple[TokenizedExample, ...]
+
+    @property
+    def rows(self) -> tuple[tuple[int, int], ...]:
+        """Source and row number of each example, for messages."""
+        return tuple((example.source, example.row) for example in self.examples)
 
     @property
     def tokens(self) -> int:
         """Number of tokens laid out, without padding."""
         return sum(batch.tokens for batch in self.micro_batches)
 
+    @property
+    def example_tokens(self) -> int:
+        """Number of tokens that the examples have, each branch on its own."""
+        return sum(len(b.prompt_ids) + len(b.answer_ids) - 1 for e in self.examples for b in e.branches)
 
-def collate_rows(rows: Sequence[PackedRow]) -> MicroBatch:
-    """Pad `rows` on the right to the longest and join their labels."""
+
+def collate_rows(rows: Sequence[PackedRow], *, trees: bool) -> MicroBatch:
+    """Pad `rows` on the right to the longest and join their labels.
+
+    Args:
+        rows: rows of one micro-batch; one where they are trees.
+        trees: whether visibility is that of trees, not that of plain chains.
+    """
     length = max(len(row) for row in rows)
     label_positions = np.concatenate([row.label_positions + index * length for index, row in enumerate(rows)])
     axes = rows[0].position_ids.shape[0]
@@ -79,9 +100,12 @@ def collate_rows(rows: Sequence[PackedRow]) -> MicroBatch:
         position_ids=torch.stack([_padded([row.position_ids[a] for row in rows], length) for a in range(axes)]),
         depth=_padded([row.depth for row in rows], length),
         subtree_end=_padded([row.subtree_end for row in rows], length),
+        token_examples=_padded([row.token_examples for row in rows], length),
         label_positions=torch.from_numpy(label_positions),
         labels=torch.from_numpy(np.concatenate([row.labels for row in rows])),
         label_examples=torch.from_numpy(np.concatenate([row.label_examples for row in rows])),
+        tokens=sum(map(len, rows)),
+        roots=find_roots(rows[0]) if trees else None,
     )
 
 

@@ -1,8 +1,8 @@
-"""Packed rows: where each token lies, what it sees, and which labels it predicts.
+"""Token trees: where each token lies, what it sees, and which labels it predicts.
 
 Owns the label shift, here and nowhere else: the logits at a position predict the token that
 follows it. A row is a depth-first walk of a forest of token segments; token `q` sees token `k`
-exactly when `k <= q < subtree_end[k]`.
+exactly when `k <= q < subtree_end[k]`. Which leaves go into one row is the planner's choice.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,36 @@ Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
+class Leaf:
+    """One branch of one example as a path from the root, with the labels along it.
+
+    The answer's last token predicts nothing and is predicted from the one before, so it is a
+    label but not on the path.
+
+    Attributes:
+        ids: token ids of the path (L).
+        labels: token ids to predict, by the last N tokens of the path (N).
+        example: index of the example within the step.
+        branch: index of the branch within its example.
+        index: position of the example in its split; what dropout is keyed by.
+    """
+
+    ids: Int64Array
+    labels: Int64Array
+    example: int
+    branch: int
+    index: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def sort_key(self) -> bytes:
+        """Bytes that order leaves by their token ids, first token first."""
+        return self.ids.astype(">u4").tobytes()
+
+
+@dataclass(frozen=True, slots=True)
 class PackedRow:
     """One row of L tokens with N supervised labels.
 
@@ -25,65 +55,148 @@ class PackedRow:
         depth: tokens from the root (L).
         position_ids: what the model's position embedding wants (A, L); A = 1 for text.
         subtree_end: index just past the last token below this token's segment (L).
+        token_examples: position in the split of the first example that has this token (L).
         label_positions: positions whose logits predict a label (N); one may occur repeatedly.
         labels: token ids to predict (N).
         label_examples: index of each label's example within the step (N).
+        label_branches: index of each label's branch within its example (N).
     """
 
     input_ids: Int64Array
     depth: Int64Array
     position_ids: Int64Array
     subtree_end: Int64Array
+    token_examples: Int64Array
     label_positions: Int64Array
     labels: Int64Array
     label_examples: Int64Array
+    label_branches: Int64Array
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
 
-def build_rows(examples: Sequence[TokenizedExample]) -> list[list[PackedRow]]:
-    """Lay out each example of a step on its own: one tree per chain of branches.
+@dataclass(frozen=True, slots=True)
+class Root:
+    """One tree of a row.
 
-    Branches that extend each other (the turns of a conversation) share one row.
-
-    Returns:
-        For each example its rows.
+    Attributes:
+        start: index of its first token.
+        end: index past its last one.
+        branching: whether it is more than one chain of tokens.
     """
-    return [[_chain_row(chain, index) for chain in _chains(example.branches)] for index, example in enumerate(examples)]
+
+    start: int
+    end: int
+    branching: bool
 
 
-def _chains(branches: Sequence[Branch]) -> list[list[Branch]]:
-    chains: list[list[Branch]] = []
-    for branch in branches:
-        if chains and _extends(branch, chains[-1][-1]):
-            chains[-1].append(branch)
-        else:
-            chains.append([branch])
-    return chains
+def build_leaves(examples: Sequence[TokenizedExample]) -> list[Leaf]:
+    """Return the branches of a step's examples as paths, in the step's order; those without a label are left out."""
+    leaves = (
+        _leaf(branch, example=position, branch_number=number, index=example.index)
+        for position, example in enumerate(examples)
+        for number, branch in enumerate(example.branches)
+    )
+    return [leaf for leaf in leaves if len(leaf.labels)]
 
 
-def _extends(branch: Branch, earlier: Branch) -> bool:
-    path = np.concatenate([earlier.prompt_ids, earlier.answer_ids])
-    whole = np.concatenate([branch.prompt_ids, branch.answer_ids])
-    return len(whole) >= len(path) and bool(np.array_equal(whole[: len(path)], path))
+def _leaf(branch: Branch, *, example: int, branch_number: int, index: int) -> Leaf:
+    path = np.concatenate([branch.prompt_ids, branch.answer_ids]).astype(np.int64)
+    # With an empty prompt nothing stands before the answer's first token: it is read, not predicted.
+    first = max(len(branch.prompt_ids), 1)
+    return Leaf(path[:-1], path[first:], example, branch_number, index)
 
 
-def _chain_row(chain: Sequence[Branch], example: int) -> PackedRow:
-    last = chain[-1]
-    input_ids = np.concatenate([last.prompt_ids, last.answer_ids]).astype(np.int64)
-    # The last answer token predicts nothing and is predicted from the one before: it need not be read.
-    input_ids = input_ids[:-1]
-    length = len(input_ids)
-    positions = [len(b.prompt_ids) - 1 + np.arange(len(b.answer_ids), dtype=np.int64) for b in chain]
-    labels = np.concatenate([b.answer_ids for b in chain]).astype(np.int64)
-    depth = np.arange(length, dtype=np.int64)
+def shared_length(first: Leaf, second: Leaf) -> int:
+    """Return how many leading tokens two paths have in common."""
+    length = min(len(first), len(second))
+    differing = np.flatnonzero(first.ids[:length] != second.ids[:length])
+    return int(differing[0]) if len(differing) else length
+
+
+@dataclass(slots=True)
+class Tree:
+    """Leaves that are laid out as one tree.
+
+    Attributes:
+        leaves: in depth-first order.
+        shared: for each leaf, the leading tokens that it has in common with the leaf before.
+    """
+
+    leaves: list[Leaf]
+    shared: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the tree lays out."""
+        return sum(map(len, self.leaves)) - sum(self.shared)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each leaf extends the one before, so that nothing branches."""
+        return all(s == len(before) for s, before in zip(self.shared[1:], self.leaves, strict=False))
+
+
+def lay_out(trees: Sequence[Tree]) -> PackedRow:
+    """Lay out trees one behind the other as one row."""
+    total = sum(tree.tokens for tree in trees)
+    input_ids, depth, subtree_end, owners = (np.zeros(total, dtype=np.int64) for _ in range(4))
+    positions: list[Int64Array] = []
+    leaves: list[Leaf] = []
+    end = 0
+    for tree in trees:
+        path = np.zeros(0, dtype=np.int64)  # where the tokens of the newest leaf lie
+        for leaf, shared in zip(tree.leaves, tree.shared, strict=True):
+            subtree_end[path[shared:]] = end  # nothing more will come below these
+            start, end = end, end + len(leaf) - shared
+            input_ids[start:end] = leaf.ids[shared:]
+            depth[start:end] = np.arange(shared, len(leaf))
+            owners[start:end] = leaf.index
+            path = np.concatenate([path[:shared], np.arange(start, end)])
+            positions.append(path[len(leaf) - len(leaf.labels) :])
+            leaves.append(leaf)
+        subtree_end[path] = end
+    counts = [len(leaf.labels) for leaf in leaves]
     return PackedRow(
         input_ids=input_ids,
         depth=depth,
         position_ids=depth[None, :],
-        subtree_end=np.full(length, length, dtype=np.int64),
+        subtree_end=subtree_end,
+        token_examples=owners,
         label_positions=np.concatenate(positions),
-        labels=labels,
-        label_examples=np.full(len(labels), example, dtype=np.int64),
+        labels=np.concatenate([leaf.labels for leaf in leaves]),
+        label_examples=np.repeat(np.array([leaf.example for leaf in leaves], dtype=np.int64), counts),
+        label_branches=np.repeat(np.array([leaf.branch for leaf in leaves], dtype=np.int64), counts),
     )
+
+
+def find_roots(row: PackedRow) -> tuple[Root, ...]:
+    """Return the trees of a row, from its depths and subtree ends alone."""
+    starts = np.flatnonzero(row.depth == 0)
+    ends = [*starts[1:].tolist(), len(row)]
+    return tuple(
+        Root(start, end, branching=bool((row.subtree_end[start:end] != end).any()))
+        for start, end in zip(starts.tolist(), ends, strict=True)
+    )
+
+
+def take_apart(row: PackedRow) -> dict[tuple[int, int], Branch]:
+    """Return the branches that a row was laid out from: the inverse of `lay_out`.
+
+    Works from visibility alone, so it proves what the model is shown.
+
+    Returns:
+        For each (example, branch) its prompt and answer. A prompt that was empty comes back
+        holding the answer's first token, which is all that such a prompt can mean.
+    """
+    found: dict[tuple[int, int], Branch] = {}
+    owners = np.stack([row.label_examples, row.label_branches], axis=1)
+    for example, branch in np.unique(owners, axis=0).tolist():
+        mine = np.flatnonzero((owners == (example, branch)).all(axis=1))
+        last = int(row.label_positions[mine[-1]])
+        path = np.flatnonzero(row.subtree_end[: last + 1] > last)
+        whole = np.append(row.input_ids[path], row.labels[mine[-1]]).astype(np.int32)
+        border = len(whole) - len(mine)
+        found[example, branch] = Branch(prompt_ids=whole[:border], answer_ids=whole[border:])
+    return found

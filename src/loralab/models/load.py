@@ -172,6 +172,7 @@ def load_base_model(
     """
     config = load_model_config(model)
     dropout = _set_dropout(config, model)
+    router = _drop_router_loss(config)
     attention = resolve_attention(model, config)
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # progress is the reporter's
@@ -201,7 +202,7 @@ def load_base_model(
     base.config.use_cache = False
     held: str = model.quantization
     quantization = Resolved(held, "set in model.quantization or by default")
-    return base, {"base_dropout": dropout, "attn_implementation": attention, "quantization": quantization}
+    return base, {"base_dropout": dropout, "attn_implementation": attention, "quantization": quantization, **router}
 
 
 def _check_complete(base: PreTrainedModel, info: Mapping[str, Any], model: ModelConfig) -> None:
@@ -233,6 +234,16 @@ def _set_dropout(config: PreTrainedConfig, model: ModelConfig) -> Resolved[str]:
         setattr(config, name, 0.0)
     why = "noise in frozen layers slows training and regularises nothing that is trained"
     return Resolved("off", f"{why} (turned off: {', '.join(names) or 'nothing, the model has none'})")
+
+
+def _drop_router_loss(config: PreTrainedConfig) -> dict[str, Resolved[str]]:
+    """Switch off the load-balancing loss of experts: a product of means over whatever lies in a batch."""
+    text = config.get_text_config()
+    if not getattr(text, "output_router_logits", False):
+        return {}
+    text.output_router_logits = False
+    why = "it is no sum over tokens: it would depend on how a step lies in memory, and the routers are frozen"
+    return {"router_loss": Resolved("off", f"{why} (output_router_logits was true)")}
 
 
 def _is_dropout(name: str) -> bool:

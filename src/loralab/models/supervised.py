@@ -1,10 +1,11 @@
 """A PEFT model whose forward can give the loss of every supervised token.
 
-Owns the path from hidden states to token losses. It is the model's own forward, so that
-wrappers (DDP, FSDP) see it. Hidden states are gathered before the head: no logit is computed
-that no label needs.
+Owns the path from token ids to token losses: which attention runs, which keys dropout has, and
+the head. It is the model's own forward, so that wrappers (DDP, FSDP) see it. Hidden states are
+gathered before the head: no logit is computed that no label needs.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,24 +14,36 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from loralab.models.attention import TREE_ATTENTION, TreeLayout, carry_layout, use_attention
+from loralab.models.attention_kernels import TreeRoot
+from loralab.models.dropout import DropoutKeys, KeyedDropout, token_keys
+from loralab.models.families import LogitTail, find_logit_tail
+from loralab.models.token_loss import TokenLosses, token_losses, token_statistics
+
 # Rows of the probe that compares the gathered head with the model's own logits.
 _PROBE_TOKENS = 8
 _PROBE_TOLERANCE = 1e-3
-# Settings of models that scale or cap logits; a cap shows only on large logits, so the probe is not enough.
-_BEHIND_HEAD = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
 
 
 class SupervisedPeftModel(PeftModelForCausalLM):
-    """PEFT's causal model; with `label_positions` its forward returns token losses."""
+    """PEFT's causal model; with `label_positions` its forward returns token losses.
 
-    full_logits_reason: str | None = None
+    Dropout is keyed for the adapter that it is built with; one that is added later has PEFT's own.
+
+    Attributes:
+        stock_attention: the attention that the base was loaded with.
+        tree_kernel: name of the attention kernel for token trees, or None where there is none.
+        full_logits_reason: why logits come from the model's own forward, or None.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stock_attention: str = str(self.language_model.config._attn_implementation)
+        self.tree_kernel: str | None = None
+        self.full_logits_reason: str | None = None
+        self._tail: LogitTail = find_logit_tail(self.language_model.config)
+        self._keys = DropoutKeys()
+        self._drops = key_dropout(self, self._keys) > 0
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -42,66 +55,182 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         """The input embedding of the base model."""
         return cast(nn.Embedding, self.language_model.get_input_embeddings())
 
+    @property
+    def head(self) -> nn.Module:
+        """The module that turns hidden states into logits."""
+        return cast(nn.Module, self.language_model.get_output_embeddings())
+
     def forward(self, *args: Any, label_positions: Tensor | None = None, **kwargs: Any) -> Any:
         """Run PEFT's forward, or return token losses where `label_positions` is given.
 
         Args:
             *args: for PEFT's forward.
             label_positions: positions in the flattened R x L rows that predict a label (N).
-            **kwargs: with `label_positions`: `input_ids`, `attention_mask`, `position_ids` (R, L)
-                and `labels`, token ids to predict (N). Without: for PEFT's forward.
+            **kwargs: with `label_positions`, the arguments of `token_losses`. Without: for
+                PEFT's forward.
 
         Returns:
-            Token losses in nats, float32 (N), or PEFT's output.
+            `TokenLosses`, or PEFT's output.
         """
         if label_positions is None:
+            use_attention(self.language_model, self.stock_attention)
             return super().forward(*args, **kwargs)  # type: ignore[no-untyped-call]
-        labels: Tensor = kwargs.pop("labels")
-        logits = self.logits_at(label_positions, **kwargs)
-        return functional.cross_entropy(logits.float(), labels, reduction="none")
+        return self._token_losses(label_positions, **kwargs)
 
-    def logits_at(self, positions: Tensor, **inputs: Tensor) -> Tensor:
-        """Return the logits at flattened positions.
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate under the library's own attention, which knows caches; arguments as PEFT's."""
+        use_attention(self.language_model, self.stock_attention)
+        return super().generate(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _token_losses(
+        self,
+        label_positions: Tensor,
+        *,
+        labels: Tensor,
+        token_examples: Tensor | None = None,
+        dropout_key: tuple[int, int] | None = None,
+        statistics: bool = False,
+        **inputs: Any,
+    ) -> TokenLosses:
+        """Return the losses of labels.
 
         Args:
-            positions: indices into R x L (N).
-            **inputs: `input_ids`, `attention_mask`, `position_ids` (R, L).
-
-        Returns:
-            Logits in the compute type (N, V).
+            label_positions: positions in the flattened R x L rows (N).
+            labels: token ids to predict (N).
+            token_examples: position in the split of each token's example (R, L).
+            dropout_key: seed and step; None where no LoRA dropout is active.
+            statistics: also return entropies and correctness; no gradients then.
+            **inputs: for `hidden_states`.
         """
-        model = self.language_model
+        self._keys.tokens = None
+        if self._drops and dropout_key is not None and token_examples is not None:
+            self._keys.tokens = token_keys(*dropout_key, token_examples, inputs["depth"])
         if self.full_logits_reason is not None:
-            logits: Tensor = model(**inputs, use_cache=False).logits
-            return logits.flatten(0, 1)[positions]
-        hidden: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
-        head = cast(nn.Module, model.get_output_embeddings())
-        return cast(Tensor, head(hidden.flatten(0, 1)[positions]))
+            return self._model_losses(label_positions, labels, inputs, statistics=statistics)
+        hidden = self.hidden_states(**inputs).flatten(0, 1)[label_positions]
+        head_module = self.head
+        trained = any(weight.requires_grad for weight in head_module.parameters())
+
+        def head(states: Tensor, chunk: slice) -> Tensor:
+            with self._keys.narrowed(label_positions[chunk]):
+                return self._tail(head_module(states))
+
+        size = self.embedding.weight.shape[0]
+        if statistics:
+            return token_statistics(head, hidden, labels, vocabulary=size)
+        return token_losses(head, hidden, labels, vocabulary=size, trained_head=trained)
+
+    def hidden_states(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        depth: Tensor | None = None,
+        subtree_end: Tensor | None = None,
+        roots: Sequence[TreeRoot] | None = None,
+    ) -> Tensor:
+        """Return the last hidden states (R, L, D).
+
+        Args:
+            input_ids: token ids (R, L).
+            attention_mask: one where there is a token (R, L).
+            position_ids: positions (R, L).
+            depth: tokens from the root (R, L); with `roots`.
+            subtree_end: end of each token's subtree (R, L); with `roots`.
+            roots: the trees of the only row, or None where rows are plain chains.
+        """
+        inputs = self._attending(attention_mask, depth, subtree_end, roots)
+        model = self.language_model
+        # Llama 4 names its decoder otherwise than it holds it: `base_model` and `get_decoder()` are the model itself.
+        body = cast(nn.Module, model.base_model if model.base_model is not model else model.model)
+        hidden: Tensor = body(
+            input_ids=input_ids, attention_mask=inputs, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        return hidden
+
+    def logits(self, *, input_ids: Tensor, position_ids: Tensor, **inputs: Any) -> Tensor:
+        """Return the model's own logits (R, L, V); arguments as in `hidden_states`."""
+        mask = self._attending(
+            inputs["attention_mask"], inputs.get("depth"), inputs.get("subtree_end"), inputs.get("roots")
+        )
+        found: Tensor = self.language_model(
+            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
+        ).logits
+        return found
+
+    def _attending(
+        self, mask: Tensor, depth: Tensor | None, subtree_end: Tensor | None, roots: Sequence[TreeRoot] | None
+    ) -> Tensor:
+        """Choose the attention of the coming forward and return its mask."""
+        if roots is None or depth is None or subtree_end is None:
+            use_attention(self.language_model, self.stock_attention)
+            return mask
+        if self.tree_kernel is None:
+            raise ValueError("a row of trees for a model that has no attention for trees")
+        use_attention(self.language_model, TREE_ATTENTION)
+        return carry_layout(TreeLayout(depth[0], subtree_end[0], roots, self.tree_kernel))
+
+    def _model_losses(
+        self, positions: Tensor, labels: Tensor, inputs: dict[str, Any], *, statistics: bool
+    ) -> TokenLosses:
+        """Return losses from the model's own logits, with entropies and correctness when asked."""
+        logits = self.logits(**inputs).flatten(0, 1)[positions].float()
+        losses = functional.cross_entropy(logits, labels, reduction="none")
+        if not statistics:
+            return TokenLosses(losses)
+        with torch.no_grad():
+            log_probabilities = logits.log_softmax(dim=-1)
+            entropies = -(log_probabilities.exp() * log_probabilities).nansum(dim=-1)
+            return TokenLosses(losses, entropies, logits.argmax(dim=-1) == labels)
 
     def check_head(self) -> str | None:
         """Compare head(gathered hidden states) with the model's own logits, once.
 
-        Some models scale or cap logits behind the head; these keep the slower full logits.
+        What models do behind their head is read from the configuration; where that does not
+        give the model's own logits, these are computed in full.
 
         Returns:
             None where the gathered head is right, else the reason for full logits.
         """
-        config = self.language_model.config
-        behind = [name for name in _BEHIND_HEAD if getattr(config, name, None) not in (None, 1, 1.0)]
-        if behind:
-            self.full_logits_reason = f"the model changes logits behind its head ({behind[0]})"
-            return self.full_logits_reason
         weight = self.embedding.weight
         positions = torch.arange(_PROBE_TOKENS, device=weight.device)
         ids = (positions * 7 % weight.shape[0])[None]
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions[None]}
+        inputs: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": positions[None],
+        }
         was_training = self.training
         self.eval()
         with torch.no_grad():
-            own = self.language_model(**inputs, use_cache=False).logits[0].float()
-            gathered = self.logits_at(positions, **inputs).float()
+            own = self.logits(**inputs)[0].float()
+            gathered = self._tail(self.head(self.hidden_states(**inputs)[0])).float()
         self.train(was_training)
+        if own.shape != gathered.shape:
+            self.full_logits_reason = f"the model gives {own.shape[-1]} logits, its head {gathered.shape[-1]}"
+            return self.full_logits_reason
         difference = float((own - gathered).abs().max() / own.std().clamp_min(1e-6))
         if difference > _PROBE_TOLERANCE:
             self.full_logits_reason = f"the model changes logits behind its head (by {difference:.1e} of their spread)"
         return self.full_logits_reason
+
+
+def key_dropout(model: nn.Module, keys: DropoutKeys) -> int:
+    """Let every LoRA layer drop by key instead of by torch's generator.
+
+    Only PEFT's `lora_dropout` containers are touched, which hold one module per adapter.
+
+    Returns:
+        How many layers drop.
+    """
+    containers: list[nn.ModuleDict] = [
+        found for module in model.modules() if isinstance(found := getattr(module, "lora_dropout", None), nn.ModuleDict)
+    ]
+    changed = 0
+    for number, container in enumerate(containers):
+        for name, dropout in container.items():
+            if isinstance(dropout, nn.Dropout):
+                container[name] = KeyedDropout(dropout.p, layer=number, keys=keys)
+                changed += 1
+    return changed

@@ -114,6 +114,13 @@ def _choice(entry: Json) -> tuple[str, str]:
     return (format_value(entry["value"]) if "value" in entry else MISSING, str(entry.get("reason") or ""))
 
 
+def _laid_out(record: Json) -> str:
+    """Return how many tokens went through the model for those of the rows: fewer where prefixes were shared."""
+    tokens = dig_table(record, "layout_tokens")
+    laid_out, rows = dig_number(tokens, "laid_out"), dig_number(tokens, "rows")
+    return MISSING if not laid_out or not rows else f"{laid_out:,.0f} of {rows:,.0f} ({laid_out / rows:.0%})"
+
+
 def describe_machine(facts: Facts) -> Json:
     """Return speed, machine, versions and hashes."""
     record, model, hardware = facts.record, dig_table(facts.record, "model"), dig_table(facts.record, "hardware")
@@ -122,6 +129,7 @@ def describe_machine(facts: Facts) -> Json:
         ("Finished", format_time(record.get("finished_at"))),
         ("Training time", format_seconds(dig_number(record, "train_seconds"))),
         ("Tokens per second", format_number(dig_number(record, "tokens_per_second"))),
+        ("Tokens laid out, of the rows' tokens", _laid_out(record)),
         ("Examples per second", format_number(dig_number(record, "examples_per_second"))),
         ("Peak memory", format_bytes(dig_number(record, "peak_memory_bytes"))),
     ]

@@ -4,8 +4,10 @@ Owns the translation, and what must not be left to Trainer: accumulation, rotati
 filters and progress bars.
 """
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def build_arguments(
         device: where to compute.
         further: `advanced.trainer_args`, by its allow-list.
     """
-    total = training.max_steps or math.ceil(steps_per_epoch * training.num_train_epochs)
+    total = count_steps(training, steps_per_epoch)
     return TrainingArguments(
         output_dir=str(staging),
         use_cpu=device.type == "cpu",
@@ -63,3 +65,23 @@ def build_arguments(
         report_to=[],
         **further,
     )
+
+
+def count_steps(training: TrainingConfig, steps_per_epoch: int) -> int:
+    """Return the optimizer steps of a run."""
+    return training.max_steps or math.ceil(steps_per_epoch * training.num_train_epochs)
+
+
+@contextmanager
+def expecting_other_intervals() -> Iterator[None]:
+    """Keep Trainer from warning that the intervals in a checkpoint are not those of now: ours act."""
+    logger = logging.getLogger("transformers.trainer_utils")
+    logger.addFilter(_is_no_interval_warning)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_interval_warning)
+
+
+def _is_no_interval_warning(record: logging.LogRecord) -> bool:
+    return "do not match the ones in the `trainer_state.json`" not in record.getMessage()

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loralab.config.schema import EarlyStopping
 from loralab.errors import TrainingDivergedError
 from loralab.progress import Reporter
 from loralab.run import write_text
 from loralab.training.checkpoint import rotate_checkpoints, seal_checkpoint
+from loralab.training.distributed import ALONE, Processes
 from loralab.training.sampler import StepSampler
 from loralab.training.state import RunState
 
@@ -31,9 +32,13 @@ LOGGED = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends one JSON object per logged step to `metrics.jsonl`."""
+    """Appends one JSON object per logged step to `metrics.jsonl`.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file, or None in a process that does not write.
+    """
+
+    def __init__(self, path: Path | None) -> None:
         self.path = path
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -50,7 +55,7 @@ class MetricsWriter(TrainerCallback):
     ) -> None:
         """Write what was logged, when it is a training or evaluation line."""
         chosen = {k: v for k, v in (logs or {}).items() if k in LOGGED or k.startswith("eval_")}
-        if not chosen:
+        if not chosen or self.path is None:
             return
         finite = {k: (v if math.isfinite(v) else None) for k, v in chosen.items()}
         line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **finite}
@@ -58,18 +63,33 @@ class MetricsWriter(TrainerCallback):
             stream.write(json.dumps(line) + "\n")
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Remove the lines behind `step`, which a resumed run writes again."""
+def truncate_metrics(path: Path, step: int, *, evaluated_step: int) -> None:
+    """Remove the lines that a resumed run writes again.
+
+    Args:
+        path: the file.
+        step: step where the run goes on; later lines go.
+        evaluated_step: newest evaluation that the run remembers; later evaluations go.
+    """
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            line = json.loads(text)
         except ValueError:
             continue  # the line that a kill cut short
+        if line["step"] <= (evaluated_step if "eval_loss" in line else step):
+            kept.append(text)
     write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+class CurrentIntervals(TrainerCallback):
+    """Makes the intervals of now act on a resume: Trainer takes those in the checkpoint, and warns that they differ."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Set the steps between logs, evaluations and saves."""
+        state.compute_steps(args, state.max_steps)
 
 
 class ProgressReporter(TrainerCallback):
@@ -167,16 +187,23 @@ class StopRequest:
 
     Attributes:
         signal_number: the signal, or None while there is none.
+        notice: what a user is told when it comes: when the run will stop.
     """
 
     signal_number: int | None = None
+    notice: str = "stopping after this step"
 
     def __bool__(self) -> bool:
         return self.signal_number is not None
 
+    def agree(self, processes: Processes) -> bool:
+        """Return whether any process was asked; all of them are, from here on."""
+        self.signal_number = processes.largest(self.signal_number or 0) or None
+        return bool(self)
+
 
 @contextmanager
-def catching_signals(on_first: Callable[[], None]) -> Iterator[StopRequest]:
+def catching_signals(on_first: Callable[[StopRequest], None]) -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request; a second one ends the process at once."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -188,7 +215,7 @@ def catching_signals(on_first: Callable[[], None]) -> Iterator[StopRequest]:
         request.signal_number = number
         for each, handler in before.items():
             signal.signal(each, handler)
-        on_first()
+        on_first(request)
 
     for number in before:
         signal.signal(number, handle)
@@ -205,44 +232,66 @@ class SignalStop(TrainerCallback):
     An evaluation that was due at that step is left to the resumed run.
     """
 
-    def __init__(self, request: StopRequest, *, run_state: RunState, steps_per_epoch: int) -> None:
+    def __init__(self, request: StopRequest, *, processes: Processes = ALONE) -> None:
         self.request = request
-        self.run_state = run_state
-        self.steps_per_epoch = steps_per_epoch
+        self.processes = processes
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save and stop; save at the last step in any case, since what follows may be interrupted."""
         control.should_save |= state.global_step >= state.max_steps
-        self._stop(control, evaluation_due=control.should_evaluate)
+        self._stop(control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save and stop, when the signal came during the evaluation."""
-        self._stop(control, evaluation_due=False)
+        self._stop(control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave out what the end of an epoch would otherwise bring."""
-        complete = state.global_step % self.steps_per_epoch == 0
-        self._stop(control, evaluation_due=complete and control.should_evaluate)
+        self._stop(control)
 
-    def _stop(self, control: TrainerControl, *, evaluation_due: bool) -> None:
-        if self.request:
-            self.run_state.pending_evaluation |= evaluation_due
+    def _stop(self, control: TrainerControl) -> None:
+        if self.request.agree(self.processes):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
 
-class PendingEvaluation(TrainerCallback):
-    """Makes up, first thing after a resume, for an evaluation that a signal prevented."""
+class EvaluationNote(TrainerCallback):
+    """Remembers the newest complete evaluation, so that a resumed run knows whether one is owed."""
 
-    def __init__(self, run_state: RunState, evaluate: Callable[[], Any]) -> None:
+    def __init__(self, run_state: RunState) -> None:
         self.run_state = run_state
-        self.evaluate = evaluate
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Evaluate at the step where the run goes on."""
-        if self.run_state.pending_evaluation:
-            self.run_state.pending_evaluation = False
-            self.evaluate()
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Note the step; an evaluation that a signal cut short has no metrics."""
+        if metrics:
+            self.run_state.evaluated_step = state.global_step
+
+
+def owes_evaluation(args: TrainingArguments, state: TrainerState, run_state: RunState, *, steps_per_epoch: int) -> bool:
+    """Return whether the step of a checkpoint is one that is evaluated, and was not yet.
+
+    A checkpoint may be written before the evaluation of its step: at the end of an epoch, on a signal.
+
+    Args:
+        args: with the intervals of now.
+        state: Trainer's, as in the checkpoint.
+        run_state: as in the checkpoint.
+        steps_per_epoch: optimizer steps of an epoch.
+    """
+    step, strategy = state.global_step, args.eval_strategy
+    if strategy == IntervalStrategy.NO or step <= run_state.evaluated_step:
+        return False
+    if strategy == IntervalStrategy.STEPS:
+        return step >= state.max_steps or step % int(args.eval_steps or 1) == 0
+    # Trainer ends an epoch, and so evaluates, wherever training stops for good.
+    return step >= state.max_steps or step % steps_per_epoch == 0 or run_state.stopped_because is not None
 
 
 def check_finite(model: nn.Module, *, step: int) -> None:
@@ -263,11 +312,20 @@ def check_finite(model: nn.Module, *, step: int) -> None:
 class CheckpointSealer(TrainerCallback):
     """Seals what Trainer has saved into the staging folder, and rotates."""
 
-    def __init__(self, folder: Path, *, run_state: RunState, contract: Mapping[str, Any], keep: int | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        run_state: RunState,
+        contract: Mapping[str, Any],
+        keep: int | None,
+        processes: Processes = ALONE,
+    ) -> None:
         self.folder = folder
         self.run_state = run_state
         self.contract = contract
         self.keep = keep
+        self.processes = processes
 
     def on_save(
         self,
@@ -282,7 +340,10 @@ class CheckpointSealer(TrainerCallback):
             check_finite(model, step=state.global_step)
         started = time.perf_counter()
         staged = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        self.run_state.save(staged)
-        seal_checkpoint(staged, self.folder, contract=self.contract)
-        rotate_checkpoints(self.folder, keep=self.keep, best_step=self.run_state.best_step)
+        self.processes.wait()  # each process has written its random state there
+        if self.processes.first:
+            self.run_state.save(staged)
+            seal_checkpoint(staged, self.folder, contract=self.contract)
+            rotate_checkpoints(self.folder, keep=self.keep, best_step=self.run_state.best_step)
+        self.processes.wait()  # nobody writes the same step again while it is sealed
         self.run_state.pause_clock(time.perf_counter() - started)

@@ -1,7 +1,7 @@
 """Checkpoints: complete and verified, or absent.
 
 Owns sealing (hashes of all files in a manifest that is written last, then one rename), finding
-the newest valid one, rotation, and the contract that a resume must keep.
+the newest valid one, and rotation. Does not own what the contract in the manifest holds.
 """
 
 import json
@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import RunFolderError
 from loralab.run import file_sha256, write_json
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STAGING = ".staging"
+# transformers' own name; its Trainer reads and writes it.
+TRAINER_STATE_FILE = "trainer_state.json"
 _PREFIX = "checkpoint-"
 
 
@@ -55,9 +56,12 @@ def seal_checkpoint(staged: Path, folder: Path, *, contract: Mapping[str, Any]) 
         files[str(path.relative_to(staged))] = file_sha256(path)
     step = int(staged.name.removeprefix(_PREFIX))
     write_json(staged / MANIFEST, {"step": step, "files": files, "contract": dict(contract)})
-    target = folder / staged.name
-    shutil.rmtree(target, ignore_errors=True)
+    target, replaced = folder / staged.name, staged.with_name(f"replaced-{staged.name}")
+    if target.exists():  # saved again at the same step; set aside, so that a kill here costs next to nothing
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(target, replaced)
     os.replace(staged, target)
+    shutil.rmtree(replaced, ignore_errors=True)
     return target
 
 
@@ -101,24 +105,3 @@ def rotate_checkpoints(folder: Path, *, keep: int | None, best_step: int | None)
     for path in list_checkpoints(folder)[:-keep]:
         if best_step is None or path.name != f"{_PREFIX}{best_step}":
             shutil.rmtree(path, ignore_errors=True)
-
-
-def check_contract(checkpoint: Checkpoint, contract: Mapping[str, Any]) -> None:
-    """Check that a resume would go on with the same run.
-
-    Raises:
-        RunFolderError: something that changes the maths is different; each is named with both values.
-    """
-    differing = [
-        (key, checkpoint.contract.get(key), contract.get(key))
-        for key in sorted({*checkpoint.contract, *contract})
-        if checkpoint.contract.get(key) != contract.get(key)
-    ]
-    if not differing:
-        return
-    listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in differing)
-    raise RunFolderError(
-        f"cannot resume, the run has changed: {listed}",
-        where=str(checkpoint.path),
-        fix="restore these, or start a new run in another output.dir",
-    )

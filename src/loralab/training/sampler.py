@@ -4,11 +4,15 @@ Owns the order of rows: a function of seed, epoch and ranks alone, so that a res
 nothing replayed.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
+
+# How many groups ahead are looked through for one that fits into what is left of a step.
+_LOOK_AHEAD = 64
 
 
 @dataclass
@@ -19,6 +23,7 @@ class StepSampler(Sampler[list[int]]):
         rows: number of training rows.
         rows_per_step: B x K x D.
         seed: of the order.
+        groups: rows that should meet in a step, or None for a random order of rows.
         rank: this process.
         world_size: number of processes (D).
     """
@@ -26,6 +31,7 @@ class StepSampler(Sampler[list[int]]):
     rows: int
     rows_per_step: int
     seed: int
+    groups: Sequence[Sequence[int]] | None = None
     rank: int = 0
     world_size: int = 1
     epoch: int = 0
@@ -38,7 +44,44 @@ class StepSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps():
+            # Neighbours stay on one rank: they may share a prefix.
+            start, end = (len(step) * place // self.world_size for place in (self.rank, self.rank + 1))
+            yield step[start:end]
+
+    def steps(self) -> list[list[int]]:
+        """Return the rows of every step of the epoch, over all ranks."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.rows, generator=generator).tolist()
-        for start in range(0, self.rows, self.rows_per_step):
-            yield order[start : start + self.rows_per_step][self.rank :: self.world_size]
+        if self.groups is None:
+            order = _shuffled(range(self.rows), generator)
+        else:
+            order = self._grouped_order(generator)
+        cut = [order[start : start + self.rows_per_step] for start in range(0, self.rows, self.rows_per_step)]
+        if self.groups is None:
+            return cut
+        # Filling steps takes small groups as they fit, large ones when they must: no epoch shall go by size.
+        full, rest = divmod(self.rows, self.rows_per_step)
+        return [*_shuffled(cut[:full], generator), *(cut[full:] if rest else [])]
+
+    def _grouped_order(self, generator: torch.Generator) -> list[int]:
+        """Return all rows so that groups are cut by the end of a step as seldom as may be."""
+        size = self.rows_per_step
+        shuffled = [_shuffled(group, generator) for group in self.groups or ()]
+        pieces = [group[start : start + size] for group in shuffled for start in range(0, len(group), size)]
+        waiting = deque(_shuffled(pieces, generator))
+        order: list[int] = []
+        while waiting:
+            room = self.rows_per_step - len(order) % self.rows_per_step
+            ahead = range(min(_LOOK_AHEAD, len(waiting)))
+            chosen = next((place for place in ahead if len(waiting[place]) <= room), None)
+            if chosen is None:
+                order += waiting[0][:room]
+                waiting[0] = waiting[0][room:]
+                continue
+            order += waiting[chosen]
+            del waiting[chosen]
+        return order
+
+
+def _shuffled(items: Sequence, generator: torch.Generator) -> list:  # type: ignore[type-arg]
+    return [items[place] for place in torch.randperm(len(items), generator=generator).tolist()]

@@ -21,12 +21,14 @@ class RunState:
         window_count: supervised tokens since then.
         best_value: best value of the watched metric so far, or None.
         reference_value: value that the next must undercut by `min_delta` to count as improvement.
-        pending_evaluation: whether a signal came before an evaluation that was due.
+        evaluated_step: step of the newest complete evaluation, 0 before the first.
         best_step: its step.
         without_improvement: observations since the best one.
         stopped_because: why training ended before its last step, or None.
         train_seconds: seconds of training before this process.
-        train_tokens: tokens laid out so far.
+        train_tokens: tokens of the rows trained on so far, each branch on its own.
+        laid_out_tokens: tokens that went through the model for them; fewer where prefixes were shared.
+        token_budget: most tokens of a micro-batch, or None before the first step.
         train_examples: rows trained on so far.
     """
 
@@ -34,13 +36,15 @@ class RunState:
     window_count: int = 0
     best_value: float | None = None
     reference_value: float | None = None
-    pending_evaluation: bool = False
+    evaluated_step: int = 0
     best_step: int | None = None
     without_improvement: int = 0
     stopped_because: str | None = None
     train_seconds: float = 0.0
     train_tokens: int = 0
     train_examples: int = 0
+    laid_out_tokens: int = 0
+    token_budget: int | None = None
     window_tokens: int = field(default=0)
     _started: float = field(default_factory=time.perf_counter, repr=False)
     _window_started: float = field(default_factory=time.perf_counter, repr=False)
@@ -57,12 +61,13 @@ class RunState:
         self._paused += seconds
         self._paused_in_all += seconds
 
-    def add_step(self, *, total: float, count: int, tokens: int, examples: int) -> None:
+    def add_step(self, *, total: float, count: int, tokens: int, laid_out_tokens: int, examples: int) -> None:
         """Add one optimizer step to the window."""
         self.window_total += total
         self.window_count += count
         self.window_tokens += tokens
         self.train_tokens += tokens
+        self.laid_out_tokens += laid_out_tokens
         self.train_examples += examples
 
     def close_window(self) -> tuple[float, float]:

@@ -6,20 +6,24 @@ tokens, one gradient synchronisation. Only public methods of Trainer are overrid
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from loralab.errors import TrainingDivergedError
+from loralab.errors import OutOfMemoryError, TrainingDivergedError
 from loralab.layout.collate import StepBatch
-from loralab.training.loss import run_micro_batches
+from loralab.layout.planner import ShrinkingPlanner
+from loralab.training.distributed import ALONE, Processes
+from loralab.training.loss import LossSum, run_micro_batches
 from loralab.training.state import RunState
 
 Evaluate = Callable[[], dict[str, float]]
+Shrunk = Callable[[int, int], None]
 
 
 class StepTrainer(Trainer):
@@ -29,16 +33,31 @@ class StepTrainer(Trainer):
         steps: yields a `StepBatch` per optimizer step; its length is the steps of an epoch.
         run_state: running sums, shared with the callbacks.
         measure: measures the validation loss; None where there is no validation.
+        planner: laid out the steps; lays a step out again when memory runs out.
+        on_shrink: told of the step and the new token budget when that happened.
+        processes: those that share each step.
         **kwargs: for Trainer.
     """
 
     def __init__(
-        self, *, steps: DataLoader[StepBatch], run_state: RunState, measure: Evaluate | None, **kwargs: Any
+        self,
+        *,
+        steps: DataLoader[StepBatch],
+        run_state: RunState,
+        measure: Evaluate | None,
+        planner: ShrinkingPlanner,
+        on_shrink: Shrunk,
+        processes: Processes = ALONE,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._steps = steps
         self._run_state = run_state
         self._measure = measure
+        self._planner = planner
+        self._on_shrink = on_shrink
+        self._processes = processes
+        self._reduced_once = processes.count == 1
 
     def get_train_dataloader(self) -> DataLoader[StepBatch]:
         """Return the steps as they are: the sampler knows the ranks, so nothing may shard it again."""
@@ -49,8 +68,8 @@ class StepTrainer(Trainer):
     ) -> tuple[list[StepBatch], Tensor]:
         """Return the next step and its supervised tokens over all ranks (scalar)."""
         batch = next(epoch_iterator)
-        count = torch.tensor(batch.supervised_tokens, dtype=torch.int64, device=device)
-        return [batch], self.accelerator.reduce(count, reduction="sum")
+        count = self._processes.sum(np.array([batch.supervised_tokens], dtype=np.float64))
+        return [batch], torch.tensor(int(count[0]), dtype=torch.int64, device=device)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Run forward and backward of one optimizer step.
@@ -65,11 +84,27 @@ class StepTrainer(Trainer):
 
         Raises:
             TrainingDivergedError: the loss is not finite; the rows are named.
+            OutOfMemoryError: memory runs out with one example at a time.
         """
         step: StepBatch = inputs
         model.train()
         count = int(num_items_in_batch) if num_items_in_batch is not None else step.supervised_tokens
-        scale = self.accelerator.num_processes / max(count, 1)
+        scale = self._processes.count / max(count, 1)
+
+        result, step = self._run_step(model, step, scale)
+        own = np.array([float(result.total), step.example_tokens, step.tokens, len(step.rows)], dtype=np.float64)
+        total, tokens, laid_out, examples = (float(value) for value in self._processes.sum(own))
+        if not math.isfinite(total):
+            parts = self._processes.gather((float(result.total), step.rows))
+            raise _diverged(parts, self.state.global_step + 1)
+        self._run_state.add_step(
+            total=total, count=count, tokens=int(tokens), laid_out_tokens=int(laid_out), examples=int(examples)
+        )
+        share: Tensor = result.total * scale
+        return share
+
+    def _run_step(self, model: nn.Module, step: StepBatch, scale: float) -> tuple[LossSum, StepBatch]:
+        """Run a step's micro-batches; out of memory, run all of them again in smaller ones."""
 
         def backward(loss: Tensor) -> None:
             self.accelerator.backward(loss * scale)
@@ -77,16 +112,68 @@ class StepTrainer(Trainer):
         def context(last: bool) -> contextlib.AbstractContextManager[object]:
             return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
 
-        result = run_micro_batches(
-            model, step.micro_batches, device=self.args.device, backward=backward, context=context
-        )
-        total = float(result.total)
-        if not math.isfinite(total):
-            raise _diverged(total, step, self.state.global_step + 1)
-        everyone = self.accelerator.reduce(result.total, reduction="sum")
-        self._run_state.add_step(total=float(everyone), count=count, tokens=step.tokens, examples=len(step.rows))
-        share: Tensor = result.total * scale
-        return share
+        key = (self.args.seed, self.state.global_step)
+        if not self._reduced_once:
+            # DDP orders its buckets anew after the first reduction, and with them the sums of three and more
+            # processes. A reduction of zeros takes that out of the steps: a resumed run's sums are the same.
+            self._join_reduction(model, context, key)
+            self._reduced_once = True
+        if not step.micro_batches:
+            self._join_reduction(model, context, key)
+        while True:
+            try:
+                result = run_micro_batches(
+                    model,
+                    step.micro_batches,
+                    device=self.args.device,
+                    backward=backward,
+                    context=context,
+                    dropout_key=key,
+                )
+                return result, step
+            except torch.OutOfMemoryError:
+                self._check_divisible(step)
+            # Behind the handler: its traceback would hold the failed graph, and with it the memory.
+            step = self._lay_out_smaller(model, step)
+
+    def _join_reduction(
+        self,
+        model: nn.Module,
+        context: Callable[[bool], contextlib.AbstractContextManager[object]],
+        key: tuple[int, int],
+    ) -> None:
+        """Take part in a reduction of gradients with zeros, as where this process has no row of a short step."""
+        any_row = self._planner([self.train_dataset[0]]).micro_batches[:1]  # type: ignore[index]
+
+        def backward(loss: Tensor) -> None:
+            self.accelerator.backward(loss.nan_to_num() * 0.0)
+
+        run_micro_batches(model, any_row, device=self.args.device, backward=backward, context=context, dropout_key=key)
+
+    def _check_divisible(self, step: StepBatch) -> None:
+        """Check that a step that ran out of memory can be cut into smaller micro-batches.
+
+        Raises:
+            OutOfMemoryError: it cannot.
+        """
+        before = self._planner.planner.token_budget
+        alone = all(len(set(batch.label_examples.tolist())) == 1 for batch in step.micro_batches)
+        if alone or self._processes.count > 1:
+            why = "with one example at a time" if alone else "and several processes cannot shrink on their own"
+            raise OutOfMemoryError(
+                f"out of memory under a budget of {before} tokens, {why}",
+                where=f"optimizer step {self.state.global_step + 1}",
+                fix="lower data.max_length or training.token_budget, or set training.gradient_checkpointing: true",
+            )
+
+    def _lay_out_smaller(self, model: nn.Module, step: StepBatch) -> StepBatch:
+        model.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        tried = max(batch.input_ids.numel() for batch in step.micro_batches)
+        self._run_state.token_budget = self._planner.shrink(tried)
+        self._on_shrink(self.state.global_step + 1, self._planner.planner.token_budget)
+        return self._planner(step.examples)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Replace Trainer's mean of steps by the token-weighted mean over the logged window."""
@@ -106,9 +193,11 @@ class StepTrainer(Trainer):
         return 0
 
 
-def _diverged(total: float, step: StepBatch, number: int) -> TrainingDivergedError:
-    rows = ", ".join(f"{row}" if source == 0 else f"{row} of source {source + 1}" for source, row in step.rows[:16])
-    more = "" if len(step.rows) <= 16 else f" and {len(step.rows) - 16} more"
+def _diverged(parts: Sequence[tuple[float, Sequence[tuple[int, int]]]], number: int) -> TrainingDivergedError:
+    """Name the rows whose loss is no number, given each process's loss and its rows."""
+    total, found = next((total, rows) for total, rows in parts if not math.isfinite(total))
+    rows = ", ".join(f"{row}" if source == 0 else f"{row} of source {source + 1}" for source, row in found[:16])
+    more = "" if len(found) <= 16 else f" and {len(found) - 16} more"
     return TrainingDivergedError(
         f"the loss is {total} at step {number}",
         where=f"training rows {rows}{more}",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from loralab.config.paths import local_path
 from loralab.config.schema import DataConfig, EvaluationConfig
 from loralab.data.dataset import PreparedData, prepare_data
 from loralab.data.prompter import Prompter
@@ -16,13 +17,26 @@ from loralab.data.store import TokenStore
 from loralab.errors import DataError
 from loralab.evaluation.generate import GenerationSettings, generate_answers
 from loralab.evaluation.perplexity import SplitLoss, compare_losses, measure_loss
+from loralab.layout.planner import Planner
 from loralab.lookup import suggest
 from loralab.models.load import check_length, max_positions
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
 from loralab.run import read_json, write_json
+from loralab.training.distributed import ALONE, Processes
 from loralab.workflows.session import Session, Target, load_adapter_tokenizer, open_session
+from loralab.workflows.step_layout import resolve_planner
 
+# What overrides can change here; `data` is what rows become, wherever they come from.
+_READ = (
+    "model",
+    "data",
+    "training.layout",
+    "training.token_budget",
+    "evaluation.batch_size",
+    "evaluation.bootstrap_samples",
+)
+_OWN_ROWS = ("data.train", "data.validation", "data.test", "data.split_method", "data.split_seed")
 # Text rows have no prompt of their own: their samples continue this many tokens.
 _TEXT_PROMPT_TOKENS = 32
 
@@ -44,12 +58,14 @@ def evaluate_split(
     model: SupervisedPeftModel,
     split: TokenStore,
     *,
+    planner: Planner,
     name: str,
     evaluation: EvaluationConfig,
     max_length: int,
     device: torch.device,
     reporter: Reporter,
     should_stop: Callable[[], bool] = lambda: False,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Measure adapter and base on the same examples and compare them in pairs.
 
@@ -65,11 +81,13 @@ def evaluate_split(
         return measure_loss(
             model,
             split,
+            planner=planner,
             batch_size=evaluation.batch_size,
             device=device,
             reporter=reporter,
             label=label,
             should_stop=should_stop,
+            processes=processes,
         )
 
     adapter = measure("evaluate adapter")
@@ -90,11 +108,15 @@ def answer_samples(
     prompter: Prompter,
     evaluation: EvaluationConfig,
     reporter: Reporter,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """Let base and adapter answer the first prompts of a split.
 
     Returns:
         For each prompt `prompt`, `reference`, both outputs and whether each ended by a stop token.
+
+    Raises:
+        Interrupted: `should_stop` answered yes before a batch.
     """
     pairs = [_prompt_and_reference(split, index) for index in range(min(evaluation.num_samples, len(split)))]
     prompts = [prompt for prompt, _ in pairs]
@@ -109,6 +131,7 @@ def answer_samples(
             batch_size=evaluation.batch_size,
             reporter=reporter,
             label=label,
+            should_stop=should_stop,
         )
 
     adapter = answer("answer with adapter")
@@ -162,11 +185,23 @@ def evaluate(
     Raises:
         UserError: adapter, base or data cannot be used.
     """
-    session = open_session(path, overrides=overrides, base_model=base_model, reporter=reporter)
+    reads = [*_READ, *(() if data is not None else ("evaluation.split",))]
+    session = open_session(
+        path,
+        overrides=overrides,
+        base_model=base_model,
+        reporter=reporter,
+        reads=reads,
+        ignores=() if data is None else _OWN_ROWS,
+    )
     name, split, max_length = _find_split(session, data, data_split, reporter)
+    planner, choices = resolve_planner(session.model, session.config, max_length=max_length, device=session.device)
+    layout = choices["layout"]
+    reporter.say(f"layout {layout.value} ({layout.reason})")
     result = evaluate_split(
         session.model,
         split,
+        planner=planner,
         name=name,
         evaluation=session.config.evaluation,
         max_length=max_length,
@@ -190,11 +225,13 @@ def _find_split(
     tokenizer, template = load_adapter_tokenizer(session.target, session.config), session.template
     if data is not None:
         alone = section.model_copy(update={"train": data, "validation": None, "test": None})
-        named = None if Path(data).expanduser().is_file() else data_split
-        if named != data_split:
-            reporter.say(f"{data} is one file: all its rows are evaluated as split {data_split}")
-        prepared = prepare_data(alone, tokenizer, reporter=reporter, template=template, split=named)
-        return data_split or "train", prepared.splits["train"], section.max_length
+        file = local_path(data)
+        whole = file is not None and file.is_file()
+        prepared = prepare_data(
+            alone, tokenizer, reporter=reporter, template=template, split=None if whole else data_split
+        )
+        name = f"all rows of {data}" if whole else data_split or "train"
+        return name, prepared.splits["train"], section.max_length
     prepared = prepare_data(section, tokenizer, reporter=reporter, template=template)
     chosen = resolve_split(wanted, prepared.splits)
     if chosen is None:

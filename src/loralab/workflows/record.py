@@ -1,6 +1,6 @@
-"""The record of a run: `run.json` and `config.yaml`, and the state of its folder.
+"""The record of a run: `run.json` and `config.yaml`.
 
-Owns what is recorded of versions, machine and choices, and when a folder may be written.
+Owns what is recorded of versions, machine and choices, and how a run ended.
 """
 
 import errno
@@ -9,8 +9,7 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,41 +28,15 @@ from loralab.config.schema import Config
 from loralab.errors import LoralabError, RunFolderError, StoppedBySignal, StorageError
 from loralab.models.precision import Resolved
 from loralab.run import RunFolder, read_json, write_json, write_text
+from loralab.workflows.output import STARTING, clear_run, sweep_leftovers
 
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
+# Those that decide on the order of sums; a patch release may not.
+_MATHS_LIBRARIES = ("torch", "transformers", "peft")
+# Where a run is and what it worked with, which may change under a complete run.
+_PLACES = ("output.dir", "data.cache_dir", "data.num_workers")
 # A disk with less than this left is taken for full when a write fails without saying why.
 _FULL_BYTES = 1 << 20
-
-
-def check_output(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
-    """Check that a run may be written to `folder`, before anything is.
-
-    Raises:
-        RunFolderError: another run or foreign files are in the way, or there is nothing to resume.
-        StorageError: the place cannot be written.
-    """
-    path = folder.path
-    if path.exists() and not path.is_dir():
-        raise RunFolderError(f"not a folder: {str(path)!r}", where="key output.dir", fix="name another output.dir")
-    if folder.exists() and not (resume or overwrite):
-        status = read_json(folder.record).get("status", "unknown")
-        raise RunFolderError(
-            f"output folder holds another run ({status}): {str(path)!r}",
-            where="key output.dir",
-            fix="go on with --resume, replace it with --overwrite, or name another output.dir",
-        )
-    if not folder.exists():
-        if resume:
-            raise RunFolderError(
-                f"no run to resume in {str(path)!r}", where="option --resume", fix="start it without --resume"
-            )
-        if path.is_dir() and any(path.iterdir()):
-            raise RunFolderError(
-                f"output folder is not empty and holds no run: {str(path)!r}",
-                where="key output.dir",
-                fix="name an empty or new folder; nothing there was touched",
-            )
-    _check_writable(path)
 
 
 def check_same_config(folder: RunFolder, config: Config) -> None:
@@ -72,7 +45,7 @@ def check_same_config(folder: RunFolder, config: Config) -> None:
     Raises:
         RunFolderError: a setting differs; each is named with both values.
     """
-    differing = _differing(load_config(folder.config).config, anchored(config, folder))
+    differing = _differing(load_config(folder.config).config, anchored(config, folder), _PLACES)
     if differing:
         raise RunFolderError(
             f"the run is complete, with other settings: {'; '.join(differing)}",
@@ -81,46 +54,19 @@ def check_same_config(folder: RunFolder, config: Config) -> None:
         )
 
 
-def _differing(before: Config, wanted: Config) -> list[str]:
+def config_differences(before: RunFolder, after: RunFolder, *, ignored: Collection[str] = ()) -> list[str]:
+    """Return the settings in which two runs differ, each with both values, but for the `ignored` keys."""
+    return _differing(load_config(before.config).config, load_config(after.config).config, ignored)
+
+
+def _differing(before: Config, wanted: Config, ignored: Collection[str] = ()) -> list[str]:
     old, new = before.model_dump(mode="json"), wanted.model_dump(mode="json")
     return [
         f"{section}.{key} was {old[section][key]!r}, now {value!r}"
         for section, values in new.items()
         for key, value in values.items()
-        if old[section][key] != value
+        if old[section][key] != value and f"{section}.{key}" not in ignored
     ]
-
-
-def _check_writable(path: Path) -> None:
-    ancestor = path.absolute()
-    while not ancestor.exists():
-        ancestor = ancestor.parent
-    try:
-        with tempfile.TemporaryFile(dir=ancestor):
-            return
-    except OSError as error:
-        raise StorageError(
-            f"cannot write to {str(path)!r}: {error.strerror}",
-            where="key output.dir",
-            fix=f"make {str(ancestor)!r} a writable folder, or name another output.dir",
-        ) from None
-
-
-def clear_run(folder: RunFolder) -> None:
-    """Remove the files of an earlier run, and nothing else that may lie in its folder."""
-    for path in (folder.checkpoints, folder.adapter, folder.plots):
-        shutil.rmtree(path, ignore_errors=True)
-    files = (
-        folder.config,
-        folder.record,
-        folder.data,
-        folder.metrics,
-        folder.evaluation,
-        folder.samples,
-        folder.report,
-    )
-    for path in (*files, *folder.path.glob("evaluation-*.json")):
-        path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -137,60 +83,67 @@ class RunRecord:
 
     @classmethod
     def begin(cls, folder: RunFolder, loaded: LoadedConfig, facts: Mapping[str, Any]) -> "RunRecord":
-        """Create the folder with its configuration and first record.
+        """Make the folder a new run's: configuration and first record, in the place of an earlier run.
+
+        The record comes first, marked as starting: a kill between the files leaves a folder that is
+        known as a run's, and as one without a step.
 
         Raises:
-            StorageError: the folder cannot be made.
+            StorageError: a file cannot be written.
         """
-        try:
-            folder.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"cannot make {str(folder.path)!r}: {error.strerror}",
-                where="key output.dir",
-                fix="name another output.dir",
-            ) from None
         record = cls(folder)
         record.content = {
             "loralab_version": importlib.metadata.version("loralab"),
             "name": loaded.name,
-            "status": "running",
+            "status": STARTING,
             "started_at": now(),
             "origin": loaded.origin,
-            "versions": versions(),
             "seeds": {"training": loaded.config.training.seed, "split": loaded.config.data.split_seed},
             "events": [],
             **facts,
         }
         try:
-            write_text(folder.config, dump_config(anchored(loaded.config, folder)))
             record.update()
         except OSError as error:
+            raise _unwritable(folder, error) from None  # an earlier run is still whole
+        try:
+            clear_run(folder, keep_record=True)
+            write_text(folder.config, dump_config(anchored(loaded.config, folder)))
+            record.update(status="running")
+        except OSError as error:
             clear_run(folder)
-            if not any(folder.path.iterdir()):
-                folder.path.rmdir()
-            raise StorageError(
-                f"cannot write to {str(folder.path)!r}: {error.strerror}",
-                where="key output.dir",
-                fix="free space, or name another output.dir",
-            ) from None
+            raise _unwritable(folder, error) from None
         return record
 
     @classmethod
     def reopen(cls, folder: RunFolder, loaded: LoadedConfig, facts: Mapping[str, Any]) -> "RunRecord":
         """Go on with the record of an interrupted run, with the settings and machine of now."""
+        sweep_leftovers(folder)
         record = cls(folder, read_json(folder.record))
         changed = _differing(load_config(folder.config).config, anchored(loaded.config, folder))
-        what = f"resumed; {'; '.join(changed)}" if changed else "resumed"
-        record.content.setdefault("events", []).append({"at": now(), "what": what})
+        for key in ("finished_at", "stopped_because"):
+            record.content.pop(key, None)
+        record.add_event("; ".join(["resumed", *changed]))
         write_text(folder.config, dump_config(anchored(loaded.config, folder)))
-        record.update(status="running", origin=loaded.origin, versions=versions(), **facts)
+        record.update(status="running", origin=loaded.origin, **facts)
         return record
+
+    def add_event(self, what: str) -> None:
+        """Note something that happened; the next write keeps it."""
+        self.content.setdefault("events", []).append({"at": now(), "what": what})
 
     def update(self, **values: Any) -> None:
         """Set `values` and write the file."""
         self.content.update(values)
         write_json(self.folder.record, self.content)
+
+
+def _unwritable(folder: RunFolder, error: OSError) -> StorageError:
+    return StorageError(
+        f"cannot write to {str(folder.path)!r}: {error.strerror}",
+        where="key output.dir",
+        fix="free space, or name another output.dir",
+    )
 
 
 def anchored(config: Config, folder: RunFolder) -> Config:
@@ -221,6 +174,25 @@ def _absolute(value: Any) -> Any:
 def now() -> str:
     """Return the time, UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def environment_changes(before: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """Return what of libraries and machine changes the last digits of a sum, and has changed since a record.
+
+    Args:
+        before: an earlier `run.json`.
+        facts: the "versions" and "hardware" to compare with.
+    """
+    changes = []
+    for name in _MATHS_LIBRARIES:
+        old, new = (str(each.get("versions", {}).get(name, "")) for each in (before, facts))
+        if old and old.split(".")[:2] != new.split(".")[:2]:
+            changes.append(f"{name} was {old}, now {new}")
+    for name in ("processor", "gpu", "threads"):
+        old, new = (each.get("hardware", {}).get(name) for each in (before, facts))
+        if old is not None and old != new:
+            changes.append(f"{name} was {old}, now {new}")
+    return changes
 
 
 def versions() -> dict[str, str]:
@@ -282,7 +254,7 @@ def closing_record(record: RunRecord) -> Iterator[None]:
 
 def _note_end(record: RunRecord, error: BaseException) -> None:
     if record.content.get("status") == "completed":  # only what came after failed: the report
-        record.content["events"].append({"at": now(), "what": f"report not written: {_first_line(error)}"})
+        record.add_event(f"report not written: {_first_line(error)}")
         record.update()
         return
     status = "interrupted" if isinstance(error, (StoppedBySignal, KeyboardInterrupt)) else "failed"

@@ -3,28 +3,24 @@
 This page is the table of contents of a run: read `train` top to bottom.
 """
 
+import contextlib
 import json
-import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers import set_seed
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
-from loralab.data.dataset import PreparedData, prepare_data
+from loralab.data.dataset import prepare_data
 from loralab.errors import ConfigError, RunFolderError, StoppedBySignal
-from loralab.evaluation.perplexity import Interrupted, measure_loss
-from loralab.layout.planner import Planner
+from loralab.evaluation.perplexity import Interrupted
 from loralab.models.adapters import WEIGHTS_FILE, adapter_sha256, build_adapter
 from loralab.models.load import (
     check_length,
@@ -37,78 +33,42 @@ from loralab.models.load import (
     load_tokenizer,
 )
 from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
-from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json, write_json
-from loralab.training.arguments import build_arguments
-from loralab.training.callbacks import (
-    CheckpointSealer,
-    EarlyStopper,
-    EpochSetter,
-    MetricsWriter,
-    PendingEvaluation,
-    ProgressReporter,
-    SignalStop,
-    StopRequest,
-    catching_signals,
-    check_finite,
-    truncate_metrics,
-)
-from loralab.training.checkpoint import (
-    STAGING,
-    Checkpoint,
-    find_checkpoint,
-    read_checkpoint,
-)
-from loralab.training.sampler import StepSampler
+from loralab.training.callbacks import StopRequest, catching_signals
+from loralab.training.checkpoint import find_checkpoint, read_checkpoint
+from loralab.training.distributed import Processes, joined, naming_losses
 from loralab.training.state import RunState
-from loralab.training.trainer import StepTrainer
 from loralab.workflows.configure import run_path
 from loralab.workflows.evaluate import answer_samples, evaluate_split, resolve_split
+from loralab.workflows.output import claim_output, has_begun
 from loralab.workflows.record import (
     RunRecord,
-    check_output,
     check_same_config,
-    clear_run,
     closing_record,
     describe_choices,
+    environment_changes,
     hardware,
     now,
     peak_memory_bytes,
+    versions,
 )
 from loralab.workflows.report import build_report
 from loralab.workflows.resume import find_start, resume_contract
 from loralab.workflows.session import CONTRACT_FILE
+from loralab.workflows.step_layout import resolve_planner
+from loralab.workflows.steps import Run, run_steps
+from loralab.workflows.warm_start import apply_warm_start
 
 
-@dataclass
-class Run:
-    """Everything of a run that is under way.
-
-    Attributes:
-        config: the configuration.
-        folder: the run folder.
-        data: tokenized splits and prompter.
-        model: base with adapter.
-        device: where the model is.
-        base_facts: what identifies the base model; its weights are hashed once.
-        choices: automatic choices with their reasons.
-        reporter: told of progress.
-        record: `run.json`.
-    """
-
-    config: Config
-    folder: RunFolder
-    data: PreparedData
-    model: SupervisedPeftModel
-    device: torch.device
-    base_facts: dict[str, Any]
-    choices: dict[str, Resolved[Any]]
-    reporter: Reporter
-    record: RunRecord
-
-
-def train(loaded: LoadedConfig, *, reporter: Reporter, resume: bool = False, overwrite: bool = False) -> RunFolder:
+def train(
+    loaded: LoadedConfig,
+    *,
+    reporter: Reporter,
+    resume: bool = False,
+    overwrite: bool = False,
+    warm_start: Path | Mapping[str, str] | None = None,
+) -> RunFolder:
     """Train an adapter and evaluate it.
 
     Args:
@@ -116,6 +76,8 @@ def train(loaded: LoadedConfig, *, reporter: Reporter, resume: bool = False, ove
         reporter: told of progress and choices.
         resume: go on from the newest checkpoint of the output folder.
         overwrite: replace an earlier run in the output folder.
+        warm_start: run or adapter folder whose weights the new run starts from, or the `warm_start`
+            that an earlier run recorded, to start from the very same weights.
 
     Returns:
         The run folder.
@@ -124,49 +86,123 @@ def train(loaded: LoadedConfig, *, reporter: Reporter, resume: bool = False, ove
         UserError: the configuration, data, model or folder cannot be used.
         StoppedBySignal: SIGINT or SIGTERM; a checkpoint was written if a step had been done.
     """
+    if resume and warm_start is not None:
+        raise ConfigError(
+            "--warm-start with --resume, which goes on with the run's own weights",
+            where="options --warm-start, --resume",
+            fix="start a new run with --warm-start, or go on with --resume alone",
+        )
     folder = RunFolder(run_path(loaded))
-    check_output(folder, resume=resume, overwrite=overwrite)
-    if resume and read_json(folder.record).get("status") == "completed":
-        check_same_config(folder, loaded.config)
-        reporter.say(f"nothing to do: the run in {folder.path} is complete")
-        return folder
-    run = _prepare(loaded, folder, reporter)
-    contract = resume_contract(run.config, data=run.data, choices=run.choices, device=run.device, model=run.base_facts)
-    checkpoint = find_start(folder, contract, reporter=reporter) if resume else None
-    if not resume:
-        clear_run(folder)
-    run.record = _begin_record(run, loaded, resumed=resume)
-    with closing_record(run.record), catching_signals(lambda: reporter.say("stopping after this step")) as request:
-        state = _run_steps(run, contract, checkpoint, request)
-        _stop_if_asked(request, run)
-        _keep_best(run, state)
-        _save_adapter(run)
-        _evaluate(run, request)
-        _stop_if_asked(request, run)
-        _finish_record(run, state)
+    with contextlib.ExitStack() as stack:
+        processes = stack.enter_context(joined(loaded.config.model.device))
+        beginning = None
+        if processes.first:
+            claim = claim_output(folder, resume=resume, overwrite=overwrite, start=str(warm_start or ""))
+            stack.enter_context(claim)
+            beginning = _find_beginning(folder, resume=resume, warm_start=warm_start)
+        else:
+            reporter = Reporter()
+        beginning = processes.share(beginning)
+        if beginning.completed:
+            return _nothing_to_do(folder, loaded, reporter) if processes.first else folder
+        if resume and not beginning.going_on:
+            reporter.say("the run had not begun: starting from step 0")
+        return _train(loaded, folder, reporter=reporter, beginning=beginning, processes=processes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Beginning:
+    """Where a run begins, as its folder says: read by one process, followed by all.
+
+    Attributes:
+        completed: there is nothing left to do.
+        going_on: the folder's run goes on.
+        warm_start: whose weights the run starts from when it has no checkpoint.
+        token_budget: what the run laid its steps out under so far, or None: another would change
+            the last bits of its sums.
+    """
+
+    completed: bool
+    going_on: bool
+    warm_start: Path | Mapping[str, str] | None
+    token_budget: int | None
+
+
+def _find_beginning(folder: RunFolder, *, resume: bool, warm_start: Path | Mapping[str, str] | None) -> _Beginning:
+    going_on = resume and has_begun(folder)
+    completed = going_on and read_json(folder.record).get("status") == "completed"
+    start = read_json(folder.record).get("warm_start") if resume and folder.exists() else warm_start
+    budget = read_json(folder.record).get("token_budget", {}).get("value") if going_on else None
+    return _Beginning(completed, going_on, start, budget)
+
+
+def _nothing_to_do(folder: RunFolder, loaded: LoadedConfig, reporter: Reporter) -> RunFolder:
+    check_same_config(folder, loaded.config)
+    if not folder.report.is_file():  # a kill came just before it
         build_report(folder)
+    reporter.say(f"nothing to do: the run in {folder.path} is complete")
+    return folder
+
+
+def _train(
+    loaded: LoadedConfig,
+    folder: RunFolder,
+    *,
+    reporter: Reporter,
+    beginning: _Beginning,
+    processes: Processes,
+) -> RunFolder:
+    run = _prepare(loaded, folder, reporter=reporter, processes=processes)
+    if beginning.token_budget is not None:
+        run.planner = run.planner.with_budget(beginning.token_budget)
+        run.choices["token_budget"] = Resolved(
+            beginning.token_budget, "as when the run began or last ran out of memory"
+        )
+    contract = resume_contract(run.config, data=run.data, choices=run.choices, device=run.device, model=run.base_facts)
+    contract["processes"] = processes.count
+    checkpoint = None
+    if beginning.going_on:
+        checkpoint = processes.share(find_start(folder, contract, reporter=reporter) if processes.first else None)
+    start = beginning.warm_start
+    source = apply_warm_start(run, start) if start is not None and checkpoint is None else None
+    processes.wait()  # the record's first entry clears an earlier run, which may hold what was just read
+    run.record = _begin_record(run, loaded, resumed=beginning.going_on, source=source)
+    with (
+        closing_record(run.record),
+        catching_signals(lambda request: reporter.say(request.notice)) as request,
+        naming_losses(processes),
+    ):
+        state = run_steps(run, contract, checkpoint, request)
+        _stop_if_asked(request, run)
+        request.notice = "stopping; --resume will repeat the final evaluation, no step is lost"
+        _keep_best(run, state)
+        if processes.first:
+            _save_adapter(run)
+        _evaluate(run, request)
+        processes.wait()  # the first one alone lets the models answer
+        _stop_if_asked(request, run)
+        if processes.first:
+            _finish_record(run, state)
+            build_report(folder)
     reporter.say(f"done: {folder.path} (open {folder.report})")
     return folder
 
 
-def _prepare(loaded: LoadedConfig, folder: RunFolder, reporter: Reporter) -> Run:
+def _prepare(loaded: LoadedConfig, folder: RunFolder, *, reporter: Reporter, processes: Processes) -> Run:
     """Load data and model; nothing is written to the run folder."""
     config = loaded.config
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"started as one of {os.environ['WORLD_SIZE']} processes; this version trains in one",
-            where="environment variable WORLD_SIZE",
-            fix="start `loralab train` directly",
-        )
     check_local_model(config.model.name)
     note = select_single_gpu(config.model.device)
-    device = resolve_device("cuda:0" if note else config.model.device)
+    device = resolve_device("cuda:0" if note else processes.device_setting(config.model.device))
+    if processes.count > 1:
+        device = replace(device, reason=f"each of {processes.count} processes takes its own")
     precision = resolve_precision(config.model, device.value)
     choices: dict[str, Resolved[Any]] = {"device": device, "precision": precision}
     if note:
         reporter.say(note)
     check_length(load_model_config(config.model), config.data.max_length)
-    data = prepare_data(config.data, load_tokenizer(config.model), reporter=reporter)
+    with processes.first_goes_ahead():  # the others find the tokenized rows in the cache
+        data = prepare_data(config.data, load_tokenizer(config.model), reporter=reporter)
     resolve_split(config.evaluation.split, data.splits)  # now, not after hours of training
     base, base_choices = load_base_model(config.model, dtype=precision.value, device=device.value)
     largest = max(*(split.largest_id for split in data.splits.values()), *data.prompter.stop.ids)
@@ -177,11 +213,18 @@ def _prepare(loaded: LoadedConfig, folder: RunFolder, reporter: Reporter) -> Run
     set_seed(config.training.seed)
     model, adapter_choices = build_adapter(base, config.lora, seed=config.training.seed)
     model.to(device.value)
-    choices |= base_choices | adapter_choices | _resolve_evaluation(config)
+    planner, layout_choices = resolve_planner(
+        model, config, max_length=config.data.max_length, device=device.value, sharing=processes.local_count
+    )
+    # The least of all, so that a resume, which goes on with the recorded one, cuts every process's steps alike.
+    planner = planner.with_budget(-processes.largest(-planner.token_budget))
+    layout_choices["token_budget"] = replace(layout_choices["token_budget"], value=planner.token_budget)
+    choices |= base_choices | adapter_choices | layout_choices | _resolve_evaluation(config)
     for name, choice in choices.items():
         reporter.say(f"{name}: {str(choice.value).removeprefix('torch.')} ({choice.reason})")
     base_facts = describe_model(config.model, base)
-    return Run(config, folder, data, model, device.value, base_facts, choices, reporter, RunRecord(folder))
+    record = RunRecord(folder)
+    return Run(config, folder, data, model, device.value, base_facts, choices, reporter, record, planner, processes)
 
 
 def _resolve_evaluation(config: Config) -> dict[str, Resolved[Any]]:
@@ -190,130 +233,55 @@ def _resolve_evaluation(config: Config) -> dict[str, Resolved[Any]]:
     return {"evaluation_strategy": Resolved(config.evaluation.strategy, "set in evaluation.strategy or by default")}
 
 
-def _begin_record(run: Run, loaded: LoadedConfig, *, resumed: bool) -> RunRecord:
+class _UnwrittenRecord(RunRecord):
+    """The record in a process that does not write."""
+
+    def update(self, **values: Any) -> None:
+        """Set `values`."""
+        self.content.update(values)
+
+
+def _begin_record(run: Run, loaded: LoadedConfig, *, resumed: bool, source: Mapping[str, str] | None) -> RunRecord:
     total, trainable = count_parameters(run.model)
-    config = run.config
-    facts = {
+    facts: dict[str, Any] = {
         "resolved": describe_choices(run.choices),
+        "versions": versions(),
         "hardware": hardware(run.device),
         "model": {
             **run.base_facts,
             "parameters": total,
             "trainable_parameters": trainable,
         },
+        "processes": run.processes.count,
         "data_fingerprint": run.data.fingerprint,
-        "token_budget": {
-            "value": config.training.per_device_train_batch_size * config.data.max_length,
-            "reason": "B rows of at most max_length tokens per micro-batch",
-        },
+        "data_identity": run.data.identity,
+        "token_budget": {"value": run.planner.token_budget, "reason": run.choices["token_budget"].reason},
     }
+    if source is not None:
+        facts["warm_start"] = dict(source)
+    if not run.processes.first:
+        return _UnwrittenRecord(run.folder, {"events": [], **facts})
     run.reporter.say(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+    changes = environment_changes(read_json(run.folder.record), facts) if resumed else []
     record = (RunRecord.reopen if resumed else RunRecord.begin)(run.folder, loaded, facts)
+    for change in changes:
+        run.reporter.say(f"warning: {change}; the adapter may differ in its last digits from an uninterrupted run's")
+        record.add_event(f"warning: {change}")
+    record.update()
     write_json(run.folder.data, run.data.report)
     return record
 
 
-def _run_steps(run: Run, contract: Mapping[str, Any], checkpoint: Checkpoint | None, request: StopRequest) -> RunState:
-    """Run the optimizer's steps; return what the run remembers of them."""
-    config, training = run.config, run.config.training
-    state = RunState.load(checkpoint.path) if checkpoint else RunState()
-    truncate_metrics(run.folder.metrics, checkpoint.step if checkpoint else 0)
-    shutil.rmtree(run.folder.checkpoints / STAGING, ignore_errors=True)
-    sampler = StepSampler(
-        rows=len(run.data.splits["train"]),
-        rows_per_step=training.per_device_train_batch_size * training.gradient_accumulation_steps,
-        seed=training.seed,
-    )
-    planner = Planner(training.per_device_train_batch_size)
-    steps: DataLoader[Any] = DataLoader(run.data.splits["train"], batch_sampler=sampler, collate_fn=planner)  # type: ignore[arg-type]
-    trainer = StepTrainer(
-        model=run.model,
-        args=build_arguments(
-            config.training,
-            staging=run.folder.checkpoints / STAGING,
-            steps_per_epoch=len(sampler),
-            evaluation=config.evaluation.model_copy(update={"strategy": run.choices["evaluation_strategy"].value}),
-            device=run.device,
-            further=config.advanced.trainer_args,
-        ),
-        train_dataset=run.data.splits["train"],
-        eval_dataset=run.data.splits.get("validation"),
-        callbacks=_callbacks(run, state, sampler, contract, request),
-        steps=steps,
-        run_state=state,
-        measure=_measure_validation(run, state, request),
-    )
-    for shown in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(shown)
-    state.start_clock()
-    try:
-        if checkpoint is None or state.stopped_because is None:  # an early stop stays one after a resume
-            trainer.add_callback(PendingEvaluation(state, trainer.evaluate))
-            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-        else:
-            set_peft_model_state_dict(run.model, load_file(checkpoint.path / WEIGHTS_FILE))
-            trainer.state.global_step = checkpoint.step
-        check_finite(run.model, step=trainer.state.global_step)
-    finally:
-        shutil.rmtree(run.folder.checkpoints / STAGING, ignore_errors=True)
-    state.train_seconds = state.elapsed_seconds
-    run.record.content["steps"] = trainer.state.global_step
-    run.record.content["epochs"] = round(trainer.state.epoch or 0.0, 6)
-    return state
-
-
-def _callbacks(
-    run: Run, state: RunState, sampler: StepSampler, contract: Mapping[str, Any], request: StopRequest
-) -> list[TrainerCallback]:
-    training = run.config.training
-    early_stopping = training.early_stopping
-    metric = early_stopping.metric if early_stopping else "eval_loss"
-    best = training.load_best_model_at_end
-    callbacks: list[TrainerCallback] = [
-        MetricsWriter(run.folder.metrics),
-        ProgressReporter(run.reporter),
-        EpochSetter(sampler),
-        EarlyStopper(state, metric=metric, early_stopping=early_stopping, save_best=best),
-        CheckpointSealer(run.folder.checkpoints, run_state=state, contract=contract, keep=training.save_total_limit),
-        SignalStop(request, run_state=state, steps_per_epoch=len(sampler)),
-    ]
-    return callbacks
-
-
-def _measure_validation(run: Run, state: RunState, request: StopRequest) -> Callable[[], dict[str, float]] | None:
-    split = run.data.splits.get("validation")
-    if split is None:
-        return None
-
-    def measure() -> dict[str, float]:
-        started = time.perf_counter()
-        try:
-            result = measure_loss(
-                run.model,
-                split,
-                batch_size=run.config.evaluation.batch_size,
-                device=run.device,
-                reporter=run.reporter,
-                label="validate",
-                should_stop=lambda: bool(request),
-            )
-        except Interrupted:
-            state.pending_evaluation = True
-            return {}
-        finally:
-            state.pause_clock(time.perf_counter() - started)
-        return {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
-
-    return measure
-
-
 def _stop_if_asked(request: StopRequest, run: Run) -> None:
-    if request.signal_number is not None:
+    if request.agree(run.processes) and request.signal_number is not None:
         sealed = find_checkpoint(run.folder.checkpoints)
+        command = f"loralab train {run.folder.config} --resume"
+        if run.processes.count > 1:
+            command += f", in {run.processes.count} processes as before"
         raise StoppedBySignal(
             request.signal_number,
             where=str(run.folder.path),
-            fix=f"go on from step {sealed.step if sealed else 0} with: loralab train {run.folder.config} --resume",
+            fix=f"go on from step {sealed.step if sealed else 0} with: {command}",
         )
 
 
@@ -361,21 +329,31 @@ def _evaluate(run: Run, request: StopRequest) -> None:
         result = evaluate_split(
             run.model,
             split,
+            planner=run.planner,
             name=name,
             evaluation=evaluation,
             max_length=run.config.data.max_length,
             device=run.device,
             reporter=run.reporter,
+            should_stop=lambda: request.agree(run.processes),
+            processes=run.processes,
+        )
+        if not run.processes.first:
+            return
+        write_json(run.folder.evaluation, result)
+        if not evaluation.num_samples:
+            return
+        samples = answer_samples(
+            run.model,
+            split,
+            prompter=run.data.prompter,
+            evaluation=evaluation,
+            reporter=run.reporter,
             should_stop=lambda: bool(request),
         )
     except Interrupted:
         return  # the caller asks why
-    write_json(run.folder.evaluation, result)
-    if evaluation.num_samples:
-        samples = answer_samples(
-            run.model, split, prompter=run.data.prompter, evaluation=evaluation, reporter=run.reporter
-        )
-        write_json(run.folder.samples, {"split": name, "max_new_tokens": evaluation.max_new_tokens, "samples": samples})
+    write_json(run.folder.samples, {"split": name, "max_new_tokens": evaluation.max_new_tokens, "samples": samples})
 
 
 def _finish_record(run: Run, state: RunState) -> None:

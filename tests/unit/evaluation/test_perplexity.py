@@ -10,26 +10,39 @@ import torch
 from loralab.config.schema import LoraConfig
 from loralab.evaluation import perplexity
 from loralab.evaluation.perplexity import Interrupted, SplitLoss, compare_losses, measure_loss, perplexity_of
+from loralab.layout.planner import Planner
 from loralab.models.adapters import build_adapter
 from loralab.progress import Reporter
 from support import tiny
+from support.layouts import ALWAYS_SHARE
 from unit.layout.examples import example
 
 CPU = torch.device("cpu")
+PADDED = Planner(4096, layout="padded")
+PLANNERS = [
+    PADDED,
+    Planner(9, layout="padded"),
+    Planner(4096, layout="packed"),
+    Planner(12, layout="packed"),
+    Planner(4096, cost=ALWAYS_SHARE),
+    Planner(20, cost=ALWAYS_SHARE),
+]
 
 
-def losses(totals: list[float], counts: list[float], means: list[float] = []) -> SplitLoss:  # noqa: B006
-    return SplitLoss(np.asarray(totals), np.asarray(counts), np.asarray(means))
+def losses(totals: Any, counts: Any, means: Any = (), entropies: Any = (0.0,), correct: Any = (0.0,)) -> SplitLoss:
+    return SplitLoss(*(np.asarray(values, dtype=np.float64) for values in (totals, counts, means, entropies, correct)))
 
 
 def test_split_loss_by_hand() -> None:
-    assert losses([6.0, 1.0], [2, 8], [3.0, 0.125]).as_dict() == {
+    assert losses([6.0, 1.0], [2, 8], [3.0, 0.125], [4.0, 9.0], [1, 4]).as_dict() == {
         "eval_loss": 0.7,
         "perplexity": math.exp(0.7),
         "eval_loss_batch_mean": 1.5625,
         "num_batches": 2,
         "num_examples": 2,
         "supervised_tokens": 10,
+        "token_accuracy": 0.5,
+        "token_entropy": 1.3,
     }
 
 
@@ -40,14 +53,17 @@ def test_perplexity_beyond_a_float_is_infinite() -> None:
 
 
 def test_split_without_examples_has_no_batch_mean() -> None:
-    empty = losses([], []).as_dict()
+    empty = losses([], [], [], [], []).as_dict()
     assert math.isnan(empty["eval_loss_batch_mean"])
-    assert (empty["eval_loss"], empty["supervised_tokens"]) == (0.0, 0)
+    names = ("eval_loss", "supervised_tokens", "token_accuracy", "token_entropy")
+    assert [empty[name] for name in names] == [0.0, 0, 0.0, 0.0]
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return build_adapter(tiny.build_model("gpt2", vocabulary=64), LoraConfig(r=2, dropout=0.5), seed=0)[0]
+    built = build_adapter(tiny.build_model("gpt2", vocabulary=64), LoraConfig(r=2, dropout=0.5), seed=0)[0]
+    built.tree_kernel = "per_tree"
+    return built
 
 
 def _examples() -> list[Any]:
@@ -61,14 +77,22 @@ def _examples() -> list[Any]:
     return [*singles, example((prompt, answer), ([*prompt, *answer, *ids(4)], ids(5)), ([3, 4], [5]))]
 
 
-def test_loss_does_not_depend_on_the_batch_size(model: Any) -> None:
+def measure(model: Any, examples: Any, *, batch_size: int, planner: Planner = PADDED, **options: Any) -> SplitLoss:
+    options = {"device": CPU, "reporter": Reporter(), "label": "x", **options}
+    return measure_loss(model, examples, planner=planner, batch_size=batch_size, **options)
+
+
+@pytest.mark.parametrize("planner", PLANNERS, ids=lambda planner: f"{planner.layout}-{planner.token_budget}")
+def test_loss_does_not_depend_on_layout_and_batch_size(model: Any, planner: Planner) -> None:
     examples = _examples()
-    alone = measure_loss(model, examples, batch_size=1, device=CPU, reporter=Reporter(), label="x")
+    alone = measure(model, examples, batch_size=1)
     assert alone.counts.tolist() == [each.supervised_tokens for each in examples]
     np.testing.assert_allclose(alone.batch_means, alone.totals / alone.counts, rtol=1e-6)
-    for size in (2, 3, 99):
-        other = measure_loss(model, examples, batch_size=size, device=CPU, reporter=Reporter(), label="x")
+    for size in (1, 2, 3, 99):
+        other = measure(model, examples, batch_size=size, planner=planner)
         np.testing.assert_allclose(other.totals, alone.totals, rtol=1e-5)
+        np.testing.assert_allclose(other.entropies, alone.entropies, rtol=1e-5)
+        assert other.correct.tolist() == alone.correct.tolist()
         assert other.counts.tolist() == alone.counts.tolist()
         assert len(other.batch_means) == math.ceil(len(examples) / size)
         starts = range(0, len(examples), size)
@@ -76,25 +100,29 @@ def test_loss_does_not_depend_on_the_batch_size(model: Any) -> None:
         np.testing.assert_allclose(other.batch_means, means, rtol=1e-6)
 
 
-def test_totals_are_transformers_own_losses(model: Any) -> None:
-    examples = _examples()[:3]
-    measured = measure_loss(model, examples, batch_size=2, device=CPU, reporter=Reporter(), label="x")
+def test_figures_are_those_of_transformers_own_logits(model: Any) -> None:
+    examples = _examples()
+    measured = measure(model, examples, batch_size=2)
     model.eval()
-    for each, total in zip(examples, measured.totals, strict=True):
-        (branch,) = each.branches
-        prompt, answer = branch.prompt_ids.tolist(), branch.answer_ids.tolist()
-        labels = torch.tensor([[-100] * len(prompt) + answer])
-        with torch.no_grad():
-            own = model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss
-        assert total == pytest.approx(float(own) * len(answer), rel=1e-5)
+    for number, each in enumerate(examples):
+        loss, entropy, correct = 0.0, 0.0, 0
+        for branch in each.branches:
+            prompt, answer = branch.prompt_ids.tolist(), torch.from_numpy(branch.answer_ids).long()
+            with torch.no_grad():
+                own = model(input_ids=torch.tensor([[*prompt, *answer.tolist()]])).logits[0, len(prompt) - 1 : -1]
+            likely = torch.distributions.Categorical(logits=own.double())
+            loss -= float(likely.log_prob(answer).sum())
+            entropy += float(likely.entropy().sum())
+            correct += int((own.argmax(dim=-1) == answer).sum())
+        assert measured.totals[number] == pytest.approx(loss, rel=1e-5)
+        assert measured.entropies[number] == pytest.approx(entropy, rel=1e-5)
+        assert measured.correct[number] == correct
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_measuring_leaves_the_mode_alone_and_uses_no_dropout(model: Any, training: bool) -> None:
     model.train(training)
-    first, second = (
-        measure_loss(model, _examples(), batch_size=4, device=CPU, reporter=Reporter(), label="x").loss for _ in "ab"
-    )
+    first, second = (measure(model, _examples(), batch_size=4).loss for _ in "ab")
     assert model.training is training
     assert first == second
 
@@ -109,12 +137,12 @@ def test_progress_and_interruption(model: Any) -> None:
         def finish(self, label: str) -> None:
             seen.append(label)
 
-    options: dict[str, Any] = {"batch_size": 3, "device": CPU, "reporter": Notes(), "label": "validate"}
-    measure_loss(model, _examples(), **options)
+    options: dict[str, Any] = {"batch_size": 3, "reporter": Notes(), "label": "validate"}
+    measure(model, _examples(), **options)
     assert seen == [("validate", 3, 7), ("validate", 6, 7), ("validate", 7, 7), "validate"]
     seen.clear()
     with pytest.raises(Interrupted):
-        measure_loss(model, _examples(), **options, should_stop=lambda: len(seen) == 1)
+        measure(model, _examples(), **options, should_stop=lambda: len(seen) == 1)
     assert seen == [("validate", 3, 7)]
 
 
@@ -123,7 +151,7 @@ def _pair(rows: int, *, shift: float) -> tuple[SplitLoss, SplitLoss]:
     counts = draw.integers(5, 30, rows).astype(float)
     base = counts * draw.normal(2.0, 0.3, rows)
     adapter = base + counts * draw.normal(shift, 0.2, rows)
-    return SplitLoss(adapter, counts, np.zeros(0)), SplitLoss(base, counts, np.zeros(0))
+    return losses(adapter, counts), losses(base, counts)
 
 
 def test_difference_by_hand() -> None:

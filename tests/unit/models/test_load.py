@@ -22,6 +22,7 @@ from loralab.models.load import (
     resolve_attention,
 )
 from support import tiny
+from support.families import build_family
 
 CPU = torch.device("cpu")
 
@@ -138,3 +139,16 @@ def test_model_hash_follows_the_weights(base: Path, tmp_path: Path) -> None:
     copy.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert model_sha256(str(tmp_path)) != model_sha256(str(base))
     assert json.loads((base / "config.json").read_text())["model_type"] == "gpt2"
+
+
+def test_router_loss_is_switched_off_and_said(tmp_path: Path, base: Path) -> None:
+    """A product of means over whatever lies in a batch would depend on the layout."""
+    model = build_family("mixtral", vocabulary=64)
+    model.config.output_router_logits = True
+    model.save_pretrained(tmp_path)
+    loaded, choices = load_base_model(ModelConfig(name=str(tmp_path)), dtype=torch.float32, device=CPU)
+    assert loaded.config.output_router_logits is False
+    assert choices["router_loss"].value == "off"
+    assert "output_router_logits was true" in choices["router_loss"].reason
+    _, choices = load_base_model(ModelConfig(name=str(base)), dtype=torch.float32, device=CPU)
+    assert "router_loss" not in choices

@@ -15,13 +15,16 @@ from loralab.config.schema import EarlyStopping
 from loralab.progress import Reporter
 from loralab.training.callbacks import (
     CheckpointSealer,
+    CurrentIntervals,
     EarlyStopper,
     EpochSetter,
+    EvaluationNote,
     MetricsWriter,
     ProgressReporter,
     SignalStop,
     StopRequest,
     catching_signals,
+    owes_evaluation,
     truncate_metrics,
 )
 from loralab.training.checkpoint import read_checkpoint
@@ -116,15 +119,64 @@ def test_last_step_is_logged(step: int, log: bool, arguments: TrainingArguments)
     assert control.should_log is log
 
 
-@pytest.mark.parametrize(("step", "left"), [(0, []), (1, [1]), (2, [1, 2, 2]), (9, [1, 2, 2, 3])])
-def test_truncated_metrics_end_at_the_step(step: int, left: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("step", "evaluated", "left"),
+    [(0, 0, []), (1, 0, [0]), (2, 0, [0, 1]), (2, 2, [0, 1, 2]), (3, 2, [0, 1, 2, 3]), (9, 9, [0, 1, 2, 3, 4])],
+)
+def test_truncated_metrics_end_at_the_step(step: int, evaluated: int, left: list[int], tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    truncate_metrics(path, step)
+    truncate_metrics(path, step, evaluated_step=evaluated)
     assert not path.exists()
-    lines = [f'{{"step": {n}, "loss": {n}.25}}\n' for n in (1, 2, 2, 3)]
+    lines = [
+        f'{{"step": {n}, "{kind}": {n}.25}}\n'
+        for n, kind in zip((1, 2, 2, 3, 3), ("loss", "loss", "eval_loss", "loss", "eval_loss"), strict=True)
+    ]
     path.write_text("".join(lines) + '{"step": 4, "lo')
-    truncate_metrics(path, step)
-    assert path.read_text() == "".join(line for line in lines if json.loads(line)["step"] in left)
+    truncate_metrics(path, step, evaluated_step=evaluated)
+    assert path.read_text() == "".join(lines[n] for n in left)
+
+
+def test_evaluation_is_noted_when_it_is_complete(arguments: TrainingArguments) -> None:
+    state = RunState()
+    note = EvaluationNote(state)
+    note.on_evaluate(arguments, at(3), TrainerControl(), metrics={})
+    assert state.evaluated_step == 0
+    note.on_evaluate(arguments, at(5), TrainerControl(), metrics={"eval_loss": 1.0})
+    assert state.evaluated_step == 5
+
+
+@pytest.mark.parametrize(
+    ("strategy", "step", "evaluated", "stopped", "owed"),
+    [
+        ("no", 10, 0, None, False),
+        ("epoch", 5, 0, None, True),
+        ("epoch", 5, 5, None, False),
+        ("epoch", 6, 5, None, False),
+        ("epoch", 12, 10, None, True),  # the last step ends an epoch, wherever it falls
+        ("epoch", 6, 5, "early stopping", True),
+        ("steps", 5, 0, None, False),
+        ("steps", 6, 4, None, False),
+        ("steps", 8, 4, None, True),
+        ("steps", 8, 8, None, False),
+        ("steps", 10, 8, "early stopping", False),
+        ("steps", 12, 8, None, True),
+    ],
+)
+def test_owed_evaluation(
+    strategy: str, step: int, evaluated: int, stopped: str | None, owed: bool, tmp_path: Path
+) -> None:
+    own = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], eval_strategy=strategy, eval_steps=4)
+    state = RunState(evaluated_step=evaluated, stopped_because=stopped)
+    assert owes_evaluation(own, at(step, of=12), state, steps_per_epoch=5) == owed
+
+
+def test_intervals_of_now_act_on_a_resume(tmp_path: Path) -> None:
+    own = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], logging_steps=2, save_steps=3, eval_steps=4
+    )
+    state = TrainerState(global_step=1, max_steps=10, logging_steps=7, save_steps=8, eval_steps=9)
+    CurrentIntervals().on_train_begin(own, state, TrainerControl())
+    assert (state.logging_steps, state.save_steps, state.eval_steps) == (2, 3, 4)
 
 
 def test_epoch_of_the_sampler_follows_the_step(arguments: TrainingArguments) -> None:
@@ -177,14 +229,14 @@ def test_first_signal_is_a_request_and_the_second_is_the_old_handlers(number: si
     for each, handler in handlers.items():
         signal.signal(each, handler)
     told: list[str] = []
-    with catching_signals(lambda: told.append("once")) as request:
+    with catching_signals(lambda asked: told.append(asked.notice)) as request:
         assert not request
         os.kill(os.getpid(), number)
         assert request.signal_number == number
-        assert (bool(request), told, old) == (True, ["once"], [])
+        assert (bool(request), told, old) == (True, ["stopping after this step"], [])
         assert {each: signal.getsignal(each) for each in handlers} == handlers
         os.kill(os.getpid(), number)
-        assert (told, old) == (["once"], [number])
+        assert (told, old) == (["stopping after this step"], [number])
     assert {each: signal.getsignal(each) for each in handlers} == handlers
 
 
@@ -193,7 +245,7 @@ def test_handlers_are_restored_without_a_signal_and_after_an_error() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def fail() -> None:
-        with catching_signals(lambda: None):
+        with catching_signals(lambda _: None):
             assert signal.getsignal(signal.SIGTERM) is not before[signal.SIGTERM]
             raise ZeroDivisionError
 
@@ -205,9 +257,7 @@ def test_handlers_are_restored_without_a_signal_and_after_an_error() -> None:
 @pytest.mark.parametrize("number", [None, 15])
 def test_requested_stop_saves_and_ends_the_training(number: int | None, arguments: TrainingArguments) -> None:
     control = TrainerControl(should_evaluate=True)
-    state = RunState()
-    SignalStop(StopRequest(number), run_state=state, steps_per_epoch=5).on_step_end(arguments, at(1), control)
-    assert state.pending_evaluation == (number is not None)
+    SignalStop(StopRequest(number)).on_step_end(arguments, at(1), control)
     asked = number is not None
     assert (control.should_save, control.should_training_stop, control.should_evaluate) == (asked, asked, not asked)
 

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 
-from loralab.errors import RunFolderError
 from loralab.run import file_sha256
 from loralab.training.checkpoint import (
     MANIFEST,
     STAGING,
     Checkpoint,
-    check_contract,
     find_checkpoint,
     list_checkpoints,
     read_checkpoint,
@@ -132,24 +130,3 @@ def test_rotation_keeps_the_newest_and_the_best(
         seal(tmp_path, step)
     rotate_checkpoints(tmp_path, keep=keep, best_step=best)
     assert steps(tmp_path) == left
-
-
-def test_contract_that_holds(tmp_path: Path) -> None:
-    check_contract(Checkpoint(tmp_path, 1, CONTRACT), dict(reversed(CONTRACT.items())))
-
-
-@pytest.mark.parametrize(
-    ("now", "listed"),
-    [
-        ({"seed": 2, "data": "abc"}, "seed was 1, now 2"),
-        ({"seed": 2, "data": "x"}, "data was 'abc', now 'x'; seed was 1, now 2"),
-        ({"data": "abc"}, "seed was 1, now None"),
-        ({**CONTRACT, "new": 0}, "new was None, now 0"),
-    ],
-)
-def test_changed_contract_names_each_field_with_both_values(now: dict[str, Any], listed: str, tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError) as caught:
-        check_contract(Checkpoint(tmp_path, 1, CONTRACT), now)
-    (problem,) = caught.value.problems
-    assert problem.what == f"cannot resume, the run has changed: {listed}"
-    assert problem.where == str(tmp_path)

@@ -1,0 +1,107 @@
+"""From hidden states at supervised positions to token losses, without all logits at once.
+
+Owns the chunks and the gradient. With a frozen head, the gradient of the hidden states is formed
+while the loss is computed, so that no logit outlives its chunk; with a trained head each chunk is
+recomputed in the backward sweep.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+# Logits of a chunk, in elements: 32 MiB in float32 whatever the vocabulary.
+CHUNK_ELEMENTS = 1 << 23
+
+# From hidden states (n, D) and the slice of the supervised positions that they are, to logits (n, V).
+Head = Callable[[Tensor, slice], Tensor]
+
+
+class TokenLosses(NamedTuple):
+    """What a forward with labels returns.
+
+    Attributes:
+        losses: negative log-likelihood of each label in nats, float32 (N).
+        entropies: entropy of each predicted distribution in nats, float32 (N), or None.
+        correct: whether the most likely token is the label, bool (N), or None.
+    """
+
+    losses: Tensor
+    entropies: Tensor | None = None
+    correct: Tensor | None = None
+
+
+def token_losses(head: Head, hidden: Tensor, labels: Tensor, *, vocabulary: int, trained_head: bool) -> TokenLosses:
+    """Return the loss of every label, with gradients to `hidden` and to a trained head.
+
+    Args:
+        head: from hidden states to logits, whatever the model does behind its head included.
+        hidden: hidden states at the supervised positions (N, D).
+        labels: token ids to predict (N).
+        vocabulary: V, which decides on the size of a chunk.
+        trained_head: whether `head` has weights that are trained.
+    """
+    chunks = _chunks(len(labels), vocabulary)
+    if not torch.is_grad_enabled():
+        return TokenLosses(torch.cat([_loss(head, hidden, labels, chunk) for chunk in chunks]))
+    if trained_head:
+        parts = [checkpoint(_loss, head, hidden, labels, chunk, use_reentrant=False) for chunk in chunks]
+        return TokenLosses(torch.cat(parts))
+    losses: Tensor = _FrozenHeadLoss.apply(head, hidden, labels, chunks)
+    return TokenLosses(losses)
+
+
+def token_statistics(head: Head, hidden: Tensor, labels: Tensor, *, vocabulary: int) -> TokenLosses:
+    """Return loss, entropy and correctness of every label; no gradients.
+
+    Args:
+        head: from hidden states to logits.
+        hidden: hidden states at the supervised positions (N, D).
+        labels: token ids to predict (N).
+        vocabulary: V.
+    """
+    losses, entropies, correct = [], [], []
+    for chunk in _chunks(len(labels), vocabulary):
+        logits, targets = head(hidden[chunk], chunk).float(), labels[chunk]
+        log_probabilities = logits.log_softmax(dim=-1)
+        losses.append(functional.nll_loss(log_probabilities, targets, reduction="none"))
+        entropies.append(-(log_probabilities.exp() * log_probabilities).nansum(dim=-1))
+        correct.append(logits.argmax(dim=-1) == targets)
+    return TokenLosses(torch.cat(losses), torch.cat(entropies), torch.cat(correct))
+
+
+def _chunks(count: int, vocabulary: int) -> list[slice]:
+    rows = max(1, CHUNK_ELEMENTS // vocabulary)
+    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+
+
+def _loss(head: Head, hidden: Tensor, labels: Tensor, chunk: slice) -> Tensor:
+    return functional.cross_entropy(head(hidden[chunk], chunk).float(), labels[chunk], reduction="none")
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Token losses whose gradient is ready when the forward ends.
+
+    Losses are per token, so the gradient of any weighted sum of them is the stored one, row by
+    row, times the weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, head: Head, hidden: Tensor, labels: Tensor, chunks: list[slice]) -> Tensor:
+        losses, gradient = [], torch.empty_like(hidden)
+        for chunk in chunks:
+            with torch.enable_grad():
+                states = hidden[chunk].detach().requires_grad_()
+                loss = functional.cross_entropy(head(states, chunk).float(), labels[chunk], reduction="none")
+                (gradient[chunk],) = torch.autograd.grad(loss.sum(), states)
+            losses.append(loss.detach())
+        ctx.save_for_backward(gradient)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[None, Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return None, (gradient * outputs[0][:, None]).to(gradient.dtype), None, None

@@ -1,0 +1,333 @@
+"""The processes of a run: which one this is, sums over all, waiting, and what one's end means to the others.
+
+Owns everything that is said between processes, besides the gradients (DDP) and random states (Trainer).
+Does not own what is done by which process: workflows ask `first`.
+"""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any, Protocol, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from loralab.errors import ConfigError, LoralabError, Problem, StoppedBySignal, WorkerError, excerpt
+
+Value = TypeVar("Value")
+FloatArray = npt.NDArray[np.float64]
+
+# A killed process closes its connections, which the others notice at once; these are for one that hangs.
+_START_LIMIT = timedelta(minutes=5)
+_STEP_LIMIT = timedelta(minutes=30)
+# While the first process alone tokenizes, saves or generates, the others wait as long as that may take.
+_WAIT_LIMIT = timedelta(hours=24)
+# How long is waited for a word of the others when one is lost: they leave it before they end.
+_WORD_SECONDS = 3.0
+_LAUNCHERS = "torchrun --nproc_per_node 2 -m loralab.cli train CONFIG"
+
+
+class _Board(Protocol):
+    """What is used of torch's store, which the launcher keeps and all processes reach."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def check(self, keys: list[str], /) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        rank: number of this process.
+        count: number of processes (D).
+        local_rank: its number on its machine.
+        local_count: number of processes on its machine.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+    _board: _Board | None = None
+    _steps: dist.ProcessGroup | None = None
+    _waits: dist.ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the run folder and speaks to the user."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Wait until every process is here, however long the first one works alone."""
+        if self.count > 1:
+            dist.all_reduce(torch.zeros(1), group=self._waits)
+
+    def share(self, value: Value | None) -> Value:
+        """Return the first process's `value` in all processes; the others' is not looked at."""
+        box: list[Any] = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(box, src=0, group=self._waits)
+        shared: Value = box[0]
+        return shared
+
+    def gather(self, value: Value) -> list[Value]:
+        """Return every process's `value`, by rank, in all processes."""
+        box: list[Any] = [value]
+        if self.count > 1:
+            box = [None] * self.count
+            dist.all_gather_object(box, value, group=self._steps)
+        return box
+
+    def sum(self, values: FloatArray) -> FloatArray:
+        """Return the sum of every process's `values` (any shape), the same bits in all processes."""
+        if self.count == 1:
+            return values
+        total = torch.from_numpy(values.astype(np.float64))
+        dist.all_reduce(total, group=self._steps)
+        summed: FloatArray = total.numpy()
+        return summed
+
+    def largest(self, value: int) -> int:
+        """Return the largest of every process's `value`."""
+        if self.count == 1:
+            return value
+        found = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._steps)
+        return int(found)
+
+    @contextmanager
+    def first_goes_ahead(self) -> Iterator[None]:
+        """Run the body in the first process of each machine, then in the others: they find its files made."""
+        if self.local_rank > 0:
+            self.wait()
+        yield
+        if self.local_rank == 0:
+            self.wait()
+
+    def device_setting(self, setting: str) -> str:
+        """Return the device of this process, as `model.device` would name it.
+
+        Args:
+            setting: `model.device`.
+
+        Raises:
+            ConfigError: the setting names what several processes cannot share.
+        """
+        if self.count == 1 or setting == "cpu":
+            return setting
+        if setting == "mps" or ":" in setting:
+            raise ConfigError(
+                f"{self.count} processes cannot share one device, got {setting!r}",
+                where="key model.device",
+                fix="set model.device: auto, cuda or cpu; each process takes a GPU of its own",
+            )
+        if setting == "auto" and not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{self.local_rank}"
+
+    def _leave_word(self, error: BaseException, *, lost: bool) -> None:
+        """Tell the others why this process ends."""
+        if self._board is None:
+            return
+        problems = error.problems if isinstance(error, LoralabError) else (_describe(error, self),)
+        word = {
+            "lost": lost,
+            "exit_code": getattr(error, "exit_code", 1),
+            "problems": [[problem.what, problem.where, problem.fix] for problem in problems],
+        }
+        try:
+            if not self._board.check([_key(self.rank)]):
+                self._board.set(_key(self.rank), json.dumps(word))
+        except RuntimeError:
+            return  # it was kept by the process that was lost
+
+    def _words(self) -> dict[int, dict[str, Any]]:
+        """Return what processes that have ended left, by rank."""
+        if self._board is None:
+            return {}
+        try:
+            others = [rank for rank in range(self.count) if rank != self.rank and self._board.check([_key(rank)])]
+            return {rank: json.loads(self._board.get(_key(rank))) for rank in others}
+        except RuntimeError:
+            return {}
+
+
+ALONE = Processes()
+
+
+def _key(rank: int) -> str:
+    return f"loralab/ended/{rank}"
+
+
+def _describe(error: BaseException, processes: Processes) -> Problem:
+    what = f"process {processes.rank} failed: {type(error).__name__}: {excerpt(error)}"
+    return Problem(what, f"process {processes.rank} of {processes.count}", "see its traceback")
+
+
+@contextmanager
+def joined(setting: str) -> Iterator[Processes]:
+    """Join the other processes of the run, and leave word for them when this one fails.
+
+    Args:
+        setting: `model.device`, which decides how gradients travel: gloo on CPUs, NCCL on GPUs.
+
+    Raises:
+        ConfigError: the launcher asks for what does not exist here.
+        WorkerError: another process ended without a word.
+    """
+    _check_launcher()
+    count = _number("WORLD_SIZE", 1)
+    if count == 1:
+        yield ALONE
+        return
+    processes = _join(count, setting)
+    try:
+        with _naming_end(processes), naming_losses(processes):
+            yield processes
+            processes.wait()
+    except BaseException as error:
+        # The group is not taken down: the others are still in it, and the process ends anyway.
+        processes._leave_word(error, lost=False)
+        raise
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _naming_end(processes: Processes) -> Iterator[None]:
+    """Let SIGTERM, which launchers send when another process has ended, be an error with words.
+
+    Raises:
+        StoppedBySignal: it came.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, before)  # the second one ends the process at once
+        raise StoppedBySignal(
+            number,
+            where=f"process {processes.rank} of {processes.count}, outside of a step",
+            fix="if nobody sent it, the launcher did because another process has ended: look in its output for which",
+        )
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _join(count: int, setting: str) -> Processes:
+    rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
+    local_count = _number("LOCAL_WORLD_SIZE", count)
+    device = Processes(rank, count, local_rank, local_count).device_setting(setting)
+    if device.startswith("cuda") and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
+    try:
+        store, rank, count = next(iter(rendezvous("env://", timeout=_START_LIMIT)))
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_STEP_LIMIT)
+        # Beside the group of the gradients: what is said between processes lies in plain memory.
+        steps = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_STEP_LIMIT))
+        waits = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_WAIT_LIMIT))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"started as one of {count} processes, but the others were not found: {excerpt(error)}",
+            where="environment variables MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE",
+            fix=f"start all processes with a launcher that sets them: {_LAUNCHERS}",
+        ) from error
+    return Processes(rank, count, local_rank, local_count, store, steps, waits)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.isdigit() or (name.endswith("SIZE") and int(text) < 1):
+        raise ConfigError(
+            f"not a number of processes: {text!r}", where=f"environment variable {name}", fix=f"use {_LAUNCHERS}"
+        )
+    return int(text)
+
+
+def _check_launcher() -> None:
+    """Refuse what `accelerate launch` may be configured for and would act behind the configuration's back."""
+    for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            raise ConfigError(
+                f"the launcher asks for {what}; several processes train with DDP",
+                where=f"environment variable {name}",
+                fix=f"launch with plain data parallelism: {_LAUNCHERS}",
+            )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision != "no":
+        raise ConfigError(
+            f"the launcher asks for mixed precision {precision!r}; the computing type is the stored one",
+            where="environment variable ACCELERATE_MIXED_PRECISION",
+            fix="launch with --mixed_precision no, and set model.precision",
+        )
+
+
+@contextmanager
+def naming_losses(processes: Processes) -> Iterator[None]:
+    """Turn a broken connection into what broke it: the error of the process that ended, or that it was lost.
+
+    Raises:
+        LoralabError: another process ended with this error.
+        WorkerError: another process ended without a word.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if processes.count == 1 or not _is_broken_connection(error):
+            raise
+        raise _name_loss(processes, error) from error
+
+
+def _is_broken_connection(error: RuntimeError) -> bool:
+    # gloo raises plain RuntimeErrors; its source file stands in their text.
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _name_loss(processes: Processes, error: RuntimeError) -> LoralabError:
+    # gloo begins with its source file and ends with advice.
+    symptom = re.sub(r"^\[[^]]*\] *", "", excerpt(error)).partition(". ")[0]
+    lost = WorkerError(
+        f"another process of this run has ended without a word ({symptom})",
+        where=f"process {processes.rank} of {processes.count}",
+        fix="look in the launcher's output for which and why (a system that runs out of memory kills), "
+        "then go on with --resume",
+    )
+    until = time.monotonic() + _WORD_SECONDS
+    said = False
+    while time.monotonic() < until:
+        words = processes._words()
+        reasons = {rank: word for rank, word in words.items() if not word["lost"]}
+        if reasons:
+            return _echo(*min(reasons.items()))
+        if not said:  # so that the others know who still speaks
+            processes._leave_word(lost, lost=True)
+            said = True
+        if not processes.first and 0 in words:
+            return _echo(0, words[0])
+        time.sleep(0.05 if not processes.first else 0.2)
+    return lost
+
+
+def _echo(rank: int, word: dict[str, Any]) -> LoralabError:
+    problems = [Problem(what, f"process {rank}: {where}", fix) for what, where, fix in word["problems"]]
+    error = LoralabError.from_problems(problems)
+    error.exit_code = int(word["exit_code"])
+    return error

@@ -1,0 +1,138 @@
+"""How the rows of a step lie in memory: chosen once per run, by what model and machine can do.
+
+Owns the choice of layout, attention kernel, token budget and sampling, each with its reason.
+None of them changes the maths of a step.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from loralab.config.schema import Config, ModelConfig
+from loralab.data.example import TokenizedExample
+from loralab.errors import ConfigError
+from loralab.layout.grouping import find_prefix_groups, groups_per_step
+from loralab.layout.planner import Layout, Planner, SharingCost
+from loralab.models.families import check_positions, find_positions
+from loralab.models.memory import resolve_token_budget
+from loralab.models.precision import Resolved
+from loralab.models.self_check import find_training_noise, resolve_tree_kernel
+from loralab.models.supervised import SupervisedPeftModel
+from loralab.training.distributed import ALONE, Processes
+from loralab.training.sampler import StepSampler
+
+
+def resolve_planner(
+    model: SupervisedPeftModel, config: Config, *, max_length: int, device: torch.device, sharing: int = 1
+) -> tuple[Planner, dict[str, Resolved[Any]]]:
+    """Choose how steps are laid out, and let the model's attention follow.
+
+    Args:
+        model: base with adapter, on its device; its `tree_kernel` is set.
+        config: the configuration.
+        max_length: longest example, in tokens.
+        device: where the model is.
+        sharing: processes of this run on this machine.
+
+    Returns:
+        The planner, and the choices with their reasons.
+
+    Raises:
+        ConfigError: a layout that was asked for and the model cannot take.
+        ModelError: rows so long that the model's positions would depend on other rows.
+    """
+    base = model.language_model
+    check_positions(base.config, max_length)
+    kernel = _resolve_kernel(model, config.model, config.training.layout)
+    model.tree_kernel = kernel.value
+    layout = _resolve_layout(config.training.layout, kernel)
+    budget = resolve_token_budget(
+        config.training.token_budget,
+        config=base.config,
+        dtype=model.embedding.weight.dtype,
+        device=device,
+        checkpointing=config.training.gradient_checkpointing,
+        sharing=sharing,
+    )
+    planner = Planner(
+        token_budget=budget.value,
+        layout=layout.value,
+        cost=SharingCost(tokens_per_pair=_pair_cost(model)),
+        position_threshold=find_positions(base.config).threshold,
+    )
+    shown = Resolved(kernel.value or model.stock_attention, kernel.reason)
+    noise = find_training_noise(model)
+    if noise is not None:
+        layout = Resolved(layout.value, f"{layout.reason}; but {noise}")
+    return planner, {"layout": layout, "attention": shown, "token_budget": budget}
+
+
+def _resolve_kernel(model: SupervisedPeftModel, section: ModelConfig, layout: str) -> Resolved[str | None]:
+    if layout == "padded":
+        return Resolved(None, "training.layout is padded")
+    if section.attn_implementation != "auto":
+        return Resolved(None, f"model.attn_implementation is set to {section.attn_implementation}")
+    return resolve_tree_kernel(model)
+
+
+def _resolve_layout(setting: str, kernel: Resolved[str | None]) -> Resolved[Layout]:
+    if setting == "padded":
+        return Resolved("padded", "set in training.layout")
+    if kernel.value is None and setting != "auto":
+        raise ConfigError(
+            f"this model cannot take the layout {setting!r}: {kernel.reason}",
+            where="key training.layout",
+            fix="set training.layout: auto; losses and gradients are the same",
+        )
+    if kernel.value is None:
+        return Resolved("padded", kernel.reason)
+    if setting == "packed":
+        return Resolved("packed", "set in training.layout")
+    return Resolved("shared", "shared prefixes are computed once; losses and gradients are the same")
+
+
+def _pair_cost(model: SupervisedPeftModel) -> float:
+    """Return the cost of one query-key pair in tokens through the linear layers.
+
+    A pair costs two products of the hidden size in each layer, a token two per weight; what the
+    backward sweep adds to both is about the same share.
+    """
+    text = model.language_model.config.get_text_config()
+    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
+    weights = sum(p.numel() for p in model.language_model.parameters()) - model.embedding.weight.numel()
+    return 2 * hidden * layers / max(weights, 1)
+
+
+def build_sampler(
+    config: Config, examples: Sequence[TokenizedExample], *, processes: Processes = ALONE
+) -> tuple[StepSampler, dict[str, Any]]:
+    """Build what chooses the rows of each step.
+
+    Args:
+        config: the configuration.
+        examples: the training split.
+        processes: those that share each step.
+
+    Returns:
+        The sampler, and what the record of the run says of it.
+    """
+    training = config.training
+    rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes.count
+    groups = find_prefix_groups(examples, largest=rows_per_step) if training.sampling == "grouped" else None
+    sampler = StepSampler(
+        rows=len(examples),
+        rows_per_step=rows_per_step,
+        seed=training.seed,
+        groups=groups,
+        rank=processes.rank,
+        world_size=processes.count,
+    )
+    facts: dict[str, Any] = {"value": training.sampling, "rows_per_step": sampler.rows_per_step}
+    if groups is not None:
+        facts |= {
+            "groups": len(groups),
+            "largest_group": max(map(len, groups)),
+            "distinct_groups_per_step": round(groups_per_step(groups, sampler.steps()), 3),
+        }
+    return sampler, facts

@@ -1,0 +1,251 @@
+"""The optimizer's steps of a run: what they are built of, and running them.
+
+Owns sampler, planner, loader, trainer and callbacks of one run. Does not own what comes before
+(data, model) or after (adapter, evaluation): `train.py` does.
+"""
+
+import functools
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import (
+    IntervalStrategy,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+
+from loralab.config.schema import Config
+from loralab.data.dataset import PreparedData
+from loralab.evaluation.perplexity import Interrupted, measure_loss
+from loralab.layout.planner import Planner, ShrinkingPlanner
+from loralab.models.adapters import WEIGHTS_FILE
+from loralab.models.precision import Resolved
+from loralab.models.supervised import SupervisedPeftModel
+from loralab.progress import Reporter
+from loralab.run import RunFolder
+from loralab.training.arguments import build_arguments, count_steps, expecting_other_intervals
+from loralab.training.callbacks import (
+    CheckpointSealer,
+    CurrentIntervals,
+    EarlyStopper,
+    EpochSetter,
+    EvaluationNote,
+    MetricsWriter,
+    ProgressReporter,
+    SignalStop,
+    StopRequest,
+    check_finite,
+    owes_evaluation,
+    truncate_metrics,
+)
+from loralab.training.checkpoint import STAGING, TRAINER_STATE_FILE, Checkpoint
+from loralab.training.distributed import ALONE, Processes
+from loralab.training.sampler import StepSampler
+from loralab.training.state import RunState
+from loralab.training.trainer import StepTrainer
+from loralab.workflows.record import RunRecord
+from loralab.workflows.step_layout import build_sampler
+
+
+@dataclass
+class Run:
+    """Everything of a run that is under way.
+
+    Attributes:
+        config: the configuration.
+        folder: the run folder.
+        data: tokenized splits and prompter.
+        model: base with adapter.
+        device: where the model is.
+        base_facts: what identifies the base model; its weights are hashed once.
+        choices: automatic choices with their reasons.
+        reporter: told of progress.
+        record: `run.json`.
+        planner: how steps are laid out.
+        processes: those that share the run.
+    """
+
+    config: Config
+    folder: RunFolder
+    data: PreparedData
+    model: SupervisedPeftModel
+    device: torch.device
+    base_facts: dict[str, Any]
+    choices: dict[str, Resolved[Any]]
+    reporter: Reporter
+    record: RunRecord
+    planner: Planner
+    processes: Processes = ALONE
+
+
+def run_steps(run: Run, contract: Mapping[str, Any], checkpoint: Checkpoint | None, request: StopRequest) -> RunState:
+    """Run the optimizer's steps.
+
+    Args:
+        run: the run; its model is trained, its record gets the steps and epochs done.
+        contract: sealed into every checkpoint.
+        checkpoint: where to go on, or None to start from step 0.
+        request: asks the run to stop.
+
+    Returns:
+        What the run remembers of its steps.
+
+    Raises:
+        TrainingDivergedError: the loss or a trained weight is not finite.
+    """
+    config = run.config
+    state = RunState.load(checkpoint.path) if checkpoint else RunState()
+    if run.processes.first:
+        truncate_metrics(run.folder.metrics, checkpoint.step if checkpoint else 0, evaluated_step=state.evaluated_step)
+        shutil.rmtree(run.folder.checkpoints / STAGING, ignore_errors=True)
+    sampler, sampling = build_sampler(config, run.data.splits["train"], processes=run.processes)
+    run.record.update(sampling=sampling)
+    # Bit-equal sums need the same cuts: a resume goes on with the budget that the checkpoint had.
+    state.token_budget = state.token_budget or run.planner.token_budget
+    run.planner = run.planner.with_budget(state.token_budget)
+    planner = ShrinkingPlanner(run.planner)
+    steps: DataLoader[Any] = DataLoader(run.data.splits["train"], batch_sampler=sampler, collate_fn=planner)  # type: ignore[arg-type]
+    trainer = StepTrainer(
+        model=run.model,
+        args=build_arguments(
+            config.training,
+            staging=run.folder.checkpoints / STAGING,
+            steps_per_epoch=len(sampler),
+            evaluation=config.evaluation.model_copy(update={"strategy": run.choices["evaluation_strategy"].value}),
+            device=run.device,
+            further=config.advanced.trainer_args,
+        ),
+        train_dataset=run.data.splits["train"],
+        eval_dataset=run.data.splits.get("validation"),
+        callbacks=_callbacks(run, state, sampler, contract, request),
+        steps=steps,
+        run_state=state,
+        measure=_measure_validation(run, state, request),
+        planner=planner,
+        on_shrink=functools.partial(_note_smaller_budget, run),
+        processes=run.processes,
+    )
+    if run.processes.rank > 0:  # dropout in the base model, where it is on, must not be the same everywhere
+        torch.manual_seed(config.training.seed + run.processes.rank)
+    for shown in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(shown)
+    _say_what_best_means(run, trainer.args, steps_per_epoch=len(sampler))
+    state.start_clock()
+    try:
+        if checkpoint is not None:
+            _take_up(trainer, run.model, checkpoint)
+            if owes_evaluation(trainer.args, trainer.state, state, steps_per_epoch=len(sampler)):
+                trainer.evaluate()
+        if state.stopped_because is None and not request.agree(run.processes):  # an early stop stays one after a resume
+            with expecting_other_intervals():
+                trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        check_finite(run.model, step=trainer.state.global_step)
+    finally:
+        if run.processes.first:
+            shutil.rmtree(run.folder.checkpoints / STAGING, ignore_errors=True)
+    state.train_seconds = state.elapsed_seconds
+    run.record.content["layout_tokens"] = {
+        "rows": state.train_tokens,
+        "laid_out": state.laid_out_tokens,
+        "share": round(state.laid_out_tokens / max(state.train_tokens, 1), 4),
+    }
+    run.record.content["steps"] = trainer.state.global_step
+    run.record.content["epochs"] = round(trainer.state.epoch or 0.0, 6)
+    return state
+
+
+def _note_smaller_budget(run: Run, step: int, token_budget: int) -> None:
+    what = f"out of memory at step {step}: token budget lowered to {token_budget}, the step was run again"
+    run.reporter.say(f"{what}; its loss is the same")
+    run.planner = run.planner.with_budget(token_budget)  # evaluations follow
+    run.record.content["token_budget"]["value"] = token_budget
+    run.record.add_event(what)
+    run.record.update()
+
+
+def _say_what_best_means(run: Run, args: TrainingArguments, *, steps_per_epoch: int) -> None:
+    """Say it where `load_best_model_at_end` has nothing to choose from: the only evaluation is the one at the end."""
+    total = count_steps(run.config.training, steps_per_epoch)
+    interval = steps_per_epoch if args.eval_strategy == IntervalStrategy.EPOCH else run.config.evaluation.steps
+    if not run.config.training.load_best_model_at_end or (total - 1) // interval:
+        return
+    what = f"load_best_model_at_end: the only evaluation is that of the last step ({total}), whose adapter is kept"
+    run.reporter.say(f"{what}; lower evaluation.steps for a choice")
+    if all(event["what"] != what for event in run.record.content["events"]):
+        run.record.add_event(what)
+        run.record.update()
+
+
+def _take_up(trainer: StepTrainer, model: SupervisedPeftModel, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights and progress in place, for what comes before the next step or instead of it."""
+    set_peft_model_state_dict(model, load_file(checkpoint.path / WEIGHTS_FILE))
+    trainer.state = TrainerState.load_from_json(str(checkpoint.path / TRAINER_STATE_FILE))
+
+
+def _callbacks(
+    run: Run, state: RunState, sampler: StepSampler, contract: Mapping[str, Any], request: StopRequest
+) -> list[TrainerCallback]:
+    training = run.config.training
+    early_stopping = training.early_stopping
+    metric = early_stopping.metric if early_stopping else "eval_loss"
+    best = training.load_best_model_at_end
+    callbacks: list[TrainerCallback] = [
+        MetricsWriter(run.folder.metrics if run.processes.first else None),
+        ProgressReporter(run.reporter),
+        EpochSetter(sampler),
+        EarlyStopper(state, metric=metric, early_stopping=early_stopping, save_best=best),
+        CheckpointSealer(
+            run.folder.checkpoints,
+            run_state=state,
+            contract=contract,
+            keep=training.save_total_limit,
+            processes=run.processes,
+        ),
+        EvaluationNote(state),
+        SignalStop(request, processes=run.processes),
+        CurrentIntervals(),
+    ]
+    return callbacks
+
+
+def _measure_validation(run: Run, state: RunState, request: StopRequest) -> Callable[[], dict[str, float]] | None:
+    split = run.data.splits.get("validation")
+    if split is None:
+        return None
+
+    def measure() -> dict[str, float]:
+        started = time.perf_counter()
+        try:
+            result = measure_loss(
+                run.model,
+                split,
+                planner=run.planner,
+                batch_size=run.config.evaluation.batch_size,
+                device=run.device,
+                reporter=run.reporter,
+                label="validate",
+                should_stop=lambda: request.agree(run.processes),
+                processes=run.processes,
+            )
+        except Interrupted:
+            return {}
+        finally:
+            state.pause_clock(time.perf_counter() - started)
+        return {
+            "eval_loss": result.loss,
+            "eval_perplexity": result.perplexity,
+            "eval_token_accuracy": result.token_accuracy,
+            "eval_token_entropy": result.token_entropy,
+        }
+
+    return measure

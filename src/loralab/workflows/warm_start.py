@@ -1,0 +1,104 @@
+"""A new run that starts from the weights of another run's adapter.
+
+Owns whether an adapter fits the run, and what the record says of its source. Optimizer and
+schedule start anew; only the weights come over.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from loralab.errors import ModelError, RunFolderError
+from loralab.models.adapters import WEIGHTS_FILE, adapter_sha256, read_adapter_config
+from loralab.run import RunFolder, read_json
+from loralab.workflows.session import Target, find_target
+from loralab.workflows.steps import Run
+
+_WHERE = "option --warm-start"
+# PEFT's name: our key, for what changes the function of the same tensors.
+_SHAPING = {"peft_type": "lora.variant", "r": "lora.r", "lora_alpha": "lora.alpha"}
+_FURTHER = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
+
+
+def apply_warm_start(run: Run, source: Path | Mapping[str, str]) -> dict[str, str]:
+    """Put the weights of another adapter into a run that has not begun.
+
+    Args:
+        run: the run; its fresh adapter is overwritten.
+        source: a run folder or an adapter folder, or what this function returned for an earlier start.
+
+    Returns:
+        What the record says: source and hash of the adapter.
+
+    Raises:
+        ModelError: there is no adapter, or it does not fit the run.
+        RunFolderError: the adapter lies in the folder that the run would replace, or has changed since.
+    """
+    path = Path(source["source"]) if isinstance(source, Mapping) else source
+    inside = RunFolder(path).adapter
+    config = read_adapter_config(inside if RunFolder(path).exists() else path, where=_WHERE)
+    target = find_target(path)
+    if target.adapter.resolve().is_relative_to(run.folder.path.resolve()):
+        raise RunFolderError(
+            f"the adapter lies in the output folder of the new run: {str(path)!r}",
+            where=f"{_WHERE}, key output.dir",
+            fix="name another output.dir; the new run would replace its own source",
+        )
+    tensors = load_file(target.adapter / WEIGHTS_FILE)
+    misfits = [*_base_misfits(run, target), *_config_misfits(run, config), *_tensor_misfits(run, tensors)]
+    if misfits:
+        raise ModelError(
+            f"the adapter does not fit this run: {'; '.join(misfits)}",
+            where=f"{_WHERE}: {target.adapter}",
+            fix="give the run the adapter's base, rank, alpha and target modules, or start it without --warm-start",
+        )
+    digest = adapter_sha256(target.adapter)
+    if isinstance(source, Mapping) and digest != source["adapter_sha256"]:
+        raise RunFolderError(
+            f"the adapter that the run was started from has changed: sha256 was {source['adapter_sha256'][:12]}.., "
+            f"now {digest[:12]}..",
+            where=str(target.adapter),
+            fix="restore it, or start a new run with --warm-start",
+        )
+    set_peft_model_state_dict(run.model, tensors)
+    run.reporter.say(f"starting from the weights of {target.adapter} ({digest[:12]}..), with a fresh optimizer")
+    return {"source": str(path.absolute()), "adapter_sha256": digest}
+
+
+def _base_misfits(run: Run, target: Target) -> list[str]:
+    if target.folder is None:
+        return []  # an adapter alone says where its base lay, not which it was; its tensors must fit
+    theirs, ours = read_json(target.folder.record).get("model", {}).get("sha256"), run.base_facts.get("sha256")
+    if not theirs or not ours or theirs == ours:
+        return []
+    return [f"its base model was sha256 {theirs[:12]}.., the run's is {ours[:12]}.."]
+
+
+def _config_misfits(run: Run, theirs: PeftConfig) -> list[str]:
+    ours = run.model.peft_config["default"]
+    names = {**_SHAPING, **{name: name for name in _FURTHER}}
+    pairs = [(key, getattr(theirs, name, None), getattr(ours, name, None)) for name, key in names.items()]
+    return [f"{key} is {_plain(old)!r} there, {_plain(new)!r} here" for key, old, new in pairs if old != new]
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)
+
+
+def _tensor_misfits(run: Run, tensors: Mapping[str, Any]) -> list[str]:
+    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    ours = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(run.model).items()}
+    missing, foreign = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    misfits = []
+    if missing:
+        misfits.append(f"{len(missing)} tensors of the run are not in it (first: {missing[0]})")
+    if foreign:
+        misfits.append(f"{len(foreign)} of its tensors match no layer of the run (first: {foreign[0]})")
+    shaped = [name for name in sorted(ours.keys() & theirs.keys()) if ours[name] != theirs[name]]
+    if shaped:
+        first = shaped[0]
+        misfits.append(f"{len(shaped)} tensors differ in shape (first: {first}, {theirs[first]} and {ours[first]})")
+    return misfits

@@ -1,0 +1,208 @@
+"""Dropout by key: its masks are a function of what a token is, and as random as dropout must be."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftConfig
+from scipy import stats
+from torch import Tensor
+
+from loralab.config.schema import LoraConfig
+from loralab.errors import ModelError
+from loralab.layout.planner import Planner
+from loralab.models.adapters import build_adapter
+from loralab.models.dropout import DropoutKeys, KeyedDropout, token_keys
+from loralab.models.supervised import SupervisedPeftModel
+from loralab.training.loss import model_inputs
+from support.families import build_family
+from support.layouts import ALWAYS_SHARE, draw_adapter, loss_and_gradients, sharing_rows
+
+VOCABULARY, SIGMAS = 97, 5
+EXAMPLES, DEPTHS, WIDTH = 40, 25, 64
+
+
+def grid(examples: int = EXAMPLES, depths: int = DEPTHS) -> tuple[Tensor, Tensor]:
+    """Return example and depth of every token of rows of equal length."""
+    return torch.arange(examples).repeat_interleave(depths), torch.arange(depths).repeat(examples)
+
+
+def kept(
+    p: float = 0.3,
+    *,
+    seed: int = 1,
+    step: int = 2,
+    layer: int = 3,
+    example: int = 0,
+    depth: int = 0,
+    width: int = WIDTH,
+) -> Tensor:
+    """Return which numbers are kept (tokens, width); example and depth are added to those of the grid."""
+    examples, depths = grid()
+    dropout = KeyedDropout(p, layer=layer, keys=DropoutKeys(token_keys(seed, step, examples + example, depths + depth)))
+    return dropout(torch.ones(1, len(examples), width))[0] > 0
+
+
+@pytest.mark.parametrize("p", [0.01, 0.05, 0.1, 0.3, 0.5, 0.9])
+def test_keep_rate_is_within_binomial_bounds(p: float) -> None:
+    mask = kept(p)
+    bound = SIGMAS * (p * (1 - p) / mask.numel()) ** 0.5
+    assert abs(float(mask.float().mean()) - (1 - p)) < bound
+    for along in (0, 1):  # no token and no column is favoured
+        rates = mask.float().mean(dim=along)
+        assert float((rates - (1 - p)).abs().max()) < SIGMAS * (p * (1 - p) / mask.shape[along]) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_kept_is_scaled(dtype: torch.dtype) -> None:
+    examples, depths = grid(2, 8)
+    inputs = torch.randn(2, 8, 12).to(dtype)
+    out = KeyedDropout(0.25, layer=0, keys=DropoutKeys(token_keys(0, 0, examples, depths)))(inputs)
+    assert out.dtype == dtype
+    assert out.shape == inputs.shape
+    scaled = (inputs * (1 / 0.75)).to(dtype)
+    assert torch.equal(out, torch.where(out == 0, torch.zeros((), dtype=dtype), scaled))
+    assert 0 < int((out == 0).sum()) < out.numel()
+
+
+@pytest.mark.parametrize("other", ["seed", "step", "layer", "example", "depth"])
+def test_masks_of_different_keys_are_independent(other: str) -> None:
+    """Two independent masks agree in p² + (1 - p)² of their numbers."""
+    p = 0.3
+    defaults = {"seed": 1, "step": 2, "layer": 3, "example": 0, "depth": 0}
+    expected, mask = p**2 + (1 - p) ** 2, kept(p)
+    for change in (1, 2, 7, 1000, 2**20):
+        if other == "layer" and change > 1000:
+            continue
+        agreeing = (mask == kept(p, **{**defaults, other: defaults[other] + change})).float().mean()
+        assert abs(float(agreeing) - expected) < SIGMAS * (expected * (1 - expected) / mask.numel()) ** 0.5, change
+
+
+def test_swapped_keys_are_other_keys() -> None:
+    """Seed, step, layer, example and depth have roles of their own: no sum of them is the key."""
+    masks = [kept(seed=a, step=b, layer=c, example=100 * d) for a, b, c, d in itertools.permutations((1, 2, 3, 4))]
+    masks += [kept(seed=0, step=0, layer=0), kept(seed=0, step=0, layer=0, example=1), kept(seed=0, step=1, layer=0)]
+    for one, other in itertools.combinations(masks, 2):
+        assert abs(float((one == other).float().mean()) - 0.58) < 0.02
+
+
+@pytest.mark.parametrize("distance", [1, 2, 3, 4, 5, 16])
+def test_columns_are_independent(distance: int) -> None:
+    mask = kept(0.5)
+    agreeing = (mask[:, distance:] == mask[:, :-distance]).float().mean()
+    assert abs(float(agreeing) - 0.5) < SIGMAS * 0.5 / mask[:, distance:].numel() ** 0.5
+
+
+@pytest.mark.parametrize("lane", range(4))
+def test_lanes_are_uniform(lane: int) -> None:
+    """Sixteen drop probabilities sort each column's number into bins; chi-square of their counts."""
+    dropped = torch.stack([~kept(part / 16) for part in range(1, 16)])
+    assert bool((dropped[1:] >= dropped[:-1]).all())  # one number, compared with growing thresholds
+    bins = dropped.sum(dim=0)[:, lane::4].flatten()
+    assert stats.chisquare(torch.bincount(bins, minlength=16).numpy()).pvalue > 1e-4
+
+
+def test_width_and_rows_around_do_not_matter() -> None:
+    assert torch.equal(kept(width=WIDTH)[:, :13], kept(width=13))
+    examples, depths = grid()
+    chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[:50]
+    dropout = KeyedDropout(0.3, layer=3, keys=DropoutKeys(token_keys(1, 2, examples[chosen], depths[chosen])))
+    assert torch.equal(dropout(torch.ones(50, WIDTH)) > 0, kept()[chosen])
+
+
+def test_off_while_evaluating_and_without_probability() -> None:
+    inputs = torch.randn(3, 4)
+    assert KeyedDropout(0.5, layer=0, keys=DropoutKeys()).eval()(inputs) is inputs
+    assert KeyedDropout(0.0, layer=0, keys=DropoutKeys())(inputs) is inputs
+
+
+@pytest.mark.parametrize("keys", [None, torch.zeros(5, dtype=torch.long)])
+def test_rows_without_keys_are_refused(keys: Tensor | None) -> None:
+    with pytest.raises(ModelError, match="a layer with LoRA dropout sees 6 tokens"):
+        KeyedDropout(0.5, layer=7, keys=DropoutKeys(keys))(torch.ones(2, 3, 4))
+
+
+def test_global_generator_is_left_alone() -> None:
+    state = torch.get_rng_state()
+    kept()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def build(*, rank: int = 2, seed: int = 0, p: float = 0.3) -> SupervisedPeftModel:
+    model, _ = build_adapter(build_family("llama", vocabulary=VOCABULARY), LoraConfig(r=rank, dropout=p), seed=seed)
+    draw_adapter(model, seed=seed)
+    model.tree_kernel = "per_tree"
+    return model
+
+
+def masks_of_a_step(model: SupervisedPeftModel, planner: Planner, key: tuple[int, int]) -> dict[Any, list[bool]]:
+    """Return by (layer, example, depth) which inputs of each adapted layer were dropped."""
+    model.train()
+    found: dict[Any, list[bool]] = {}
+    heard: list[tuple[int, Tensor]] = []
+    layers = [module for module in model.modules() if isinstance(module, KeyedDropout)]
+    hooks = [
+        layer.register_forward_hook(lambda module, _args, output: heard.append((module.layer, output)))
+        for layer in layers
+    ]
+    for batch in planner(sharing_rows(0, vocabulary=VOCABULARY)).micro_batches:
+        heard.clear()
+        model(**model_inputs(batch), dropout_key=key)
+        tokens = torch.stack([batch.token_examples.flatten(), batch.depth.flatten()], dim=1).tolist()
+        real = batch.attention_mask.flatten().bool().tolist()
+        assert len(heard) == len(layers)
+        for layer, output in heard:
+            dropped = (output.flatten(0, 1) == 0).tolist()
+            for token, row, there in zip(tokens, dropped, real, strict=True):
+                if there:
+                    assert found.setdefault((layer, *token), row) == row  # one token, one mask
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_masks_depend_on_neither_layout_nor_budget_nor_rank() -> None:
+    expected = masks_of_a_step(build(), Planner(10_000, layout="padded"), (1, 2))
+    assert len({layer for layer, *_ in expected}) == 14
+    assert any(map(any, expected.values()))
+    for planner in (
+        Planner(100, layout="padded"),
+        Planner(10_000, layout="packed"),
+        Planner(100, layout="packed"),
+        Planner(1, cost=ALWAYS_SHARE),
+    ):
+        assert masks_of_a_step(build(), planner, (1, 2)) == expected
+    assert masks_of_a_step(build(rank=8, seed=5), Planner(10_000, layout="padded"), (1, 2)) == expected
+    assert masks_of_a_step(build(), Planner(10_000, layout="padded"), (1, 3)) != expected
+
+
+def test_shared_tokens_have_the_mask_of_one_of_their_examples() -> None:
+    expected = masks_of_a_step(build(), Planner(10_000, layout="padded"), (1, 2))
+    shared = masks_of_a_step(build(), Planner(10_000, cost=ALWAYS_SHARE), (1, 2))
+    assert len(shared) < 0.6 * len(expected)
+    assert shared.items() <= expected.items()
+
+
+def test_equal_in_every_way_after_saving_and_loading(tmp_path: Path) -> None:
+    model, rows, planner = build(), sharing_rows(0, vocabulary=VOCABULARY), Planner(10_000)
+    model.save_pretrained(str(tmp_path))
+    config = PeftConfig.from_pretrained(str(tmp_path))
+    config.inference_mode = False
+    again = SupervisedPeftModel(build_family("llama", vocabulary=VOCABULARY), config)
+    again.load_adapter(str(tmp_path), "default", is_trainable=True)
+    again.tree_kernel = "per_tree"
+    loss, gradients, _ = loss_and_gradients(model, planner, rows, dropout_key=(3, 4))
+    found, found_gradients, _ = loss_and_gradients(again, planner, rows, dropout_key=(3, 4))
+    assert found == loss
+    assert all(torch.equal(found_gradients[name], gradient) for name, gradient in gradients.items())
+    without, _, _ = loss_and_gradients(build(p=0.0), planner, rows)
+    assert without != loss
+
+
+def test_evaluation_drops_nothing() -> None:
+    dropping, plain = build().eval(), build(p=0.0).eval()
+    (batch,) = Planner(10_000)(sharing_rows(0, vocabulary=VOCABULARY)).micro_batches
+    found, expected = (model(**model_inputs(batch), dropout_key=(1, 2)).losses for model in (dropping, plain))
+    assert torch.equal(found, expected)
