@@ -5,9 +5,11 @@ by an epoch of the other, and the ratio of each pair is reported. Without argume
 demo's embedded model and rows. Run it on an idle machine:
 
     python benchmarks/throughput.py [--model FOLDER --data FILE.json] [--rows 200] [--repeats 5]
+        [--layout shared|packed|padded] [--batch 4] [--precision float32|bfloat16]
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -24,19 +26,19 @@ from loralab.layout.collate import StepBatch
 from loralab.layout.planner import Planner
 from loralab.models.adapters import build_adapter, resolve_target_modules
 from loralab.models.load import load_base_model, load_tokenizer
+from loralab.models.self_check import resolve_tree_kernel
 from loralab.progress import Reporter
 from loralab.training.loss import run_micro_batches
 from loralab.workflows.demo import demo_files
 
-BATCH, LENGTH = 4, 512
+LENGTH = 512
 CPU = torch.device("cpu")
 
 
-def steps_of(data: PreparedData) -> list[StepBatch]:
-    """Return the steps of one epoch, in the order of the rows."""
-    rows = data.splits["train"]
-    planner = Planner(BATCH)
-    return [planner([rows[i] for i in range(s, min(s + BATCH, len(rows)))]) for s in range(0, len(rows), BATCH)]
+def steps_of(data: PreparedData, planner: Planner, *, batch: int, rows: int) -> list[StepBatch]:
+    """Return the steps of the first rows, in their order."""
+    split = data.splits["train"]
+    return [planner([split[i] for i in range(s, s + batch)]) for s in range(0, rows - batch + 1, batch)]
 
 
 def plain_epoch(model: torch.nn.Module, steps: list[StepBatch], optimizer: torch.optim.Optimizer) -> list[float]:
@@ -83,31 +85,43 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--stop-token", action="append")
+    parser.add_argument("--layout", default="shared", choices=("shared", "packed", "padded"))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     arguments = parser.parse_args()
-    model = ModelConfig(name=arguments.model, precision="float32", device="cpu")
+    model = ModelConfig(name=arguments.model, precision=arguments.precision, device="cpu")
     section = DataConfig(train=str(arguments.data), max_length=LENGTH, stop_tokens=arguments.stop_token)
     data = prepare_data(section, load_tokenizer(model), reporter=Reporter())
-    steps = steps_of(data)[: arguments.rows // BATCH]
+    dtype = getattr(torch, arguments.precision)
     lora = LoraConfig(target_modules="attention")
-    base, _ = load_base_model(model, dtype=torch.float32, device=CPU)
+    base, _ = load_base_model(model, dtype=dtype, device=CPU)
     targets = resolve_target_modules(base, lora).value
     ours, _ = build_adapter(base, lora, seed=0)
+    ours.tree_kernel = resolve_tree_kernel(ours).value
+    rows = min(arguments.rows, len(data.splits["train"]))
+    planner = Planner(4096, layout=arguments.layout)
+    steps = steps_of(data, planner, batch=arguments.batch, rows=rows)
+    padded = steps_of(data, Planner(1 << 30, layout="padded"), batch=arguments.batch, rows=rows)
     torch.manual_seed(0)
-    plain_base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    plain_base = AutoModelForCausalLM.from_pretrained(
+        arguments.model,
+        dtype=dtype,
+        config=copy.deepcopy(base.config),  # without the base's dropout, as ours
+    )
     plain = get_peft_model(plain_base, PeftLoraConfig(r=lora.r, lora_alpha=int(lora.alpha), target_modules=targets))
-    contenders = {"loralab": (ours, our_epoch), "plain": (plain, plain_epoch)}
+    contenders = {"loralab": (ours, our_epoch, steps), "plain": (plain, plain_epoch, padded)}
     optimizers = {
         n: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3)
-        for n, (m, _) in contenders.items()
+        for n, (m, _, _) in contenders.items()
     }
-    tokens = sum(step.tokens for step in steps)
+    tokens = sum(step.example_tokens for step in steps)
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     losses: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(arguments.repeats):
-        for name, (network, epoch) in contenders.items():
+        for name, (network, epoch, batches) in contenders.items():
             network.train()
             started = time.perf_counter()
-            losses[name] += epoch(network, steps, optimizers[name])
+            losses[name] += epoch(network, batches, optimizers[name])
             rates[name].append(tokens / (time.perf_counter() - started))
     pairs = [a / b for a, b in zip(rates["loralab"], rates["plain"], strict=True)]
     worst = max(abs(a - b) / b for a, b in zip(losses["loralab"], losses["plain"], strict=True))
@@ -120,6 +134,7 @@ def main() -> None:
                 "largest_relative_loss_difference": worst,
                 "steps": len(steps),
                 "tokens_per_epoch": tokens,
+                "laid_out_share": round(sum(step.tokens for step in steps) / tokens, 3),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
             },
