@@ -46,6 +46,14 @@ def record(run: Path) -> Json:
 # --- replay ------------------------------------------------------------------------------------------------------
 
 
+def test_run_of_several_processes_is_not_replayed_in_one(world: World, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(world.run, tmp_path / "run"))
+    (run / "run.json").write_text(json.dumps(record(run) | {"processes": 2}), encoding="utf-8")
+    (problem,) = read_problems(run_here("replay", run))
+    assert problem.what.startswith("the run was made by 2 processes, and a replay runs in one")
+    assert not (tmp_path / "run-replay").exists()
+
+
 def test_replay_is_equal(world: World, tmp_path: Path) -> None:
     run = Path(shutil.copytree(world.run, tmp_path / "run"))
     before = snapshot(run)

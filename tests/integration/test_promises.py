@@ -122,7 +122,9 @@ def test_evaluation_refuses_data_that_has_changed(base: Path, rows: Path, tmp_pa
     assert run.folder.evaluation.read_bytes() == stored
 
 
-def test_several_processes_are_refused(base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_several_processes_without_a_launcher_is_refused(
+    base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one of 2 processes"):
         loralab.train(tiny.run_config(base, rows, tmp_path / "run"))

@@ -42,6 +42,13 @@ def replay(path: Path, *, output: Path | None, overrides: Sequence[str] = (), re
             where=str(path),
             fix=f"finish it first: loralab train {path} --resume",
         )
+    processes = int(record.get("processes", 1))
+    if processes > 1:
+        raise RunFolderError(
+            f"the run was made by {processes} processes, and a replay runs in one: its steps would be smaller",
+            where=str(path),
+            fix=f"train {folder.config} into another output.dir in {processes} processes, and compare adapter_sha256",
+        )
     target = output if output is not None else _free_name(path.absolute())
     # A run folder may come from someone else: its word is not enough to run code.
     # The budget never changes the loss, but it does the last bits of its sums.
