@@ -43,6 +43,7 @@ EVALUATED_ON = {
     "batch_size": "Batch size",
     "max_length": "Longest example, in tokens",
 }
+METRIC_NAMES = {"token_accuracy": "Token accuracy", "token_entropy": "Entropy, nats per token"}
 NOT_METRICS = {"eval_loss", "eval_loss_batch_mean", "perplexity", "num_batches", *EVALUATED_ON}
 
 
@@ -137,7 +138,8 @@ def describe_scores(facts: Facts) -> Json | None:
         }
         for (name, side), loss in zip(sides, losses, strict=True)
     ]
-    return {"rows": rows, "extra": extra, "details": _evaluation_details(evaluation)}
+    names = [METRIC_NAMES.get(key, key) for key in extra]
+    return {"rows": rows, "extra": names, "details": _evaluation_details(evaluation)}
 
 
 def _perplexity(side: Json) -> str:
