@@ -40,7 +40,7 @@ def _examples(count: int, *, length: int) -> list[TokenizedExample]:
     for index in range(count):
         prompt = np.concatenate([document[: length - index % 3], draw.integers(1, VOCABULARY, 6)]).astype(np.int32)
         answer = draw.integers(1, VOCABULARY, 4).astype(np.int32)
-        found.append(TokenizedExample(index + 1, 0, (Branch(prompt, answer),), index))
+        found.append(TokenizedExample(index + 1, 0, (Branch(prompt, answer),)))
     return found
 
 
@@ -82,7 +82,6 @@ def test_dropout_masks_are_those_of_the_cpu() -> None:
     masks = []
     for device in (torch.device("cpu"), CUDA):
         layer = KeyedDropout(0.3, layer=2, keys=DropoutKeys())
-        examples, depth = torch.arange(40, device=device) // 8, torch.arange(40, device=device) % 8
-        layer.keys.tokens = token_keys(7, 3, examples, depth)
+        layer.keys.tokens = token_keys(7, 3, torch.arange(40, device=device))
         masks.append(layer(torch.ones(40, 33, device=device)).cpu())
     assert torch.equal(*masks)

@@ -59,9 +59,8 @@ def test_batch_times_accumulation_is_all_that_counts(base: Path, rows: Path, tmp
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_layout_and_token_budget_never_change_the_curve(base: Path, rows: Path, tmp_path: Path, dropout: float) -> None:
-    """A shared token takes one dropout mask, so `shared` is compared without dropout only."""
     expected = None
-    for layout in ("padded", "packed", *([] if dropout else ["shared"])):
+    for layout in ("padded", "packed", "shared"):
         for budget in ("auto", 64):
             result = run(
                 base,

@@ -51,7 +51,7 @@ def build(
 def rows(count: int, *, length: int, answer: int) -> list[TokenizedExample]:
     draw = np.random.default_rng(0)
     ids = [draw.integers(0, 2000, length + 1).astype(np.int32) for _ in range(count)]
-    return [TokenizedExample(i + 1, 0, (Branch(row[:-answer], row[-answer:]),), i) for i, row in enumerate(ids)]
+    return [TokenizedExample(i + 1, 0, (Branch(row[:-answer], row[-answer:]),)) for i, row in enumerate(ids)]
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -157,7 +157,7 @@ def test_a_tree_has_one_mask_for_all_layers() -> None:
     draw = np.random.default_rng(0)
     document = draw.integers(0, 2000, 1024)
     ids = [np.concatenate([document, draw.integers(0, 2000, 129)]).astype(np.int32) for _ in range(8)]
-    branching = [TokenizedExample(i + 1, 0, (Branch(row[:-16], row[-16:]),), i) for i, row in enumerate(ids)]
+    branching = [TokenizedExample(i + 1, 0, (Branch(row[:-16], row[-16:]),)) for i, row in enumerate(ids)]
     costs = {}
     for name, examples in {"tree": branching, "chains": rows(8, length=256, answer=16)}.items():
         less, more = (peak_of_a_step(build(2048, layers=layers), examples, layout="shared") for layers in (2, 6))

@@ -56,7 +56,7 @@ def _examples() -> list[TokenizedExample]:
     # On both sides of the threshold, with a prefix that could be shared across it.
     lengths = (4, 30, 8, 40, 10, 25)
     rows = [np.concatenate([prefix, draw.integers(3, 97, length)]).astype(np.int32) for length in lengths]
-    return [TokenizedExample(i + 1, 0, (Branch(row[:-3], row[-3:]),), i) for i, row in enumerate(rows)]
+    return [TokenizedExample(i + 1, 0, (Branch(row[:-3], row[-3:]),)) for i, row in enumerate(rows)]
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])

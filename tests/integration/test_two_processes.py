@@ -90,7 +90,7 @@ def alone(config: Path, run: Path, *settings: str) -> None:
     [
         (25, ["training.token_budget=64", "lora.dropout=0.1"]),
         pytest.param(27, ["training.token_budget=1"], marks=pytest.mark.slow),
-        pytest.param(27, ["training.layout=shared", "lora.dropout=0"], marks=pytest.mark.slow),
+        pytest.param(27, ["training.layout=shared", "lora.dropout=0.1"], marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_give_the_curve_of_one(rows: int, settings: Sequence[str], world: World, tmp_path: Path) -> None:

@@ -118,4 +118,4 @@ def lora_targets(name: str) -> str | list[str]:
     """Return `lora.target_modules` for a family: everything that its tests can adapt."""
     if name in ("mixtral", "qwen3-moe", "gpt-oss", "llama4"):
         return _ATTENTION
-    return {"mamba": ["in_proj"], "qwen3-next": _ATTENTION}.get(name, "auto")
+    return {"qwen3-next": _ATTENTION}.get(name, "auto")

@@ -51,7 +51,7 @@ def sharing_rows(seed: int, *, vocabulary: int, prefix: int = 40, count: int = 6
     rows.append((Branch(np.concatenate([first.prompt_ids, first.answer_ids]), ids(1, 2)),))  # one token to predict
     rows.append((Branch(ids(4, 8), ids(3, 6)),))
     order = draw.permutation(len(rows))
-    return [TokenizedExample(place + 1, 0, rows[place], int(place)) for place in order]
+    return [TokenizedExample(place + 1, 0, rows[place]) for place in order]
 
 
 def loss_and_gradients(

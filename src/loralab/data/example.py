@@ -81,13 +81,11 @@ class TokenizedExample:
         row: 1-based number of the row in its source.
         source: index of the source in the data report.
         branches: at least one.
-        index: position of the example in its split; identifies it whatever step it is in.
     """
 
     row: int
     source: int
     branches: tuple[Branch, ...]
-    index: int = 0
 
     @property
     def supervised_tokens(self) -> int:

@@ -54,7 +54,7 @@ class TokenStore(Sequence[TokenizedExample]):
             return [self[i] for i in range(*index.indices(len(self)))]
         row, source, _, first, count, _ = (int(v) for v in self._examples[self._indices[index]])
         branches = tuple(self._branch(first + offset) for offset in range(count))
-        return TokenizedExample(row, source, branches, index)
+        return TokenizedExample(row, source, branches)
 
     def _branch(self, index: int) -> Branch:
         start, prompt, answer = (int(v) for v in self._branches[index])

@@ -25,7 +25,7 @@ class MicroBatch:
         position_ids: positions (A, R, L).
         depth: tokens from the root (R, L).
         subtree_end: end of each token's subtree (R, L); zero behind a row's end.
-        token_examples: position in the split of each token's example (R, L).
+        token_prefixes: a hash of all token ids from the root to each token (R, L).
         label_positions: index into the R x L flattened positions (N).
         labels: token ids to predict (N).
         label_examples: index of each label's example within the step (N).
@@ -38,7 +38,7 @@ class MicroBatch:
     position_ids: Tensor
     depth: Tensor
     subtree_end: Tensor
-    token_examples: Tensor
+    token_prefixes: Tensor
     label_positions: Tensor
     labels: Tensor
     label_examples: Tensor
@@ -100,7 +100,7 @@ def collate_rows(rows: Sequence[PackedRow], *, trees: bool) -> MicroBatch:
         position_ids=torch.stack([_padded([row.position_ids[a] for row in rows], length) for a in range(axes)]),
         depth=_padded([row.depth for row in rows], length),
         subtree_end=_padded([row.subtree_end for row in rows], length),
-        token_examples=_padded([row.token_examples for row in rows], length),
+        token_prefixes=_padded([row.token_prefixes for row in rows], length),
         label_positions=torch.from_numpy(label_positions),
         labels=torch.from_numpy(np.concatenate([row.labels for row in rows])),
         label_examples=torch.from_numpy(np.concatenate([row.label_examples for row in rows])),

@@ -14,6 +14,10 @@ import numpy.typing as npt
 from loralab.data.example import Branch, TokenizedExample
 
 Int64Array = npt.NDArray[np.int64]
+UInt64Array = npt.NDArray[np.uint64]
+_GOLDEN, _FIRST, _SECOND = (
+    np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +32,23 @@ class Leaf:
         labels: token ids to predict, by the last N tokens of the path (N).
         example: index of the example within the step.
         branch: index of the branch within its example.
-        index: position of the example in its split; what dropout is keyed by.
     """
 
     ids: Int64Array
     labels: Int64Array
     example: int
     branch: int
-    index: int
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def prefixes(self) -> Int64Array:
+        """A hash of the path up to each of its tokens, the same wherever the same tokens lead (L)."""
+        place = np.arange(1, len(self.ids) + 1, dtype=np.uint64)
+        terms = mixed(mixed(self.ids.astype(np.uint64)) + place * _GOLDEN)
+        sums: Int64Array = np.cumsum(terms, dtype=np.uint64).view(np.int64)
+        return sums
 
     @property
     def sort_key(self) -> bytes:
@@ -55,7 +65,7 @@ class PackedRow:
         depth: tokens from the root (L).
         position_ids: what the model's position embedding wants (A, L); A = 1 for text.
         subtree_end: index just past the last token below this token's segment (L).
-        token_examples: position in the split of the first example that has this token (L).
+        token_prefixes: a hash of all token ids from the root to each token, its own included (L).
         label_positions: positions whose logits predict a label (N); one may occur repeatedly.
         labels: token ids to predict (N).
         label_examples: index of each label's example within the step (N).
@@ -66,7 +76,7 @@ class PackedRow:
     depth: Int64Array
     position_ids: Int64Array
     subtree_end: Int64Array
-    token_examples: Int64Array
+    token_prefixes: Int64Array
     label_positions: Int64Array
     labels: Int64Array
     label_examples: Int64Array
@@ -91,21 +101,32 @@ class Root:
     branching: bool
 
 
+def mixed(values: UInt64Array) -> UInt64Array:
+    """Scatter numbers over all 64 bits.
+
+    Source: SplitMix64's finalizer (Steele, Lea & Flood 2014, Fast splittable pseudorandom number
+    generators, fig. 13).
+    """
+    values = (values ^ (values >> np.uint64(30))) * _FIRST
+    values = (values ^ (values >> np.uint64(27))) * _SECOND
+    return values ^ (values >> np.uint64(31))
+
+
 def build_leaves(examples: Sequence[TokenizedExample]) -> list[Leaf]:
     """Return the branches of a step's examples as paths, in the step's order; those without a label are left out."""
     leaves = (
-        _leaf(branch, example=position, branch_number=number, index=example.index)
+        _leaf(branch, example=position, branch_number=number)
         for position, example in enumerate(examples)
         for number, branch in enumerate(example.branches)
     )
     return [leaf for leaf in leaves if len(leaf.labels)]
 
 
-def _leaf(branch: Branch, *, example: int, branch_number: int, index: int) -> Leaf:
+def _leaf(branch: Branch, *, example: int, branch_number: int) -> Leaf:
     path = np.concatenate([branch.prompt_ids, branch.answer_ids]).astype(np.int64)
     # With an empty prompt nothing stands before the answer's first token: it is read, not predicted.
     first = max(len(branch.prompt_ids), 1)
-    return Leaf(path[:-1], path[first:], example, branch_number, index)
+    return Leaf(path[:-1], path[first:], example, branch_number)
 
 
 def shared_length(first: Leaf, second: Leaf) -> int:
@@ -141,7 +162,7 @@ class Tree:
 def lay_out(trees: Sequence[Tree]) -> PackedRow:
     """Lay out trees one behind the other as one row."""
     total = sum(tree.tokens for tree in trees)
-    input_ids, depth, subtree_end, owners = (np.zeros(total, dtype=np.int64) for _ in range(4))
+    input_ids, depth, subtree_end, prefixes = (np.zeros(total, dtype=np.int64) for _ in range(4))
     positions: list[Int64Array] = []
     leaves: list[Leaf] = []
     end = 0
@@ -152,7 +173,7 @@ def lay_out(trees: Sequence[Tree]) -> PackedRow:
             start, end = end, end + len(leaf) - shared
             input_ids[start:end] = leaf.ids[shared:]
             depth[start:end] = np.arange(shared, len(leaf))
-            owners[start:end] = leaf.index
+            prefixes[start:end] = leaf.prefixes[shared:]
             path = np.concatenate([path[:shared], np.arange(start, end)])
             positions.append(path[len(leaf) - len(leaf.labels) :])
             leaves.append(leaf)
@@ -163,7 +184,7 @@ def lay_out(trees: Sequence[Tree]) -> PackedRow:
         depth=depth,
         position_ids=depth[None, :],
         subtree_end=subtree_end,
-        token_examples=owners,
+        token_prefixes=prefixes,
         label_positions=np.concatenate(positions),
         labels=np.concatenate([leaf.labels for leaf in leaves]),
         label_examples=np.repeat(np.array([leaf.example for leaf in leaves], dtype=np.int64), counts),

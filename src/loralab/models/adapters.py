@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+# PEFT refuses these by name: Mamba's kernels take the weights and never call the layers.
+_FUSED_FAMILIES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+_FUSED_LAYERS = frozenset({"out_proj", "conv1d"})
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)(\.|$)")
 
 
@@ -96,8 +99,11 @@ def resolve_target_modules(base: PreTrainedModel, lora: LoraConfig) -> Resolved[
     """
     layers = linear_layers(base)
     setting = lora.target_modules
+    fused = _fused_names(base)
     if setting == "auto":
-        return Resolved(_last_parts(layers), "all linear layers but the head")
+        left_out = f" and {', '.join(sorted(fused))}, which its fused kernels read past an adapter" if fused else ""
+        names = [name for name in _last_parts(layers) if name not in fused]
+        return Resolved(names, f"all linear layers but the head{left_out}")
     if setting == "attention":
         inside = [name for name in layers if _ATTENTION.search(name.rpartition(".")[0])]
         if inside:
@@ -105,9 +111,10 @@ def resolve_target_modules(base: PreTrainedModel, lora: LoraConfig) -> Resolved[
         raise ConfigError(
             "no attention layer was recognised by name",
             where="key lora.target_modules",
-            fix=f"list names: {', '.join(_last_parts(layers))}",
+            fix=f"list names: {', '.join(name for name in _last_parts(layers) if name not in fused)}",
         )
     names = [setting] if isinstance(setting, str) else setting
+    _check_named(base, names, fused)
     known = _last_parts(layers)
     missing = [name for name in names if not any(layer == name or layer.endswith(f".{name}") for layer in layers)]
     if missing or not names:
@@ -119,6 +126,34 @@ def resolve_target_modules(base: PreTrainedModel, lora: LoraConfig) -> Resolved[
             fix=f"{hint}layers of this model: {', '.join(known)}",
         )
     return Resolved(list(names), "set in lora.target_modules")
+
+
+def _fused_names(base: PreTrainedModel) -> frozenset[str]:
+    """Return the layers whose weights a model's kernels read by themselves, so that an adapter has no effect."""
+    return _FUSED_LAYERS if base.config.model_type in _FUSED_FAMILIES else frozenset()
+
+
+def _check_named(base: PreTrainedModel, names: Sequence[str], fused: frozenset[str]) -> None:
+    """Check that layers chosen by name can take an adapter.
+
+    Raises:
+        ConfigError: one is the head, the embedding, or read past an adapter; it is named.
+    """
+    modules = dict(base.named_modules())
+    for name in names:
+        found = [module for full, module in modules.items() if full == name or full.endswith(f".{name}")]
+        if name.rpartition(".")[2] in fused:
+            reason = "is read by the model's fused kernels, which would pass an adapter by"
+        elif any(module is base.get_output_embeddings() for module in found):
+            reason = "is the output head, which takes no adapter in this version"
+        elif any(isinstance(module, nn.Embedding) for module in found):
+            reason = "is an embedding, which takes no adapter in this version"
+        else:
+            continue
+        others = ", ".join(part for part in _last_parts(linear_layers(base)) if part not in fused)
+        raise ConfigError(
+            f"layer {name!r} {reason}", where="key lora.target_modules", fix=f"layers of this model: {others}"
+        )
 
 
 def _last_parts(names: "dict[str, nn.Module] | list[str]") -> list[str]:

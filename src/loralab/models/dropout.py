@@ -1,8 +1,10 @@
 """LoRA dropout whose masks are a function of what a token is, not of where it lies.
 
-Owns the counter-based generator. A mask is keyed by (seed, step, layer, example, depth): so every
-layout of a step drops the same inputs, recomputation sees the same mask, and a resume needs
-nothing replayed. Integer arithmetic alone, so every device agrees. A shared token takes one mask.
+Owns the counter-based generator. A mask is keyed by (seed, step, layer, all tokens up to this
+one): so every layout and cut of a step, and every number of processes, drops the same inputs;
+recomputation sees the same mask, and a resume needs nothing replayed. Rows that begin alike take
+the same masks there, whether they are computed once or each for itself. Integer arithmetic alone,
+so every device agrees.
 
 Source: the mixing function is SplitMix64's finalizer (Steele, Lea & Flood 2014, Fast splittable
 pseudorandom number generators, fig. 13).
@@ -49,20 +51,19 @@ class DropoutKeys:
             self.tokens = whole
 
 
-def token_keys(seed: int, step: int, examples: Tensor, depth: Tensor) -> Tensor:
+def token_keys(seed: int, step: int, prefixes: Tensor) -> Tensor:
     """Return one key per token.
 
     Args:
         seed: of the run.
         step: optimizer step, from 0.
-        examples: position in the split of each token's example (any shape).
-        depth: tokens from the root (same shape).
+        prefixes: a hash of all token ids up to each token (any shape).
 
     Returns:
         64-bit keys (flattened).
     """
     run = _mix(torch.tensor([seed], dtype=torch.long) * _GOLDEN + step)
-    return _mix(_mix(examples.flatten() * _GOLDEN + run.to(examples.device)) + depth.flatten() * _GOLDEN)
+    return _mix(prefixes.flatten() + run.to(prefixes.device))
 
 
 class KeyedDropout(nn.Module):

@@ -128,7 +128,7 @@ def find_training_noise(model: SupervisedPeftModel) -> str | None:
     """
     ids = torch.arange(1, 17, device=model.embedding.weight.device)[None] % model.embedding.weight.shape[0]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(16)[None].to(ids)}
-    keys = {"depth": inputs["position_ids"], "token_examples": torch.zeros_like(ids), "dropout_key": (0, 0)}
+    keys = {"token_prefixes": torch.zeros_like(ids), "dropout_key": (0, 0)}
     positions = torch.arange(15, device=ids.device)
     was_training = model.training
     model.train()
@@ -287,7 +287,7 @@ def _run_backward(model: SupervisedPeftModel, probe: _Probe) -> None:
             depth=probe.depth[None],
             subtree_end=probe.subtree_end[None],
             roots=probe.roots,
-            token_examples=torch.zeros_like(probe.ids)[None],
+            token_prefixes=torch.zeros_like(probe.ids)[None],
             dropout_key=(0, 0),
             label_positions=torch.arange(len(probe.ids) - 1, device=device),
             labels=probe.ids[1:],

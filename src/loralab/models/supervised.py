@@ -87,7 +87,7 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         label_positions: Tensor,
         *,
         labels: Tensor,
-        token_examples: Tensor | None = None,
+        token_prefixes: Tensor | None = None,
         dropout_key: tuple[int, int] | None = None,
         statistics: bool = False,
         **inputs: Any,
@@ -97,14 +97,14 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         Args:
             label_positions: positions in the flattened R x L rows (N).
             labels: token ids to predict (N).
-            token_examples: position in the split of each token's example (R, L).
+            token_prefixes: a hash of all token ids up to each token (R, L); dropout is keyed by it.
             dropout_key: seed and step; None where no LoRA dropout is active.
             statistics: also return entropies and correctness; no gradients then.
             **inputs: for `hidden_states`.
         """
         self._keys.tokens = None
-        if self._drops and dropout_key is not None and token_examples is not None:
-            self._keys.tokens = token_keys(*dropout_key, token_examples, inputs["depth"])
+        if self._drops and dropout_key is not None and token_prefixes is not None:
+            self._keys.tokens = token_keys(*dropout_key, token_prefixes)
         if self.full_logits_reason is not None:
             return self._model_losses(label_positions, labels, inputs, statistics=statistics)
         hidden = self.hidden_states(**inputs).flatten(0, 1)[label_positions]

@@ -83,7 +83,7 @@ def model_inputs(batch: MicroBatch) -> dict[str, Any]:
         "depth": batch.depth,
         "subtree_end": batch.subtree_end,
         "roots": batch.roots,
-        "token_examples": batch.token_examples,
+        "token_prefixes": batch.token_prefixes,
         "label_positions": batch.label_positions,
         "labels": batch.labels,
     }

@@ -16,8 +16,8 @@ def branch(prompt: Sequence[int], answer: Sequence[int]) -> Branch:
     return Branch(np.asarray(prompt, dtype=np.int32), np.asarray(answer, dtype=np.int32))
 
 
-def example(*pairs: Pair, row: int = 1, source: int = 0, index: int = 0) -> TokenizedExample:
-    return TokenizedExample(row, source, tuple(branch(*pair) for pair in pairs), index)
+def example(*pairs: Pair, row: int = 1, source: int = 0) -> TokenizedExample:
+    return TokenizedExample(row, source, tuple(branch(*pair) for pair in pairs))
 
 
 def predictions(pairs: Sequence[Pair]) -> list[tuple[tuple[int, ...], int]]:
@@ -45,7 +45,7 @@ def forests(draw: st.DrawFn, most: int = 7) -> list[TokenizedExample]:
     """
     paths: list[list[int]] = [[]]
     examples = []
-    for index in range(draw(st.integers(1, most))):
+    for _ in range(draw(st.integers(1, most))):
         pairs: list[Pair] = []
         for _ in range(draw(st.integers(1, 3))):
             known = draw(st.sampled_from(paths))
@@ -56,7 +56,7 @@ def forests(draw: st.DrawFn, most: int = 7) -> list[TokenizedExample]:
             pairs.append((whole[:border], whole[border:]))
             paths.append(whole)
         row, source = draw(st.integers(1, 99)), draw(st.integers(0, 2))
-        examples.append(example(*pairs, row=row, source=source, index=index))
+        examples.append(example(*pairs, row=row, source=source))
     return examples
 
 

@@ -10,7 +10,7 @@ from unit.layout.examples import example
 
 def rows(*pairs: tuple[list[int], list[int]]) -> list[PackedRow]:
     """Return one row per example."""
-    examples = [example(pair, index=10 + number) for number, pair in enumerate(pairs)]
+    examples = [example(pair) for pair in pairs]
     return [lay_out([Tree([leaf], [0])]) for leaf in build_leaves(examples)]
 
 
@@ -21,7 +21,9 @@ def test_two_rows_by_hand() -> None:
     assert batch.position_ids.tolist() == [[[0, 1, 0, 0], [0, 1, 2, 3]]]
     assert batch.depth.tolist() == [[0, 1, 0, 0], [0, 1, 2, 3]]
     assert batch.subtree_end.tolist() == [[2, 2, 0, 0], [4, 4, 4, 4]]
-    assert batch.token_examples.tolist() == [[10, 10, 0, 0], [11, 11, 11, 11]]
+    hashes = batch.token_prefixes.tolist()
+    assert hashes[0][2:] == [0, 0]
+    assert len({*hashes[0][:2], *hashes[1], 0}) == 7  # one for each path, none for padding
     assert batch.label_positions.tolist() == [0, 1, 6, 7]
     assert batch.labels.tolist() == [6, 7, 4, 9]
     assert batch.label_examples.tolist() == [0, 0, 1, 1]

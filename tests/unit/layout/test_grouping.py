@@ -13,7 +13,7 @@ from unit.layout.examples import EXAMPLES, example
 
 
 def rows(*prompts: Sequence[int]) -> list[TokenizedExample]:
-    return [example((prompt, [1, 2]), index=index) for index, prompt in enumerate(prompts)]
+    return [example((prompt, [1, 2])) for prompt in prompts]
 
 
 def as_sets(groups: Sequence[Sequence[int]]) -> set[frozenset[int]]:

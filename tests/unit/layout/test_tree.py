@@ -142,10 +142,11 @@ def test_roots_cover_the_row_and_know_whether_they_branch(
 
 
 @given(data=st.data(), examples=EXAMPLES)
-def test_every_token_is_owned_by_an_example_that_has_it(data: st.DataObject, examples: list[TokenizedExample]) -> None:
-    """What dropout is keyed by: a token's owner has the token's whole path."""
+def test_prefix_hash_stands_for_the_path(data: st.DataObject, examples: list[TokenizedExample]) -> None:
+    """What dropout is keyed by: equal where the same tokens lead, different where others do."""
     row = lay_out(data.draw(trees(examples)))
-    paths = {e.index: [[*prompt, *answer] for prompt, answer in pairs_of(e)] for e in examples}
+    known: dict[tuple[int, ...], int] = {}
     for query in range(len(row)):
-        seen = [int(row.input_ids[k]) for k in range(query + 1) if query < row.subtree_end[k]]
-        assert any(path[: len(seen)] == seen for path in paths[int(row.token_examples[query])])
+        path = tuple(int(row.input_ids[k]) for k in range(query + 1) if query < row.subtree_end[k])
+        assert known.setdefault(path, int(row.token_prefixes[query])) == int(row.token_prefixes[query])
+    assert len(set(known.values())) == len(known)

@@ -23,6 +23,7 @@ from loralab.models.adapters import (
 )
 from loralab.models.supervised import SupervisedPeftModel
 from support import tiny
+from support.families import build_family
 
 VOCABULARY = 64
 IDS = torch.arange(9)[None]
@@ -95,6 +96,17 @@ def test_named_layers(setting: Any, layers: set[str]) -> None:
     assert adapted_layers(adapted(target_modules=setting)) == layers
 
 
+def test_layers_that_fused_kernels_read_past_an_adapter_are_left_out() -> None:
+    mamba = build_family("mamba", vocabulary=VOCABULARY)
+    chosen = resolve_target_modules(mamba, LoraConfig())
+    assert chosen.value == ["dt_proj", "in_proj", "x_proj"]
+    assert "conv1d, out_proj" in chosen.reason
+    with pytest.raises(ConfigError, match="layer 'out_proj' is read by the model's fused kernels") as caught:
+        resolve_target_modules(mamba, LoraConfig(target_modules=["in_proj", "out_proj"]))
+    assert caught.value.problems[0].fix == "layers of this model: dt_proj, in_proj, x_proj"
+    build_adapter(mamba, LoraConfig(), seed=0)  # PEFT takes what was chosen
+
+
 @pytest.mark.parametrize(
     ("setting", "what", "fix"),
     [
@@ -104,7 +116,8 @@ def test_named_layers(setting: Any, layers: set[str]) -> None:
             "did you mean 'q_proj'? layers of this model: down_proj",
         ),
         ("proj", "no linear layer is named 'proj'", "layers of this model: "),
-        (["lm_head"], "no linear layer is named 'lm_head'", "layers of this model: "),
+        (["lm_head"], "layer 'lm_head' is the output head, which takes no adapter in this version", "down_proj"),
+        (["embed_tokens"], "layer 'embed_tokens' is an embedding, which takes no adapter in this version", "down_proj"),
         ([], "no linear layer is named (nothing)", "layers of this model: "),
     ],
 )

@@ -96,7 +96,7 @@ def test_noise_of_the_base_is_told() -> None:
 
 
 def test_random_sampling_says_so() -> None:
-    examples = [example(([1, 2], [3]), index=index) for index in range(10)]
+    examples = [example(([1, 2], [3])) for _ in range(10)]
     sampler, facts = build_sampler(
         config(training={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "seed": 7}), examples
     )
@@ -106,7 +106,7 @@ def test_random_sampling_says_so() -> None:
 
 def test_grouped_sampling_reports_its_groups() -> None:
     documents = [[document] * 40 for document in range(5)]
-    examples = [example(([*documents[i % 5], i], [3]), index=i) for i in range(15)]
+    examples = [example(([*documents[i % 5], i], [3])) for i in range(15)]
     settings = {"sampling": "grouped", "per_device_train_batch_size": 3}
     sampler, facts = build_sampler(config(training=settings), examples)
     assert sorted(map(sorted, sampler.groups or ())) == [[i, i + 5, i + 10] for i in range(5)]
