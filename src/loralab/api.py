@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.config.paths import check_path
+from loralab.errors import ConfigError
 from loralab.evaluation.generate import GenerationSettings
 from loralab.progress import Reporter
 from loralab.run import Json, RunFolder, open_run, read_json, read_metrics
@@ -92,7 +93,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    warm_start: str | Path | None = None,
+    warm_start: str | Path | Run | None = None,
     reporter: Reporter | None = None,
     **overrides: Any,
 ) -> Run:
@@ -102,7 +103,7 @@ def train(
         config: path of a YAML file, or its content as a nested mapping.
         resume: go on from the newest checkpoint of the output folder.
         overwrite: replace an earlier run in the output folder.
-        warm_start: run or adapter folder whose weights the new run starts from.
+        warm_start: run, or run or adapter folder, whose weights the new run starts from.
         reporter: told of progress; silent by default.
         **overrides: sections (`training={"seed": 1}`) or dotted keys (`**{"training.seed": 1}`).
 
@@ -115,8 +116,25 @@ def train(
     """
     source = config if isinstance(config, Mapping) else check_path(Path(config), where="argument config")
     loaded = load_run_config(source, overrides)
-    start = None if warm_start is None else check_path(Path(warm_start), where="argument warm_start")
+    start = None if warm_start is None else _start_path(warm_start)
     folder = train_workflow(
         loaded, reporter=reporter or Reporter(), resume=resume, overwrite=overwrite, warm_start=start
     )
     return Run(folder.path)
+
+
+def _start_path(value: object) -> Path:
+    """Return the folder that `warm_start` names.
+
+    Raises:
+        ConfigError: it is no run and no path.
+    """
+    if isinstance(value, Run):
+        return value.path
+    if not isinstance(value, (str, Path)) or value == "":  # the empty path would be the current folder
+        raise ConfigError(
+            f"not a run or a path: {value!r}",
+            where="argument warm_start",
+            fix="give a Run, or the path of a run or adapter folder",
+        )
+    return check_path(Path(value), where="argument warm_start")

@@ -149,6 +149,14 @@ def schema() -> None:
     _print_json(Config.model_json_schema())
 
 
+def _start_path(text: str) -> Path:
+    if not text:  # as from an unset variable; as a path it would be the current folder
+        raise ConfigError(
+            "no path: ''", where="option --warm-start", fix="give a run or adapter folder, or leave the option out"
+        )
+    return Path(text)
+
+
 @app.command()
 def train(
     config: Annotated[
@@ -161,7 +169,13 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
     warm_start: Annotated[
         Path | None,
-        typer.Option("--warm-start", help="Start from the weights of this run or adapter.", callback=usable_path),
+        typer.Option(
+            "--warm-start",
+            help="Start from the weights of this run or adapter.",
+            metavar="<path>",
+            parser=_start_path,
+            callback=usable_path,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -205,7 +219,7 @@ def replay(
     from loralab.workflows.replay import check_replay
     from loralab.workflows.replay import replay as run_replay
 
-    result = run_replay(run, output=output, overrides=overrides or (), reporter=ConsoleReporter())
+    result = run_replay(run, output=output, overrides=overrides or (), verify=verify, reporter=ConsoleReporter())
     if as_json:
         _print_json(result)
     else:

@@ -19,9 +19,9 @@ def usable_path(param: typer.CallbackParam, value: Path | None) -> Path | None:
     Raises:
         ConfigError: it cannot.
     """
-    kind = "option --" if param.param_type_name == "option" else "argument "
     name = str(param.name)
-    return value if value is None else check_path(value, where=kind + (name if "--" in kind else name.upper()))
+    where = f"option --{name.replace('_', '-')}" if param.param_type_name == "option" else f"argument {name.upper()}"
+    return value if value is None else check_path(value, where=where)
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, on top of the configuration.")]

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+import loralab
+from loralab.errors import ConfigError, ProofError
+from loralab.run import RunFolder, file_sha256
+from loralab.workflows.replay import check_evidence, compare_runs
 from support import tiny
 from support.command import read_problems, run_here, snapshot, write_config
 
@@ -63,7 +67,7 @@ def test_replay_is_equal(world: World, tmp_path: Path) -> None:
         assert answer.code == 0, answer.err
         other = tmp_path / f"run-replay{number}"
         assert answer.out == (
-            f"run:    {digest}  {run}\nreplay: {digest}  {other}\nequal: the adapter and 4 losses, to the last bit\n"
+            f"run:    {digest}  {run}\nreplay: {digest}  {other}\nequal: the adapter and 6 losses, to the last bit\n"
         )
         assert record(other)["adapter_sha256"] == digest
     assert snapshot(run) == before
@@ -79,7 +83,7 @@ def test_replay_as_json(world: World, tmp_path: Path) -> None:
         "replay": str(tmp_path / "again"),
         "adapter_sha256": {"run": digest, "replay": digest},
         "equal": True,
-        "compared_losses": 4,
+        "compared_losses": 6,
         "first_difference": None,
         "differences": [],
     }
@@ -139,7 +143,153 @@ def test_what_cannot_be_replayed(world: World, tmp_path: Path) -> None:
     assert "not complete" in problem.what
     (problem,) = read_problems(run_here("replay", world.run, "--output", world.run))
     assert "holds another run (completed)" in problem.what
+    assert (problem.where, problem.fix) == ("option --output", "name a new folder")
+    (problem,) = read_problems(run_here("replay", world.run, f"output.dir={tmp_path}/again"))
+    assert problem.fix == "use --output"
     assert snapshot(world.run) == before
+    (run / "run.json").write_text(json.dumps(record(world.run)))
+    (run / "config.yaml").unlink()
+    (problem,) = read_problems(run_here("replay", run))
+    assert (problem.what, problem.where) == ("missing file: config.yaml", str(run))
+
+
+def test_one_of_several_processes_does_not_replay(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (problem,) = read_problems(run_here("replay", world.run, "--output", tmp_path / "again"))
+    assert problem.what == "the replay was started as one of 2 processes; the run was made by one"
+    assert not (tmp_path / "again").exists()
+
+
+def swap_adapter(run: Path) -> None:
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, run / "adapter" / "adapter_model.safetensors")
+
+
+def damage_adapter(run: Path) -> None:
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"no tensors")
+
+
+def drop_step(run: Path, step: int) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    kept = [line for line in lines if line["step"] != step or "loss" not in line]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def add_line(run: Path, line: str) -> None:
+    with (run / "metrics.jsonl").open("a", encoding="latin-1") as stream:
+        stream.write(line + "\n")
+
+
+def edit_config(run: Path) -> None:
+    with (run / "config.yaml").open("a", encoding="utf-8") as stream:
+        stream.write("# a note\n")
+
+
+NO_STEP = "line 5 has no step"
+NO_EVIDENCE: dict[str, tuple[Any, str]] = {
+    "config edited": (edit_config, "config.yaml was edited since the run"),
+    "adapter swapped": (swap_adapter, "the adapter in the run folder is not the recorded one"),
+    "adapter damaged": (damage_adapter, "the adapter in the run folder is not the recorded one"),
+    "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "end at step 0, the run at step 3"),
+    "last loss gone": (lambda run: drop_step(run, 3), "end at step 2, the run at step 3"),
+    "a loss gone": (lambda run: drop_step(run, 2), "metrics.jsonl has no training loss of step 2"),
+    "no step": (lambda run: add_line(run, '{"loss": 1.0}'), NO_STEP),
+    "no object": (lambda run: add_line(run, "3"), NO_STEP),
+    "no number": (lambda run: add_line(run, '{"step": 3, "loss": "low"}'), NO_STEP),
+    "no JSON": (lambda run: add_line(run, "{\n{}"), "line 5 is not valid JSON"),
+    "no UTF-8": (lambda run: add_line(run, "\xff"), "cannot read metrics.jsonl: 'utf-8' codec"),
+    "evaluation damaged": (lambda run: (run / "evaluation.json").write_text("{"), "cannot read evaluation.json: not"),
+    "evaluation empty": (lambda run: (run / "evaluation.json").write_text("{}"), "it has no eval_loss"),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), NO_EVIDENCE.values(), ids=NO_EVIDENCE)
+def test_changed_run_folder_fails_the_proof_before_training(
+    damage: Any, said: str, world: World, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(world.run, tmp_path / "run"))
+    damage(run)
+    (problem,) = read_problems(run_here("replay", run, "--verify"), code=3)
+    assert said in problem.what
+    assert problem.where.startswith(str(run))
+    assert not (tmp_path / "run-replay").exists()
+
+
+def test_run_without_adapter_file_proves_nothing(world: World, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(world.run, tmp_path / "run"))
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    (problem,) = read_problems(run_here("replay", run, "--verify"))
+    assert problem.what == "missing file: adapter/adapter_model.safetensors"
+    assert not (tmp_path / "run-replay").exists()
+
+
+def test_without_verify_a_damaged_folder_is_compared_as_far_as_it_goes(world: World, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(world.run, tmp_path / "run"))
+    add_line(run, "3")
+    edit_config(run)
+    answer = run_here("replay", run, "--json")
+    assert answer.code == 0, answer.err
+    result = json.loads(answer.out)
+    assert not result["equal"]
+    assert result["compared_losses"] == 6
+    assert NO_STEP in result["differences"][0]
+    assert result["differences"][1:] == ["config.yaml was edited since the run"]
+
+
+def test_final_evaluation_is_compared(world: World, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(world.run, tmp_path / "run"))
+    found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    found["base"]["eval_loss"] += 1e-9
+    (run / "evaluation.json").write_text(json.dumps(found), encoding="utf-8")
+    answer = run_here("replay", run, "--verify")
+    assert answer.code == 3, answer.err
+    what = answer.err[answer.err.rindex("error: ") :].splitlines()[0]
+    assert "differs from the run: the adapter is equal; losses differ; first at step 3" in what
+    assert "evaluation.json base.eval_loss was " in what
+    # A run from before the hash of its configuration, and without an evaluation, replays.
+    (run / "evaluation.json").unlink()
+    old = {name: value for name, value in record(run).items() if name != "config_sha256"}
+    (run / "run.json").write_text(json.dumps(old), encoding="utf-8")
+    edit_config(run)
+    answer = run_here("replay", run, "--verify")
+    assert answer.code == 0, answer.err
+    assert "equal: the adapter and 4 losses" in answer.out
+
+
+def test_number_of_processes_is_a_difference(world: World, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(world.run, tmp_path / "other"))
+    (other / "run.json").write_text(json.dumps(record(other) | {"processes": 2}), encoding="utf-8")
+    result = compare_runs(RunFolder(world.run), RunFolder(other))
+    assert result["equal"]
+    assert result["differences"] == ["processes was 1, now 2"]
+
+
+def test_early_stop_between_two_lines_and_a_resume_with_others_are_whole(world: World, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(world.run, tmp_path / "run"))
+    folder, whole = RunFolder(run), record(run)
+    text = (run / "config.yaml").read_text(encoding="utf-8")
+    (run / "config.yaml").write_text(text.replace("logging_steps: 1", "logging_steps: 2"), encoding="utf-8")
+    whole["config_sha256"] = file_sha256(run / "config.yaml")
+    drop_step(run, 3)
+    with pytest.raises(ProofError, match="end at step 2"):
+        check_evidence(folder, whole)
+    check_evidence(folder, whole | {"stopped_because": "no better for 2 evaluations"})
+    shutil.copy(world.run / "metrics.jsonl", run / "metrics.jsonl")
+    drop_step(run, 2)
+    with pytest.raises(ProofError, match="no training loss of step 2"):
+        check_evidence(folder, whole)
+    check_evidence(folder, whole | {"events": [{"at": "", "what": "resumed; training.logging_steps was 3, now 2"}]})
+
+
+def test_resumed_run_records_the_configuration_of_now(world: World, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(world.run, tmp_path / "run"))
+    assert record(run)["config_sha256"] == file_sha256(run / "config.yaml")
+    (run / "run.json").write_text(json.dumps(record(run) | {"status": "interrupted"}))
+    answer = run_here("train", run, "--resume", "training.save_total_limit=5")
+    assert answer.code == 0, answer.err
+    assert record(run)["config_sha256"] == file_sha256(run / "config.yaml") != record(world.run)["config_sha256"]
 
 
 # --- warm start --------------------------------------------------------------------------------------------------
@@ -212,9 +362,28 @@ def test_warm_start_of_nothing_or_of_itself(world: World, tmp_path: Path) -> Non
     out = f"output.dir={tmp_path}/run"
     (problem,) = read_problems(run_here("train", world.config, out, "--warm-start", world.base))
     assert "no adapter_config.json" in problem.what
+    (problem,) = read_problems(run_here("train", world.config, out, "--warm-start", ""))
+    assert (problem.what, problem.where) == ("no path: ''", "option --warm-start")
+    damaged = Path(shutil.copytree(world.run / "adapter", tmp_path / "damaged"))
+    (damaged / "adapter_model.safetensors").write_bytes(b"no tensors")
+    (problem,) = read_problems(run_here("train", world.config, out, "--warm-start", damaged))
+    assert problem.what.startswith("cannot read adapter_model.safetensors: ")
+    assert (problem.where, problem.fix) == (f"option --warm-start: {damaged}", "restore the file")
+    assert not (tmp_path / "run").exists()
     (problem,) = read_problems(run_here("train", world.config, out, "--warm-start", world.run, "--resume"))
     assert problem.where == "options --warm-start, --resume"
     before = snapshot(world.run)
     (problem,) = read_problems(run_here("train", world.config, "--warm-start", world.run, "--overwrite"))
     assert "lies in the output folder" in problem.what
     assert snapshot(world.run) == before
+
+
+def test_warm_start_in_python(world: World, tmp_path: Path) -> None:
+    output = {"dir": str(tmp_path / "run")}
+    run = loralab.train(world.config, warm_start=loralab.Run(world.run), output=output)
+    assert run.record["warm_start"]["source"] == str(world.run)
+    wrong: Any
+    for wrong in (3, "", run.record):
+        with pytest.raises(loralab.LoralabError, match="not a run or a path") as caught:
+            loralab.train(world.config, warm_start=wrong, output=output)
+        assert isinstance(caught.value, ConfigError)

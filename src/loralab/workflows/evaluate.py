@@ -196,6 +196,9 @@ def evaluate(
     )
     name, split, max_length = _find_split(session, data, data_split, reporter)
     planner, choices = resolve_planner(session.model, session.config, max_length=max_length, device=session.device)
+    budget = read_json(session.target.folder.record).get("token_budget", {}) if session.target.folder else {}
+    if "value" in budget and not any(text.startswith("training.token_budget=") for text in overrides):
+        planner = planner.with_budget(int(budget["value"]))  # the run's own cuts: the last bits are the same
     layout = choices["layout"]
     reporter.say(f"layout {layout.value} ({layout.reason})")
     result = evaluate_split(

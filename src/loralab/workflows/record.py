@@ -27,7 +27,7 @@ from loralab.config.load import LoadedConfig, dump_config, load_config
 from loralab.config.schema import Config
 from loralab.errors import LoralabError, RunFolderError, StoppedBySignal, StorageError
 from loralab.models.precision import Resolved
-from loralab.run import RunFolder, read_json, write_json, write_text
+from loralab.run import RunFolder, file_sha256, read_json, write_json, write_text
 from loralab.workflows.output import STARTING, clear_run, sweep_leftovers
 
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
@@ -109,7 +109,7 @@ class RunRecord:
         try:
             clear_run(folder, keep_record=True)
             write_text(folder.config, dump_config(anchored(loaded.config, folder)))
-            record.update(status="running")
+            record.update(status="running", config_sha256=file_sha256(folder.config))
         except OSError as error:
             clear_run(folder)
             raise _unwritable(folder, error) from None
@@ -125,7 +125,7 @@ class RunRecord:
             record.content.pop(key, None)
         record.add_event("; ".join(["resumed", *changed]))
         write_text(folder.config, dump_config(anchored(loaded.config, folder)))
-        record.update(status="running", origin=loaded.origin, **facts)
+        record.update(status="running", origin=loaded.origin, config_sha256=file_sha256(folder.config), **facts)
         return record
 
     def add_event(self, what: str) -> None:

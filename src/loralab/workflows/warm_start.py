@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from loralab.errors import ModelError, RunFolderError
+from loralab.errors import ModelError, RunFolderError, excerpt
 from loralab.models.adapters import WEIGHTS_FILE, adapter_sha256, read_adapter_config
 from loralab.run import RunFolder, read_json
 from loralab.workflows.session import Target, find_target
@@ -34,7 +35,7 @@ def apply_warm_start(run: Run, source: Path | Mapping[str, str]) -> dict[str, st
         What the record says: source and hash of the adapter.
 
     Raises:
-        ModelError: there is no adapter, or it does not fit the run.
+        ModelError: there is no adapter, it is damaged, or it does not fit the run.
         RunFolderError: the adapter lies in the folder that the run would replace, or has changed since.
     """
     path = Path(source["source"]) if isinstance(source, Mapping) else source
@@ -47,7 +48,7 @@ def apply_warm_start(run: Run, source: Path | Mapping[str, str]) -> dict[str, st
             where=f"{_WHERE}, key output.dir",
             fix="name another output.dir; the new run would replace its own source",
         )
-    tensors = load_file(target.adapter / WEIGHTS_FILE)
+    tensors = _read_weights(target.adapter)
     misfits = [*_base_misfits(run, target), *_config_misfits(run, config), *_tensor_misfits(run, tensors)]
     if misfits:
         raise ModelError(
@@ -66,6 +67,15 @@ def apply_warm_start(run: Run, source: Path | Mapping[str, str]) -> dict[str, st
     set_peft_model_state_dict(run.model, tensors)
     run.reporter.say(f"starting from the weights of {target.adapter} ({digest[:12]}..), with a fresh optimizer")
     return {"source": str(path.absolute()), "adapter_sha256": digest}
+
+
+def _read_weights(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(load_file(folder / WEIGHTS_FILE))
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"cannot read {WEIGHTS_FILE}: {excerpt(error)}", where=f"{_WHERE}: {folder}", fix="restore the file"
+        ) from error
 
 
 def _base_misfits(run: Run, target: Target) -> list[str]:
