@@ -3,6 +3,7 @@
 Owns what `evaluation.json` says of losses, and the paired interval of their difference.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -118,39 +119,45 @@ def measure_loss(
     Raises:
         Interrupted: `should_stop` answered yes.
     """
-    size = len(examples)
-    totals, counts, entropy, correct = (np.zeros(size) for _ in range(4))
-    means = np.zeros(-(-size // batch_size))
+    sums = _Sums(len(examples))
+    means = np.zeros(-(-len(examples) // batch_size))
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            for first in range(0, len(means), processes.count):
-                if should_stop():
-                    raise Interrupted
-                number = first + processes.rank
-                if number >= len(means):
-                    continue
-                start = number * batch_size
-                step = planner([examples[i] for i in range(start, min(start + batch_size, len(examples)))])
-
-                def observe(batch: MicroBatch, result: TokenLosses, start: int = start) -> None:
-                    owners = batch.label_examples.numpy() + start
-                    np.add.at(counts, owners, 1.0)
-                    sums = (totals, result.losses), (entropy, result.entropies), (correct, result.correct)
-                    for total, values in sums:
-                        if values is not None:
-                            np.add.at(total, owners, values.double().cpu().numpy())
-
-                result = run_micro_batches(model, step.micro_batches, device=device, observe=observe)
+        for first in range(0, len(means), processes.count):
+            if should_stop():
+                raise Interrupted
+            number = first + processes.rank
+            if number < len(means):
+                rows = range(number * batch_size, min((number + 1) * batch_size, len(examples)))
+                step = planner([examples[index] for index in rows])
+                observe = functools.partial(sums.add, rows.start)
+                with torch.no_grad():
+                    result = run_micro_batches(model, step.micro_batches, device=device, observe=observe)
                 means[number] = float(result.total) / max(result.count, 1)
-                reporter.progress(label, min(size, (first + processes.count) * batch_size), size)
+                reporter.progress(label, min(len(examples), (first + processes.count) * batch_size), len(examples))
     finally:
         model.train(was_training)
     reporter.finish(label)
     # Each example was measured by one process and is zero in the others, so these sums are exact.
-    totals, counts, entropy, correct = processes.sum(np.stack([totals, counts, entropy, correct]))
+    totals, counts, entropy, correct = processes.sum(sums.values)
     return SplitLoss(totals, counts, processes.sum(means), entropy, correct)
+
+
+class _Sums:
+    """Loss, count, entropy and correct labels of each example (4, examples)."""
+
+    def __init__(self, examples: int) -> None:
+        self.values = np.zeros((4, examples))
+
+    def add(self, start: int, batch: MicroBatch, result: TokenLosses) -> None:
+        """Add the labels of a micro-batch whose step begins with example `start`."""
+        owners = batch.label_examples.numpy() + start
+        for total, per_label in zip(
+            self.values, (result.losses, torch.ones_like(result.losses), result.entropies, result.correct), strict=True
+        ):
+            if per_label is not None:
+                np.add.at(total, owners, per_label.double().cpu().numpy())
 
 
 def compare_losses(adapter: SplitLoss, base: SplitLoss, *, resamples: int, level: float = 0.95) -> dict[str, Any]:

@@ -113,6 +113,36 @@ def run_steps(run: Run, contract: Mapping[str, Any], checkpoint: Checkpoint | No
     # Bit-equal sums need the same cuts: a resume goes on with the budget that the checkpoint had.
     state.token_budget = state.token_budget or run.planner.token_budget
     run.planner = run.planner.with_budget(state.token_budget)
+    trainer = _build_trainer(run, state, sampler, contract, request)
+    _say_what_best_means(run, trainer.args, steps_per_epoch=len(sampler))
+    state.start_clock()
+    try:
+        if checkpoint is not None:
+            _take_up(trainer, run.model, checkpoint)
+            if owes_evaluation(trainer.args, trainer.state, state, steps_per_epoch=len(sampler)):
+                trainer.evaluate()
+        if state.stopped_because is None and not request.agree(run.processes):  # an early stop stays one after a resume
+            with expecting_other_intervals():
+                trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        check_finite(run.model, step=trainer.state.global_step)
+    finally:
+        if run.processes.first:
+            shutil.rmtree(run.folder.checkpoints / STAGING, ignore_errors=True)
+    state.train_seconds = state.elapsed_seconds
+    run.record.content["layout_tokens"] = {
+        "rows": state.train_tokens,
+        "laid_out": state.laid_out_tokens,
+        "share": round(state.laid_out_tokens / max(state.train_tokens, 1), 4),
+    }
+    run.record.content["steps"] = trainer.state.global_step
+    run.record.content["epochs"] = round(trainer.state.epoch or 0.0, 6)
+    return state
+
+
+def _build_trainer(
+    run: Run, state: RunState, sampler: StepSampler, contract: Mapping[str, Any], request: StopRequest
+) -> StepTrainer:
+    config = run.config
     planner = ShrinkingPlanner(run.planner)
     steps: DataLoader[Any] = DataLoader(run.data.splits["train"], batch_sampler=sampler, collate_fn=planner)  # type: ignore[arg-type]
     trainer = StepTrainer(
@@ -139,29 +169,7 @@ def run_steps(run: Run, contract: Mapping[str, Any], checkpoint: Checkpoint | No
         torch.manual_seed(config.training.seed + run.processes.rank)
     for shown in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(shown)
-    _say_what_best_means(run, trainer.args, steps_per_epoch=len(sampler))
-    state.start_clock()
-    try:
-        if checkpoint is not None:
-            _take_up(trainer, run.model, checkpoint)
-            if owes_evaluation(trainer.args, trainer.state, state, steps_per_epoch=len(sampler)):
-                trainer.evaluate()
-        if state.stopped_because is None and not request.agree(run.processes):  # an early stop stays one after a resume
-            with expecting_other_intervals():
-                trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-        check_finite(run.model, step=trainer.state.global_step)
-    finally:
-        if run.processes.first:
-            shutil.rmtree(run.folder.checkpoints / STAGING, ignore_errors=True)
-    state.train_seconds = state.elapsed_seconds
-    run.record.content["layout_tokens"] = {
-        "rows": state.train_tokens,
-        "laid_out": state.laid_out_tokens,
-        "share": round(state.laid_out_tokens / max(state.train_tokens, 1), 4),
-    }
-    run.record.content["steps"] = trainer.state.global_step
-    run.record.content["epochs"] = round(trainer.state.epoch or 0.0, 6)
-    return state
+    return trainer
 
 
 def _note_smaller_budget(run: Run, step: int, token_budget: int) -> None:
