@@ -74,6 +74,20 @@ def tolerate_characters() -> None:
             reconfigure(errors="replace")
 
 
+# A terminal obeys control characters; a model's answer must not move the cursor or set the clipboard.
+_CONTROLS = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: "\N{SYMBOL FOR DELETE}",
+    **dict.fromkeys(range(0x80, 0xA0), "\N{REPLACEMENT CHARACTER}"),
+}
+
+
+def printable(text: str) -> str:
+    """Return text from elsewhere as stdout may show it: on a terminal, control characters as pictures."""
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return text.translate(_CONTROLS) if terminal else text
+
+
 def speaks(error: LoralabError | None = None) -> bool:
     """Return whether this process tells the user something, as one of those that a launcher started.
 
@@ -136,7 +150,7 @@ class ConsoleReporter(Reporter):
 
 def _progress_line(label: str, done: int, total: int | None, seconds: float, detail: str) -> str:
     if not total:
-        return f"{label}: {done:,} rows"
+        return f"{label}: {done:,} rows{', ' + detail if detail else ''}"
     filled = int(_BAR_WIDTH * done / total)
     bar = "█" * filled + "░" * (_BAR_WIDTH - filled)
     left = f", {_clock(seconds / done * (total - done))} left" if 0 < done < total else ""

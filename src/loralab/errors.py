@@ -11,6 +11,7 @@
         OutOfMemoryError       not even one example fits into the accelerator
         TrainingDivergedError  a loss that is not finite
       ProofError             exit 3: a proof failed
+        MaskError              what would carry loss is not the answer
         PromptContractError    the prompt is not the one that the adapter was trained on
       StoppedBySignal        exit 128 + signal: stopped on request
 
@@ -120,6 +121,10 @@ class ProofError(LoralabError):
     """A proof failed: what was promised does not hold."""
 
     exit_code = 3
+
+
+class MaskError(ProofError):
+    """What would carry loss is not the answer, or the prompt is not what serving sends."""
 
 
 class PromptContractError(ProofError):

@@ -28,6 +28,14 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or an adapter folder.", callback=usable_path)]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 
+# How answers are made; the settings' own defaults are those of `GenerationSettings`, which needs torch.
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampled tokens.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
+System = Annotated[
+    str | None,
+    typer.Option("--system", help="System message; by default the prompt contract's, and '' sends none."),
+]
 
 # The options that stand for a setting: name and help are the field's own.
 SETTINGS = {

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loralab
 from loralab import cli
+from loralab.cli import training
 from loralab.config.load import describe_field, schema_keys
 from loralab.config.schema import Config
 from loralab.console import ConsoleReporter
@@ -587,7 +588,7 @@ class StopsEarly(ConsoleReporter):
 
 
 def test_signal_before_training_leaves_nothing(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "ConsoleReporter", StopsEarly)
+    monkeypatch.setattr(training, "ConsoleReporter", StopsEarly)
     answer = run_here("train", world.config, f"output.dir={tmp_path}/run")
     assert answer.code == 130
     assert snapshot(tmp_path) == {}

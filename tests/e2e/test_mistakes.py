@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loralab import cli
+from loralab.cli import training
 from loralab.console import ConsoleReporter
 from loralab.errors import Problem
 from loralab.training.checkpoint import list_checkpoints, read_checkpoint
@@ -407,7 +407,7 @@ def interrupted(world: World) -> Path:
     folder = world.folder / "interrupted"
     folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "ConsoleReporter", StopsAtStep3)
+        patch.setattr(training, "ConsoleReporter", StopsAtStep3)
         answer = run_here("train", world.config(folder))
     assert answer.code == 130, answer.err
     assert [path.name for path in list_checkpoints(folder / "out" / "checkpoints")] == ["checkpoint-3"]

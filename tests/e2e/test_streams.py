@@ -53,8 +53,8 @@ def test_any_locale_gets_the_error(locale: dict[str, str], tmp_path: Path) -> No
     assert err.count(b"\n") == 3
 
 
-# Prints one value as --json prints it, through the command line's own set-up.
-JSON = "import sys; sys.argv=['loralab', 'x']; from loralab import cli; cli._print_json({'text': 'größe 世界'})"
+# Prints one value as --json prints it.
+JSON = "from loralab.cli.application import print_json; print_json({'text': 'größe 世界'})"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -5,10 +5,11 @@ where they are met (`data`, `models`), before anything is written.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from loralab.config.schema import Config
+from loralab.config.schema import Config, DataSource
 from loralab.lookup import suggest
 
 EARLY_STOPPING_METRICS = ("loss", "eval_loss", "perplexity")
@@ -98,18 +99,40 @@ def _is_number(text: str) -> bool:
 
 def _check_same_rows(config: Config) -> list[Finding]:
     findings = []
-    seen = dict.fromkeys(_names(config.data.train), "data.train")
+    seen = dict.fromkeys(source_names(config.data.train), "data.train")
     for key, value in (("data.validation", config.data.validation), ("data.test", config.data.test)):
-        shared = [name for name in _names(value) if name in seen]
+        shared = [name for name in source_names(value) if name in seen]
         if shared:
             what = f"{shared[0]!r} is in {seen[shared[0]]} too: what was measured there would say nothing"
             findings.append(Finding(key, what, "name other rows, or a share of data.train, such as 0.1"))
-        seen |= dict.fromkeys(_names(value), key)
+        seen |= dict.fromkeys(source_names(value), key)
     return findings
 
 
-def _names(value: object) -> list[str]:
-    return [value] if isinstance(value, str) else [str(name) for name in value] if isinstance(value, list) else []
+def source_names(value: object) -> list[str]:
+    """Return the files, globs and ids that a setting names: one, a list, or the paths of sources in a list."""
+    each = value if isinstance(value, list) else [value]
+    return [name for item in each if isinstance(name := item.path if isinstance(item, DataSource) else item, str)]
+
+
+def _check_weights(config: Config) -> list[Finding]:
+    """Find weights of sources that are never drawn from."""
+    return [
+        Finding(key, f"weight {source.weight} of {source.path!r}: only training rows are drawn by weight", "remove it")
+        for key, value in (("data.validation", config.data.validation), ("data.test", config.data.test))
+        for source in (value if isinstance(value, list) else ())
+        if isinstance(source, DataSource) and source.chosen("weight")
+    ]
+
+
+def _check_train_on(config: Config) -> list[Finding]:
+    roles = config.data.train_on
+    if isinstance(roles, str):
+        return []
+    if not roles:
+        return [Finding("data.train_on", "train_on names no role: []", "list roles, or set it to response")]
+    twice = [role for role, times in Counter(roles).items() if times > 1]
+    return [Finding("data.train_on", f"train_on names {twice[0]!r} twice", "name it once")] if twice else []
 
 
 def _check_effect(config: Config) -> list[Finding]:
@@ -299,6 +322,8 @@ Rule = Callable[[Config], list[Finding]]
 RULES: tuple[Rule, ...] = (
     _check_splits,
     _check_same_rows,
+    _check_weights,
+    _check_train_on,
     _check_effect,
     _check_precision,
     _check_warmup,

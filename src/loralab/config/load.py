@@ -17,10 +17,10 @@ from pydantic_core import ErrorDetails
 
 from loralab.config.checks import Finding, check_config
 from loralab.config.paths import check_paths
-from loralab.config.schema import Config
+from loralab.config.schema import Config, DataSource
 from loralab.config.yaml_lines import dump_yaml, parse_scalar, parse_yaml
 from loralab.errors import ConfigError, Problem
-from loralab.lookup import nearest_name
+from loralab.lookup import nearest_name, suggest
 
 Check = Callable[[Config], list[Finding]]
 
@@ -264,6 +264,10 @@ def _describe_field(key: str, errors: Sequence[ErrorDetails], origin: Mapping[st
             where,
             f"add it: {section + ': {' if section else ''}{name}: ...{'}' if section else ''}",
         )
+    inside = next((e for e in errors if e["type"] == "extra_forbidden"), None)
+    if inside is not None:  # of a section within a list
+        name = str(inside["loc"][-1])
+        return Problem(f"unknown key in {key}: {name!r}", where, suggest(name, DataSource.model_fields))
     wanted = " or ".join(dict.fromkeys(_lower_first(error["msg"]) for error in errors))
     return Problem(f"{key} got {first['input']!r}: {wanted}", where, f"{key}: {describe_field(key)}")
 

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from loralab.config.checks import Finding
+from loralab.config.checks import Finding, source_names
 from loralab.config.schema import Config
 from loralab.errors import ConfigError
 
@@ -85,7 +85,7 @@ def check_paths(config: Config) -> list[Finding]:
     }
     findings = []
     for key, value in named.items():
-        for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
+        for text in source_names(value):
             problem = path_problem(text)
             if problem is not None:
                 findings.append(Finding(key, *problem))

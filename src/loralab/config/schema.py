@@ -65,18 +65,37 @@ class ModelConfig(Section):
     )
 
 
+class DataSource(Section):
+    """One of several sources, where it needs settings of its own."""
+
+    path: str = Field(description="A local file, a glob or a Hub id.", min_length=1)
+    format: str | None = Field(None, description="Row format of this source; null takes data.format.")
+    columns: dict[str, str] | None = Field(
+        None, description="Columns of this source, {field: column}; null takes data.columns."
+    )
+    weight: PositiveFloat = Field(
+        1.0,
+        description="Passes over this training source in one epoch: 0.5 takes another half of its rows each epoch, 2 "
+        "takes each row twice.",
+    )
+
+
+Names = str | list[str | DataSource]
+
+
 class DataConfig(Section):
     """Where rows come from and how they become tokens."""
 
-    train: str | list[str] = Field(
-        description="Training data: a local file, a glob, a Hub id (OWNER/NAME[:CONFIG][@REVISION][#SPLIT]) or a list."
+    train: Names = Field(
+        description="Training data: a local file, a glob, a Hub id (OWNER/NAME[:CONFIG][@REVISION][#SPLIT]) or a list "
+        "of these and of {path, format, columns, weight}."
     )
-    validation: str | list[str] | float | int | None = Field(
+    validation: Names | float | int | None = Field(
         None,
         description="Validation data: a file, the name of a split, a fraction below 1 or a number of training rows; "
         "null for none.",
     )
-    test: str | list[str] | float | int | None = Field(
+    test: Names | float | int | None = Field(
         None, description="Test data, in the same forms as validation; never seen in training."
     )
     split_method: Literal["random", "first"] = Field(
@@ -88,25 +107,42 @@ class DataConfig(Section):
         default_factory=dict, description="Column of your data for each field of the format: {field: column}."
     )
     template: str = Field(
-        "auto", description="Prompt template: auto, tokenizer, alpaca, none or the path of a Jinja file."
+        "auto",
+        description="Prompt template: auto, tokenizer (its own), alpaca, chatml, gemma, llama3, mistral, phi3, qwen, "
+        "vicuna, zephyr, none, or the path of a Jinja file.",
+    )
+    template_kwargs: dict[str, object] = Field(
+        default_factory=dict,
+        description="Variables for the template, such as {enable_thinking: false}; they become part of the adapter's.",
+    )
+    system: str | None = Field(
+        None,
+        description="System message put before conversations that have none; part of the prompt contract.",
+        min_length=1,
     )
     stop_tokens: list[str] | None = Field(
         None,
         description="Tokens that end an answer, most important first; null takes what the template writes "
         "after an answer, else the tokenizer's end token.",
     )
-    train_on: Literal["response", "last_response", "all"] = Field(
-        "response", description="Which tokens carry loss: every answer, the last answer, or all; text is always all."
+    train_on: Literal["response", "last_response", "all"] | list[Literal["system", "user", "assistant", "tool"]] = (
+        Field(
+            "response",
+            description="Which tokens carry loss: every answer (response), last_response, all, or the turns of the "
+            "roles in a list; text is always all.",
+        )
     )
     max_length: PositiveInt = Field(512, description="Longest example, in tokens, prompt and answer together.")
-    truncation: Literal["right", "drop", "error"] = Field(
-        "right", description="What happens to a longer example: its answer is cut, it is dropped, or the run stops."
+    truncation: Literal["right", "left", "drop", "error"] = Field(
+        "right",
+        description="What happens to a longer example: its answer is cut (right), its oldest turns but the system "
+        "message are left out (left), it is dropped, or the run stops (error).",
     )
     long_text: Literal["split", "truncate"] = Field(
         "split", description="Text longer than max_length: split into windows that predict every token once, or cut."
     )
     on_bad_row: Literal["error", "drop"] = Field(
-        "error", description="A row with a missing or non-string field: stop, or drop and count it."
+        "error", description="A row that its format or the template cannot use: stop, or drop and count it."
     )
     max_dropped_fraction: Fraction = Field(
         0.05, description="Largest share of rows that may be dropped, 0 to 1; more stops the run."

@@ -1,39 +1,31 @@
 """The data of a run: sources to tokenized splits, through a cache keyed by content.
 
-Owns the order of the steps, the cache key and the data report (`data.json`).
+Owns the order of the steps and the data report (`data.json`).
 """
 
-import errno
-import logging
-import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from loralab.config.paths import local_path
 from loralab.config.schema import DataConfig
-from loralab.data.formats import FORMATS, resolve_format
-from loralab.data.identity import cache_key, data_identity, identity_sha256
-from loralab.data.pipeline import RowTokenizer, tokenize_rows
-from loralab.data.prompter import Prompter, apply_stop_setting, choose_bos_prefix
-from loralab.data.sources import Row, Source, resolve_sources
+from loralab.data.cache import load_or_tokenize
+from loralab.data.formats import FORMATS
+from loralab.data.identity import data_identity, identity_sha256
+from loralab.data.pipeline import RowTokenizer
+from loralab.data.pools import Member, Pool, describe_formats, equip, prompted_format, resolve_pools
+from loralab.data.prepared import open_prepared
+from loralab.data.prompter import Prompter, apply_stop_setting, choose_bos_prefix, render_with
+from loralab.data.split_report import check_dropped, describe_split, report_split
 from loralab.data.splits import Indices, split_units
-from loralab.data.store import TokenStore, read_store_report, write_store
-from loralab.data.templates import Template, resolve_template
-from loralab.data.tokenize import TokenizeSettings, Unit
-from loralab.errors import DataError, StorageError
+from loralab.data.store import TokenStore
+from loralab.data.templates import Template, prepare_template, resolve_template
+from loralab.data.tokenize import TokenizeSettings
 from loralab.progress import Reporter
 
-logger = logging.getLogger(__name__)
-
-# How many dropped rows are listed by number; their count is always whole.
-LISTED_ROWS = 1000
-_PERCENTILES = (0, 50, 90, 99, 100)
+__all__ = ["PreparedData", "prepare_data"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +34,13 @@ class PreparedData:
 
     Attributes:
         splits: "train", and "validation" and "test" where there are any.
-        prompter: the tokenizer with its template and stop tokens.
+        prompter: the tokenizer with its template, stop tokens and system prompt.
         template: the chosen template.
         report: the content of `data.json`.
         identity: what decides on the tokens and their order, and their hashes, by readable name.
+        pools: the sources behind the splits.
+        shares: positions of each source's rows in the training split and passes over them in one epoch,
+            or None where there is one pass over all.
     """
 
     splits: dict[str, TokenStore]
@@ -53,21 +48,13 @@ class PreparedData:
     template: Template
     report: dict[str, Any]
     identity: dict[str, str]
+    pools: list[Pool] = field(default_factory=list)
+    shares: list[tuple[Indices, float]] | None = None
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the identity."""
         return identity_sha256(self.identity)
-
-
-@dataclass(slots=True)
-class _Pool:
-    """Sources that are tokenized together and the splits that come of them."""
-
-    sources: list[Source]
-    format: str = ""
-    format_reason: str = ""
-    parts: tuple[str, ...] = field(default_factory=tuple)
 
 
 def prepare_data(
@@ -89,193 +76,122 @@ def prepare_data(
 
     Raises:
         DataError: anything that is wrong with the data.
+        MaskError: what would carry loss is not the answer.
     """
-    pools = _resolve_pools(data, split)
-    for pool in pools:
-        pool.format, pool.format_reason = _detect(pool, data)
-        _check_format_settings(data, pool.format)
-    apply_stop_setting(tokenizer, data.stop_tokens)
-    chosen = _choose_template(data, pools[0].format, tokenizer, template)
-    tokenizer.chat_template = chosen.text
-    prompter = Prompter(tokenizer, data.stop_tokens)
-    settings = TokenizeSettings(data.train_on, data.max_length, data.truncation, data.long_text)
+    pools = resolve_pools(data, split)
+    prompter, chosen = _build_prompter(data, pools, tokenizer, template)
+    settings = TokenizeSettings(data.train_on, data.max_length, data.truncation, data.long_text, data.system)
+
+    def build_worker(member: Member) -> RowTokenizer:
+        return RowTokenizer(prompter, member.format, dict(member.columns), settings, data.on_bad_row)
+
+    equip(pools, build_worker)
     splits: dict[str, TokenStore] = {}
     reports: dict[str, Any] = {}
-    workers = []
     for pool in pools:
-        worker = RowTokenizer(prompter, pool.format, dict(data.columns), settings, data.on_bad_row)
-        store, stored = _load_or_tokenize(pool, worker, data, reporter)
+        store, stored = load_or_tokenize(
+            pool.sources, pool.workers, data=data, label=f"tokenize {pool.label}", reporter=reporter
+        )
         for name, units in _parts(pool, data, store, stored).items():
-            splits[name] = _part(store, units)
-            reports[name] = _report_part(splits[name], units, stored, pool)
-            _check_dropped(name, reports[name], data)
-            reporter.say(_describe_part(name, reports[name]))
-        workers.append(worker)
+            splits[name] = store.select(np.flatnonzero(np.isin(store.units, units)).astype(np.int64))
+            reports[name] = report_split(splits[name], units, stored, sources=pool.sources)
+            check_dropped(name, reports[name], data)
+            reporter.say(describe_split(name, reports[name]))
+        if "train" in pool.parts and prompter.system_prompt is None:
+            prompter.system_prompt = _common_system(stored)
     sources = [source for pool in pools for source in pool.sources]
+    workers = [worker for pool in pools for worker in pool.workers]
+    identity = data_identity(data, sources=sources, workers=workers, splits=splits)
+    shares = _shares(splits["train"], pools[0])
+    if shares is not None:
+        identity["weights"] = ", ".join(f"{member.weight:g}" for member in pools[0].members)
     return PreparedData(
         splits=splits,
         prompter=prompter,
         template=chosen,
-        report={
-            "format": {"value": pools[0].format, "reason": pools[0].format_reason},
-            "template": {"name": chosen.name, "text": chosen.text, "reason": chosen.reason},
-            "stop_tokens": {
-                "ids": list(prompter.stop.ids),
-                "texts": list(prompter.stop.texts),
-                "reason": prompter.stop.reason,
-            },
-            "sources": [{"name": source.name, "sha256": source.fingerprint} for source in sources],
-            "split": {"method": data.split_method, "seed": data.split_seed},
-            "splits": reports,
-        },
-        identity=data_identity(data, sources=sources, workers=workers, splits=splits),
+        report=_report(data, pools, prompter, chosen, reports),
+        identity=identity,
+        pools=pools,
+        shares=shares,
     )
 
 
-def _resolve_pools(data: DataConfig, split: str | None) -> list[_Pool]:
-    pools = [_Pool(resolve_sources(data.train, where="key data.train", split=split), parts=("train",))]
-    for name, spec in (("validation", data.validation), ("test", data.test)):
-        if not isinstance(spec, (str, list)):
-            continue
-        where = f"key data.{name}"
-        if isinstance(spec, str) and _is_split_name(spec):
-            sources = resolve_sources(data.train, where=where, split=spec)
-        else:
-            sources = resolve_sources(spec, where=where)
-        pools.append(_Pool(sources, parts=(name,)))
-    _refuse_shared(pools)
-    return pools
+def _build_prompter(
+    data: DataConfig, pools: Sequence[Pool], tokenizer: PreTrainedTokenizerBase, required: str | None
+) -> tuple[Prompter, Template]:
+    prepared = open_prepared(data, pools, tokenizer) if required is None else None
+    if prepared is not None:
+        return prepared, Template("prepared", str(tokenizer.chat_template), "the prepared folder's own")
+    apply_stop_setting(tokenizer, data.stop_tokens)
+    chosen = _choose_template(data, pools, tokenizer, required)
+    tokenizer.chat_template = chosen.text
+    return Prompter(tokenizer, data.stop_tokens, system_prompt=data.system), chosen
 
 
-def _refuse_shared(pools: Sequence[_Pool]) -> None:
-    """Refuse a source that is in two splits, under whatever names."""
-    seen: dict[str, tuple[str, str]] = {}
-    for pool in pools:
-        here = {source.fingerprint: (source.name, pool.parts[0]) for source in pool.sources}
-        for fingerprint in here.keys() & seen.keys():
-            (name, part), (other, first) = here[fingerprint], seen[fingerprint]
-            same = f"{name!r} holds the rows of {other!r}" if name != other else f"{name!r} is named twice"
-            raise DataError(
-                f"{same}: what is measured on {part} rows that are also {first} rows says nothing",
-                where=f"keys data.{first}, data.{part}",
-                fix="name other rows, or a share of data.train, such as 0.1",
-            )
-        seen |= here
-
-
-def _is_split_name(spec: str) -> bool:
-    path = local_path(spec)
-    return path is not None and not path.exists() and not any(mark in spec for mark in "/\\.*?[#~")
-
-
-def _detect(pool: _Pool, data: DataConfig) -> tuple[str, str]:
-    found: tuple[str, str] | None = None
-    for source in pool.sources:
-        first = next(iter(source.rows()))
-        name, reason = resolve_format(data.format, data.columns, present=list(first.fields), where=source.name)
-        if found is not None and name != found[0]:
-            raise DataError(
-                f"sources of different formats: {pool.sources[0].name} is {found[0]}, {source.name} is {name}",
-                where="key data.train",
-                fix="set data.format, or train on sources of one format",
-            )
-        found = found or (name, reason)
-    if found is None:
-        raise DataError("no source given", where="key data.train", fix="name at least one file")
-    return found
-
-
-def _check_format_settings(data: DataConfig, name: str) -> None:
-    for key, harmless in FORMATS[name].meaningless.items():
-        value = getattr(data, key)
-        if data.chosen(key) and value != harmless:
-            raise DataError(
-                f"data.{key} has no meaning for format {name}, got {value!r}",
-                where="section data",
-                fix="remove it, or set data.format",
-            )
-
-
-def _choose_template(data: DataConfig, name: str, tokenizer: PreTrainedTokenizerBase, required: str | None) -> Template:
+def _choose_template(
+    data: DataConfig, pools: Sequence[Pool], tokenizer: PreTrainedTokenizerBase, required: str | None
+) -> Template:
     if required is not None:
         return Template("adapter", required, "the adapter's own")
-    form, own = FORMATS[name], tokenizer.chat_template
-    return resolve_template(
+    form = FORMATS[prompted_format(pools) if data.template == "auto" else pools[0].members[0].format]
+    own = tokenizer.chat_template
+    chosen = resolve_template(
         data.template,
         own=own if isinstance(own, str) else None,
         fallback=form.template,
         own_first=form.own_template_first,
         bos_prefix=choose_bos_prefix(tokenizer),
     )
+    return prepare_template(
+        chosen, vocabulary=tokenizer.get_vocab(), kwargs=data.template_kwargs, render=render_with(tokenizer)
+    )
 
 
-def _load_or_tokenize(
-    pool: _Pool, worker: RowTokenizer, data: DataConfig, reporter: Reporter
-) -> tuple[TokenStore, dict[str, Any]]:
-    folder = cache_folder(data) / cache_key(pool.sources, worker)
-    label = f"tokenize {' + '.join(pool.parts)}"
-    try:
-        stored = read_store_report(folder)
-        if stored is not None:
-            reporter.say(f"{label}: cache hit ({folder.name[:12]}: same rows, tokenizer, template and settings)")
-            return TokenStore(folder), stored
-        report: dict[str, Any] = {"units": 0, "rows": 0, "dropped": []}
-        write_store(folder, _units(pool, worker, data, report, reporter, label), report=report)
-        reporter.finish(label)
-        return TokenStore(folder), report
-    except OSError as error:
-        raise _cache_error(error, folder) from error
+def _common_system(stored: dict[str, Any]) -> str | None:
+    """Return the system message that every training row has, or None."""
+    systems = stored["systems"]
+    return next(iter(systems)) if len(systems) == 1 and not stored["systems_without"] else None
 
 
-def _cache_error(error: OSError, folder: Path) -> StorageError:
-    reason = error.strerror or str(error)
-    if isinstance(error, PermissionError) and folder.exists():
-        what, where = "cannot read tokenized data that another user wrote", str(folder)
-        fix = "have its owner run `chmod -R a+rX` on it, or set data.cache_dir to a folder of your own"
-    else:
-        what, where = "cannot write tokenized data", str(folder.parent)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "free space there, or set data.cache_dir" if full else "set data.cache_dir to a folder that you may write"
-    return StorageError(f"{what}: {reason}", where=where, fix=fix)
+def _shares(train: TokenStore, pool: Pool) -> list[tuple[Indices, float]] | None:
+    if all(member.weight == 1.0 for member in pool.members):
+        return None
+    owner = train.origins[:, 0]
+    return [
+        (np.flatnonzero(owner == index).astype(np.int64), member.weight) for index, member in enumerate(pool.members)
+    ]
 
 
-def _units(
-    pool: _Pool, worker: RowTokenizer, data: DataConfig, report: dict[str, Any], reporter: Reporter, label: str
-) -> Iterator[tuple[int, int, Unit]]:
-    for index, source in enumerate(pool.sources):
-        rows: Iterator[Row] = source.rows()
-        for row, units in tokenize_rows(rows, worker, workers=data.num_workers):
-            for unit in units:
-                if unit.dropped is not None:
-                    report["dropped"].append([report["units"], index, row, unit.dropped])
-                report["units"] += 1
-                yield index, row, unit
-            report["rows"] += 1
-            if report["rows"] % 256 == 0:
-                reporter.progress(label, report["rows"], None)
+def _report(
+    data: DataConfig, pools: Sequence[Pool], prompter: Prompter, template: Template, splits: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "format": describe_formats(pools),
+        "template": {"name": template.name, "text": template.text, "reason": template.reason},
+        "system_prompt": prompter.system_prompt,
+        "stop_tokens": {
+            "ids": list(prompter.stop.ids),
+            "texts": list(prompter.stop.texts),
+            "reason": prompter.stop.reason,
+        },
+        "sources": [
+            {
+                "name": member.source.name,
+                "sha256": member.source.fingerprint,
+                "format": member.format,
+                "weight": member.weight,
+            }
+            for pool in pools
+            for member in pool.members
+        ],
+        "split": {"method": data.split_method, "seed": data.split_seed},
+        "splits": splits,
+    }
 
 
-def cache_folder(data: DataConfig) -> Path:
-    """Return the folder of tokenized data: `data.cache_dir`, else the user's cache folder.
-
-    Raises:
-        StorageError: the user has no home folder.
-    """
-    if data.cache_dir is not None:
-        return Path(data.cache_dir).expanduser()
-    base = local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    if base is None:
-        raise StorageError(
-            "no home folder to keep tokenized data in",
-            where="environment variables HOME, XDG_CACHE_HOME",
-            fix="set HOME, or data.cache_dir",
-        )
-    return base / "loralab" / "tokenized"
-
-
-def _parts(pool: _Pool, data: DataConfig, store: TokenStore, stored: dict[str, Any]) -> dict[str, Indices]:
+def _parts(pool: Pool, data: DataConfig, store: TokenStore, stored: dict[str, Any]) -> dict[str, Indices]:
     total = int(stored["units"])
-    if pool.parts != ("train",):
+    if "train" not in pool.parts:
         return {pool.parts[0]: np.arange(total, dtype=np.int64)}
     owners = _owners(store, stored)
     rows = int(owners.max()) + 1 if total else 0
@@ -292,55 +208,3 @@ def _owners(store: TokenStore, stored: dict[str, Any]) -> Indices:
     for unit, source, row, _ in stored["dropped"]:
         pairs[unit] = source, row
     return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
-
-
-def _part(store: TokenStore, units: Indices) -> TokenStore:
-    return store.select(np.flatnonzero(np.isin(store.units, units)).astype(np.int64))
-
-
-def _report_part(store: TokenStore, units: Indices, stored: dict[str, Any], pool: _Pool) -> dict[str, Any]:
-    inside = set(units.tolist())
-    dropped = [entry for entry in stored["dropped"] if entry[0] in inside]
-    lengths = store.lengths() if len(store) else np.zeros(1, dtype=np.int64)
-    return {
-        "source_rows": stored["rows"],
-        "rows_read": len(units),
-        "rows_kept": len(store),
-        "dropped": dict(Counter(reason for _, _, _, reason in dropped)),
-        "dropped_rows": [
-            {"source": pool.sources[index].name, "row": row, "reason": reason}
-            for _, index, row, reason in dropped[:LISTED_ROWS]
-        ],
-        "truncated": store.truncated,
-        "empty_answers": store.empty_answers,
-        "supervised_tokens": int(store.supervised().sum()) if len(store) else 0,
-        "total_tokens": int(lengths.sum()) if len(store) else 0,
-        "length_percentiles": {f"p{p}": int(np.percentile(lengths, p)) for p in _PERCENTILES},
-    }
-
-
-def _check_dropped(name: str, report: dict[str, Any], data: DataConfig) -> None:
-    read, kept = report["rows_read"], report["rows_kept"]
-    share = (read - kept) / read if read else 1.0
-    if kept and share <= data.max_dropped_fraction:
-        return
-    reasons = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()) or "no rows"
-    first: Sequence[Any] = [entry["row"] for entry in report["dropped_rows"][:5]]
-    listed = f"; first rows: {', '.join(map(str, first))}" if first else ""
-    limit = "" if not kept else f" (at most {data.max_dropped_fraction:.0%} may be, data.max_dropped_fraction)"
-    too_long = any("too_long" in reason for reason in report["dropped"])
-    fix = f"raise data.max_length (now {data.max_length})" if too_long else "mend these rows"
-    raise DataError(
-        f"{read - kept} of {read} {name} rows dropped{limit}: {reasons}",
-        where=f"split {name}{listed}",
-        fix=f"{fix}{', or raise data.max_dropped_fraction' if kept else ''}",
-    )
-
-
-def _describe_part(name: str, report: dict[str, Any]) -> str:
-    text = f"{name}: {report['rows_kept']:,} rows, {report['supervised_tokens']:,} supervised tokens"
-    if report["dropped"]:
-        text += ", dropped " + ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
-    if report["truncated"]:
-        text += f", cut at max_length {report['truncated']} (these do not learn to stop)"
-    return text

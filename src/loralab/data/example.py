@@ -4,13 +4,36 @@ The two halves of the data contract meet here: a format knows a row's columns an
 `Example`; the tokenizer side turns an `Example` into tokens; nothing knows both.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 TokenIds: TypeAlias = npt.NDArray[np.int32]
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that an assistant turn calls.
+
+    Attributes:
+        name: of the function.
+        arguments: by name; a string where the row's was no JSON object.
+        id: what the row calls this call, or None.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] | str
+    id: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form that chat templates read."""
+        identity = {} if self.id is None else {"id": self.id}
+        return {**identity, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,23 +41,68 @@ class Message:
     """One turn of a conversation.
 
     Attributes:
-        role: "system", "user" or "assistant".
+        role: one of `ROLES`.
         content: the text, exactly as in the row.
+        reasoning: what an assistant thought before it answered, or None.
+        tool_calls: functions that an assistant turn calls, behind its content.
+        name: of the function whose result a tool turn holds, or None.
+        call_id: of the call that a tool turn answers, or None.
+        train: whether the turn may carry loss; `data.train_on` says which turns do.
     """
 
     role: str
     content: str
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+    call_id: str | None = None
+    train: bool = True
 
-    def as_dict(self) -> dict[str, str]:
-        """Return the form that chat templates read."""
-        return {"role": self.role, "content": self.content}
+    def as_dict(self) -> dict[str, Any]:
+        """Return the form that chat templates read; what the turn does not have is left out."""
+        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.reasoning is not None:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [call.as_dict() for call in self.tool_calls]
+        if self.name is not None:
+            message["name"] = self.name
+        if self.call_id is not None:
+            message["tool_call_id"] = self.call_id
+        return message
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns that a template renders; assistant turns carry loss."""
+    """Turns that a template renders; which of them carry loss, `data.train_on` says.
+
+    Attributes:
+        messages: at least one.
+        tools: functions that the assistant may call, as JSON schemas that templates read.
+    """
 
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of preformatted text.
+
+    Attributes:
+        text: exactly as it stands, markers and end tokens included.
+        train: whether its tokens carry loss.
+    """
+
+    text: str
+    train: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Preformatted:
+    """Text that was put together elsewhere, in pieces; no template touches it."""
+
+    segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +119,16 @@ class Tokens:
     Attributes:
         input_ids: token ids without padding, L of them.
         labels: for each position its own token id, or -100 where it carries no loss (L).
+        masked_end: first token that the attention mask left out behind the row, or None: where
+            that is an end token, padding may have been told by its id.
     """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    masked_end: int | None = None
 
 
-Example: TypeAlias = Conversation | Document | Tokens
+Example: TypeAlias = Conversation | Preformatted | Document | Tokens
 
 
 @dataclass(frozen=True, slots=True)

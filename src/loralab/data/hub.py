@@ -154,18 +154,20 @@ def content_sha256(dataset: datasets.Dataset, *, label: str) -> str:
     return digest.hexdigest()
 
 
-def dataset_rows(dataset: datasets.Dataset, name: str) -> Iterator[Row]:
+def dataset_rows(dataset: datasets.Dataset, name: str, start: int = 0) -> Iterator[Row]:
     """Yield the rows as Python values.
 
     Args:
         dataset: the split.
         name: what the user knows it as, for messages.
+        start: rows to leave out at the beginning.
 
     Raises:
         DataError: there is none, or one cannot be decoded.
     """
-    rows: Iterator[dict[str, Any]] = iter(dataset.with_format(None))
-    number = 0
+    rest = dataset.select(range(min(start, len(dataset)), len(dataset))) if start else dataset
+    rows: Iterator[dict[str, Any]] = iter(rest.with_format(None))
+    number = start
     while True:
         try:
             fields = next(rows, None)

@@ -21,42 +21,55 @@ from loralab.data.sources import Source
 from loralab.data.store import TokenStore
 from loralab.run import file_sha256
 
-# All modules that decide on tokens or on how they are stored.
-_CODE = (
-    "example",
-    "formats",
-    "hub",
-    "json_rows",
-    "pipeline",
-    "prompter",
-    "readers",
-    "rows",
-    "store",
-    "templates",
-    "tokenize",
+# Modules of this folder that choose, check or report. All others decide on tokens or on how they are stored:
+# one that is new counts until it is named here.
+_WITHOUT_TOKENS = frozenset(
+    ("__init__", "cache", "contract", "dataset", "identity", "pools", "split_report", "splits", "staging")
 )
 _LIBRARIES = ("tokenizers", "transformers", "jinja2")
 
 
-def cache_key(sources: Sequence[Source], worker: RowTokenizer) -> str:
-    """Return the name of the cache entry that holds the tokens of `sources`."""
-    parts = [
-        [source.fingerprint for source in sources],
-        sorted(describe_tokenizing(worker).items()),
-        [file_sha256(Path(__file__).with_name(f"{name}.py")) for name in _CODE],
-        [importlib.metadata.version(name) for name in _LIBRARIES],
-    ]
-    return _hash(parts)
+def entry_key(parts: Mapping[str, str]) -> str:
+    """Return the name of the cache entry that `parts` describe."""
+    return _hash(sorted(parts.items()))
 
 
-def describe_tokenizing(worker: RowTokenizer) -> dict[str, str]:
-    """Return everything but the rows that decides on tokens, by readable name; long values as hashes."""
-    prompter = worker.prompter
+def describe_entry(sources: Sequence[Source], workers: Sequence[RowTokenizer]) -> dict[str, str]:
+    """Return what decides on the tokens of a cache entry, by readable name; long values as hashes.
+
+    Args:
+        sources: of the rows, in order.
+        workers: what tokenizes the rows of each source.
+    """
     return {
-        "format": worker.format,
-        "columns": json.dumps(dict(sorted(worker.columns.items()))),
-        "on_bad_row": worker.on_bad_row,
-        **{name: str(value) for name, value in asdict(worker.settings).items()},
+        "rows": _hash([source.fingerprint for source in sources]),
+        **describe_tokenizing(workers),
+        "code": code_version(),
+        **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+    }
+
+
+def code_version() -> str:
+    """Return a hash over all modules that decide on tokens."""
+    folder = Path(__file__).parent
+    # Templates are not code: the text of the one that is used is a part of the key.
+    counted = [path for path in folder.rglob("*.py") if path.stem not in _WITHOUT_TOKENS]
+    return _hash(sorted([path.relative_to(folder).as_posix(), file_sha256(path)] for path in counted))
+
+
+def describe_tokenizing(workers: Sequence[RowTokenizer]) -> dict[str, str]:
+    """Return everything but the rows that decides on tokens, by readable name; long values as hashes.
+
+    Args:
+        workers: they differ in format and columns alone.
+    """
+    first = workers[0]
+    prompter = first.prompter
+    return {
+        "format": _joined([worker.format for worker in workers]),
+        "columns": _joined([_columns(worker) for worker in workers]),
+        "on_bad_row": first.on_bad_row,
+        **{name: str(value) for name, value in asdict(first.settings).items()},
         "tokenizer": tokenizer_sha256(prompter.tokenizer),
         # Templates write them, and data.stop_tokens changes the end token.
         "special_tokens": json.dumps({k: str(v) for k, v in sorted(prompter.tokenizer.special_tokens_map.items())}),
@@ -64,6 +77,15 @@ def describe_tokenizing(worker: RowTokenizer) -> dict[str, str]:
         "stop_tokens": json.dumps(prompter.stop.texts),
         "stop_token_ids": json.dumps(prompter.stop.ids),
     }
+
+
+def _columns(worker: RowTokenizer) -> str:
+    return json.dumps(dict(sorted(worker.columns.items())))
+
+
+def _joined(values: Sequence[str]) -> str:
+    """Return what all values are, or all of them in turn where they differ."""
+    return values[0] if len(set(values)) == 1 else ", ".join(values)
 
 
 def data_identity(
@@ -74,12 +96,14 @@ def data_identity(
     Args:
         data: the data section.
         sources: of all splits, in order.
-        workers: what tokenized them; they differ in their format alone.
+        workers: what tokenized them; they differ in format and columns alone.
         splits: the tokens.
     """
     identity = {"rows": _hash([source.fingerprint for source in sources])}
-    identity |= describe_tokenizing(workers[0])
+    identity |= describe_tokenizing(workers)
+    # Each once: into how many sources rows of one format are divided does not matter.
     identity["format"] = ", ".join(dict.fromkeys(worker.format for worker in workers))
+    identity["columns"] = ", ".join(dict.fromkeys(map(_columns, workers)))
     amounts = {name: value for name in ("validation", "test") if isinstance(value := getattr(data, name), (int, float))}
     if amounts:
         seed = f", seed {data.split_seed}" if data.split_method == "random" else ""

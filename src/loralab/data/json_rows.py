@@ -1,66 +1,98 @@
 """JSON and JSON lines to rows.
 
-Owns which shapes of JSON hold rows and the wording of JSON errors.
+Owns which shapes of JSON hold rows and what a row may be. Reading a long list piece by piece is
+`json_list.py`'s.
 """
 
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-from loralab.data.rows import Row, decode_text, excerpt, text_lines
+from loralab.data.json_list import JsonText, invalid_json, json_values, parse_json
+from loralab.data.rows import BOM, JsonLine, Row, UnparsedRow, decode_text, excerpt
 from loralab.errors import DataError
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _TYPES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
 _SHAPES = 'write a list of objects, [{"prompt": ...}, ...], or one object per line in a .jsonl file'
+_BLANK = b" \t\r\n"
 
 
-def read_json(stream: io.BufferedIOBase, name: str) -> Iterator[Row]:
+def read_json(stream: io.BufferedIOBase, name: str, start: int = 0) -> Iterator[UnparsedRow]:
     """Yield the objects of a JSON list; of the one list in a JSON object; or of JSON lines, told by the content.
+
+    A list and lines are read piece by piece; an object that wraps a list is read whole.
+
+    Args:
+        stream: the file.
+        name: the file, for messages.
+        start: rows to leave out at the beginning.
 
     Raises:
         DataError: the file is no UTF-8, no JSON, or holds something else than objects.
     """
-    text = decode_text(stream.read(), name)
-    if not text.strip():
+    text = JsonText(stream, name)
+    first = text.peek()
+    if first == "[":
+        values = json_values(text)
+    elif first == "{" and _holds_json_lines(stream, name):
+        stream.seek(0)
+        yield from read_json_lines(stream, name, start)
         return
-    if _holds_json_lines(text):
-        yield from _rows_of_lines(enumerate(text.split("\n"), 1), name)
+    elif first:
+        stream.seek(0)
+        whole = decode_text(stream.read(), name)
+        escapes = _SURROGATE_ESCAPE.search(whole) is not None
+        values = ((value, escapes) for value in _list_of_rows(parse_json(whole, name), name))
+        del whole  # as large as the file
+    else:
         return
-    values = _list_of_rows(_parse(text, name), name)
-    escapes = _SURROGATE_ESCAPE.search(text) is not None
-    del text  # as large as the file
-    for number, value in enumerate(values, 1):
-        yield _object_row(value, Row({}, number, name), escapes=escapes)
+    for number, (value, has_escapes) in enumerate(values, 1):
+        if number > start:
+            yield _object_row(value, Row({}, number, name), escapes=has_escapes)
 
 
-def read_json_lines(stream: io.BufferedIOBase, name: str) -> Iterator[Row]:
-    """Yield one row per line that is not blank.
+def read_json_lines(stream: io.BufferedIOBase, name: str, start: int = 0) -> Iterator[JsonLine]:
+    """Yield one row per line that is not blank, not parsed yet; lines that are left out cost next to nothing.
 
-    Raises:
-        DataError: a line is no UTF-8, no JSON, or no object.
+    Args:
+        stream: the file.
+        name: the file, for messages.
+        start: rows to leave out at the beginning.
     """
-    yield from _rows_of_lines(text_lines(stream, name), name)
-
-
-def _rows_of_lines(lines: Iterable[tuple[int, str]], name: str) -> Iterator[Row]:
     number = 0
-    for line, text in lines:
-        if not text.strip(" \t\r\n"):
+    for line, raw in enumerate(stream, 1):
+        if not (raw.removeprefix(BOM) if line == 1 else raw).strip(_BLANK):
             continue
         number += 1
-        value = _parse(text.rstrip("\r\n"), name, line=line)
-        escapes = _SURROGATE_ESCAPE.search(text) is not None
-        yield _object_row(value, Row({}, number, name, line), escapes=escapes)
+        if number > start:
+            yield JsonLine(raw, number, name, line)
 
 
-def _holds_json_lines(text: str) -> bool:
-    if not text.lstrip().startswith("{"):
+def parse_row(row: UnparsedRow) -> Row:
+    """Return a row with its fields, parsed where nobody has.
+
+    Raises:
+        DataError: it is no UTF-8, no JSON, or no object.
+    """
+    if isinstance(row, Row):
+        return row
+    text = decode_text(row.raw, row.source, line=row.line)
+    value = parse_json(text.rstrip("\r\n"), row.source, line=row.line)
+    escapes = _SURROGATE_ESCAPE.search(text) is not None
+    return _object_row(value, Row({}, row.number, row.source, row.line), escapes=escapes)
+
+
+def _holds_json_lines(stream: io.BufferedIOBase, name: str) -> bool:
+    """Return whether the first line that is not blank is an object, and another one follows."""
+    stream.seek(0)
+    lines = read_json_lines(stream, name)
+    first = next(lines, None)
+    if first is None or next(lines, None) is None:
         return False
-    first, _, rest = text.strip().partition("\n")
     try:
-        return bool(rest) and isinstance(json.loads(first), dict)
+        return isinstance(json.loads(decode_text(first.raw, name, line=first.line)), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -75,20 +107,6 @@ def _list_of_rows(value: object, name: str) -> list[object]:
         return next(iter(lists.values()))
     keys = f"under {excerpt(list(lists))}" if lists else f"its keys: {excerpt(list(value))}"
     raise DataError(f"the file holds one object with {len(lists)} lists of objects, {keys}", where=name, fix=_SHAPES)
-
-
-def _parse(text: str, name: str, *, line: int = 1) -> object:
-    place, fix = f"{name} line {line}", "mend it there: .jsonl has one object per line, .json one list of objects"
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        found = excerpt(text[error.pos : error.pos + 30]) if error.pos < len(text) else "the end"
-        place = f"{name} line {line + error.lineno - 1} column {error.colno}"
-        raise DataError(f"invalid JSON: {error.msg}, got {found}", where=place, fix=fix) from None
-    except ValueError as error:  # a number of more digits than Python converts
-        raise DataError(f"invalid JSON: {error}", where=place, fix="write the number as a string") from None
-    except RecursionError:
-        raise DataError("invalid JSON: nested too deeply", where=place, fix="flatten the row") from None
 
 
 def _object_row(value: object, place: Row, *, escapes: bool) -> Row:
@@ -115,7 +133,7 @@ def _refuse_half_characters(value: dict[str, object], place: Row) -> None:
             fix="write the whole character, or remove it",
         ) from None
     except RecursionError:
-        raise DataError("invalid JSON: nested too deeply", where=place.describe(), fix="flatten the row") from None
+        raise invalid_json("nested too deeply", where=place.describe(), fix="flatten the row") from None
 
 
 def _type_name(value: object) -> str:

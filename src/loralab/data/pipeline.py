@@ -14,22 +14,29 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from loralab.data.example import Example
-from loralab.data.formats import FORMATS, RowError, rename_columns
+from loralab.data.fields import RowError
+from loralab.data.formats import build_example
+from loralab.data.json_rows import parse_row
+from loralab.data.packing import PackedRows, RowUnits, pack_rows
 from loralab.data.prompter import Prompter
-from loralab.data.sources import Row
+from loralab.data.rows import JsonLine, Row, UnparsedRow
+from loralab.data.sources import Source
 from loralab.data.tokenize import TokenizeSettings, Unit, tokenize_examples
-from loralab.errors import DataError, WorkerError
+from loralab.errors import DataError, MaskError, WorkerError
 
-CHUNK_ROWS = 256
+# A chunk is what a process gets at a time: at most so many rows and, more or less, bytes.
+CHUNK_ROWS, CHUNK_BYTES = 256, 2**20
 # Below this many rows, starting processes costs more than they save.
 ROWS_IN_PROCESS = 2048
 _MAX_AUTO_WORKERS = 8
 _CHUNKS_AHEAD = 4
 
-RowUnits = tuple[int, list[Unit]]
+# Number of the source, and rows of it.
+Chunk: TypeAlias = tuple[int, list[UnparsedRow]]
+PackedChunk: TypeAlias = tuple[int, PackedRows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +57,25 @@ class RowTokenizer:
     settings: TokenizeSettings
     on_bad_row: Literal["error", "drop"]
 
-    def __call__(self, rows: Sequence[Row]) -> list[RowUnits]:
+    def __call__(self, rows: Sequence[UnparsedRow]) -> list[RowUnits]:
         """Return number and units of each row.
 
         Raises:
-            DataError: a bad row and `on_bad_row` is "error"; the message names it.
+            DataError: a row cannot be read; or it is bad and `on_bad_row` is "error". The message names it.
+            MaskError: what would carry loss is not the answer.
         """
-        examples = [self._example(row) for row in rows]
-        good = [(row, example) for row, example in zip(rows, examples, strict=True) if example is not None]
+        parsed = [parse_row(row) for row in rows]
+        examples = [self._example(row) for row in parsed]
+        good = [(row, example) for row, example in zip(parsed, examples, strict=True) if example is not None]
         units = iter(self._tokenize(good))
         return [
             (row.number, [Unit(dropped="bad_row")] if example is None else next(units))
-            for row, example in zip(rows, examples, strict=True)
+            for row, example in zip(parsed, examples, strict=True)
         ]
 
     def _example(self, row: Row) -> Example | None:
         try:
-            form = FORMATS[self.format]
-            return form.build(rename_columns(row.fields, self.columns, required=form.required))
+            return build_example(self.format, row.fields, self.columns)
         except RowError as error:
             if self.on_bad_row == "drop":
                 return None
@@ -79,39 +87,111 @@ class RowTokenizer:
         examples = [example for _, example in good]
         try:
             return list(tokenize_examples(examples, prompter=self.prompter, settings=self.settings))
-        except DataError as error:
+        except (DataError, MaskError):
             # Again one by one, to name the row: the common case stays one tokenizer call.
-            for row, example in good:
-                try:
-                    list(tokenize_examples([example], prompter=self.prompter, settings=self.settings))
-                except DataError as single:
-                    problem = single.problems[0]
-                    raise DataError(
-                        problem.what, where=f"{row.describe()}, {problem.where}", fix=problem.fix
-                    ) from error
-            raise
+            return [self._tokenize_one(row, example) for row, example in good]
+
+    def _tokenize_one(self, row: Row, example: Example) -> list[Unit]:
+        try:
+            (units,) = tokenize_examples([example], prompter=self.prompter, settings=self.settings)
+            return units
+        except (DataError, MaskError) as error:
+            problem = error.problems[0]
+            # Not what another setting refuses, and never a proof that failed.
+            if self.on_bad_row == "drop" and isinstance(error, DataError) and problem.where == "key data.template":
+                return [Unit(dropped="template_refused")]
+            where = f"{row.describe()}, {problem.where}"
+            raise type(error)(problem.what, where=where, fix=problem.fix) from error
 
 
-def tokenize_rows(
-    rows: Iterable[Row], tokenizer: RowTokenizer, *, workers: int | Literal["auto"]
-) -> Iterator[RowUnits]:
-    """Yield number and units of every row, in order.
+class RowPipeline:
+    """Tokenizes the rows of several sources, each with its own tokenizer of rows.
 
     Args:
-        rows: read as they are needed.
-        tokenizer: what to do with them.
+        sources: read as their rows are needed.
+        tokenizers: one for each source.
         workers: processes; 0 stays in this one, "auto" starts them once there are many rows.
+
+    Attributes:
+        processes: how many processes tokenize, as far as is known by now.
     """
-    iterator = iter(rows)
-    if workers == "auto":
-        for chunk in _chunks(itertools.islice(iterator, ROWS_IN_PROCESS)):
-            yield from tokenizer(chunk)
-        workers = _auto_workers()
-    if workers > 1 or (workers == 1 and sys.platform != "linux"):
-        yield from _tokenize_in_processes(iterator, tokenizer, workers)
-        return
-    for chunk in _chunks(iterator):
-        yield from tokenizer(chunk)
+
+    def __init__(
+        self, sources: Sequence[Source], tokenizers: Sequence[RowTokenizer], *, workers: int | Literal["auto"]
+    ) -> None:
+        self.processes = 1
+        self._sources = sources
+        self._tokenizers = list(tokenizers)
+        self._workers = workers
+
+    def run(self, *, source: int = 0, row: int = 0) -> Iterator[PackedChunk]:
+        """Yield the units of all rows, in order: number of the source, and units of some of its rows.
+
+        Args:
+            source: number of the source to begin with.
+            row: rows of it to leave out.
+        """
+        chunks = self._chunks(source, row)
+        workers = self._workers
+        if workers == "auto":
+            done = 0
+            while done < ROWS_IN_PROCESS and (chunk := next(chunks, None)) is not None:
+                done += len(chunk[1])
+                yield _tokenize(self._tokenizers, chunk)
+            workers = _auto_workers()
+        if workers > 1 or (workers == 1 and sys.platform != "linux"):
+            first = next(chunks, None)
+            if first is not None:
+                self.processes = workers
+                yield from self._run_processes(itertools.chain([first], chunks), workers)
+            return
+        for chunk in chunks:
+            yield _tokenize(self._tokenizers, chunk)
+
+    def _chunks(self, first: int, row: int) -> Iterator[Chunk]:
+        for index in range(first, len(self._sources)):
+            rows = self._sources[index].unparsed(row if index == first else 0)
+            for chunk in chunked(rows):
+                yield index, chunk
+
+    def _run_processes(self, chunks: Iterator[Chunk], workers: int) -> Iterator[PackedChunk]:
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        place = "the first row"
+        with ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_install, initargs=(self._tokenizers,)
+        ) as pool:
+            try:
+                for (index, rows), packed in _results(pool, chunks, workers * _CHUNKS_AHEAD):
+                    place = f"{self._sources[index].name}, after row {rows[-1].number}"
+                    yield index, packed
+            except BrokenProcessPool as error:
+                raise _worker_died(place, workers) from error
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def chunked(rows: Iterable[UnparsedRow]) -> Iterator[list[UnparsedRow]]:
+    """Yield rows in lists of at most `CHUNK_ROWS` rows and hardly more than `CHUNK_BYTES` bytes."""
+    chunk: list[UnparsedRow] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += len(row.raw) if isinstance(row, JsonLine) else _size(row.fields)
+        if len(chunk) >= CHUNK_ROWS or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _size(value: object) -> int:
+    """Return about how much text there is in a field."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, list | tuple):
+        return sum(map(_size, value)) if value and isinstance(value[0], str | list | dict) else 8 * len(value)
+    return sum(map(_size, value.values())) if isinstance(value, dict) else 8
 
 
 def _auto_workers() -> int:
@@ -121,21 +201,21 @@ def _auto_workers() -> int:
     return min(len(os.sched_getaffinity(0)), _MAX_AUTO_WORKERS)
 
 
-def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
-        yield chunk
+def _tokenize(tokenizers: Sequence[RowTokenizer], chunk: Chunk) -> PackedChunk:
+    index, rows = chunk
+    return index, pack_rows(tokenizers[index](rows))
 
 
-_worker_tokenizer: RowTokenizer | None = None
+_worker_tokenizers: list[RowTokenizer] | None = None
 
 
-def _install(tokenizer: RowTokenizer) -> None:
-    global _worker_tokenizer  # noqa: PLW0603 - set once, when the worker process starts
+def _install(tokenizers: list[RowTokenizer]) -> None:
+    global _worker_tokenizers  # noqa: PLW0603 - set once, when the worker process starts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_tokenizer = tokenizer
+    _worker_tokenizers = tokenizers
 
 
 def _end_with_parent() -> None:
@@ -146,43 +226,27 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _tokenize_chunk(chunk: list[Row]) -> list[RowUnits]:
-    if _worker_tokenizer is None:
+def _tokenize_chunk(chunk: Chunk) -> PackedChunk:
+    if _worker_tokenizers is None:
         raise RuntimeError("worker process was not installed")
-    return _worker_tokenizer(chunk)
+    return _tokenize(_worker_tokenizers, chunk)
 
 
-def _tokenize_in_processes(rows: Iterator[Row], tokenizer: RowTokenizer, workers: int) -> Iterator[RowUnits]:
-    first = next(_chunks(rows), None)
-    if first is None:
-        return
-    done = 0
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_install, initargs=(tokenizer,)) as pool:
-        try:
-            for finished in _results(pool, itertools.chain([first], _chunks(rows)), workers * _CHUNKS_AHEAD):
-                done += len(finished)
-                yield from finished
-        except BrokenProcessPool as error:
-            raise _worker_died(first[0], done, workers) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _results(pool: ProcessPoolExecutor, chunks: Iterable[list[Row]], ahead: int) -> Iterator[list[RowUnits]]:
-    pending: deque[Future[list[RowUnits]]] = deque()
+def _results(pool: ProcessPoolExecutor, chunks: Iterable[Chunk], ahead: int) -> Iterator[tuple[Chunk, PackedRows]]:
+    pending: deque[tuple[Chunk, Future[PackedChunk]]] = deque()
     for chunk in chunks:
-        pending.append(pool.submit(_tokenize_chunk, chunk))
+        pending.append((chunk, pool.submit(_tokenize_chunk, chunk)))
         if len(pending) > ahead:
-            yield pending.popleft().result()
+            done, future = pending.popleft()
+            yield done, future.result()[1]
     while pending:
-        yield pending.popleft().result()
+        done, future = pending.popleft()
+        yield done, future.result()[1]
 
 
-def _worker_died(first: Row, done: int, workers: int) -> WorkerError:
+def _worker_died(place: str, workers: int) -> WorkerError:
     return WorkerError(
         f"one of {workers} worker processes that tokenize was killed, most often because memory ran out",
-        where=f"{first.source}, after row {first.number - 1 + done}",
+        where=place,
         fix="set data.num_workers: 0 (or fewer than now), or give the machine more memory",
     )

@@ -1,25 +1,27 @@
 """The one place where prompts are made: messages to text to token ids.
 
-Owns the serving call, the stop tokens and the prompt contract that travels with an adapter.
-Training takes its prompts from here too, so what is trained is what is sent.
+Owns the serving call and the stop tokens. Training takes its prompts from here too, so what is
+trained is what is sent. How a conversation becomes turns is `turns.py`'s, what travels with an
+adapter `contract.py`'s.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from loralab.data.example import Message
-from loralab.data.templates import BOS_PREFIXES
-from loralab.errors import DataError, PromptContractError
+from loralab.data.template_text import explain_render_error, missing_end
+from loralab.data.templates import BOS_PREFIXES, RenderProbe
+from loralab.errors import DataError
 from loralab.lookup import suggest
 
-CONTRACT_VERSION = 1
 _PROBE = "loralab-probe-answer"
 _BEGINNINGS = ("Below is a text.", "a", "1 + 1")
-_GOLDEN_PROMPTS = ("What is the capital of France?", "Sort these: 3, 1, 2.", "Grüße, 世界! 👋\n\nSecond line.")
+
+Tools: TypeAlias = Sequence[Mapping[str, Any]]
+Request: TypeAlias = tuple[Sequence[Message], Tools]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,41 +77,108 @@ def apply_stop_setting(tokenizer: PreTrainedTokenizerBase, setting: Sequence[str
     tokenizer.eos_token = setting[0]
 
 
+def render_with(tokenizer: PreTrainedTokenizerBase) -> RenderProbe:
+    """Return what renders a conversation under a tokenizer with a template that is not chosen yet."""
+
+    def render(template: str, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        try:
+            text = tokenizer.apply_chat_template(
+                [message.as_dict() for message in messages],
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:  # a template is a program: whatever it raises is its own
+            raise _refusal(messages, error) from error
+        return str(text)
+
+    return render
+
+
+def _refusal(messages: Sequence[Message], error: Exception) -> DataError:
+    return DataError(
+        f"the template cannot render {' > '.join(m.role for m in messages)}: {explain_render_error(error)}",
+        where="key data.template",
+        fix="choose another data.template, or mend the Jinja file",
+    )
+
+
 class Prompter:
-    """A tokenizer with its template and stop tokens.
+    """Makes prompts with one tokenizer and its chat template.
 
     Args:
         tokenizer: with `chat_template` set.
         stop_setting: `data.stop_tokens`, already applied by `apply_stop_setting`.
+        system_prompt: system message that belongs before conversations without one of their own.
+
+    Attributes:
+        tokenizer: as given.
+        stop: tokens that end an answer.
+        system_prompt: as given, or what the rows turned out to have in common.
+        opens_answers: whether the template writes a generation prompt.
 
     Raises:
         DataError: the template cannot be rendered, or there is no stop token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_setting: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_setting: Sequence[str] | None = None,
+        *,
+        system_prompt: str | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.system_prompt = system_prompt
         self.stop = self._resolve_stop(stop_setting)
         self._joint = self._choose_joint()
+        probe = [Message("user", _PROBE)]
+        prompt, plain = (self.render(probe, add_generation_prompt=wanted) for wanted in (True, False))
+        self.opens_answers = prompt != plain
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Tools = ()) -> str:
         """Return the text that the template makes of `messages`.
 
         Raises:
             DataError: the template refuses them.
         """
+        return self._apply([messages], add_generation_prompt, tools)[0]
+
+    def render_all(self, requests: Sequence[Request], *, add_generation_prompt: bool) -> list[str]:
+        """Return the text of each of many conversations; those without tools go through one call.
+
+        Raises:
+            DataError: the template refuses one.
+        """
+        plain = [index for index, (_, tools) in enumerate(requests) if not tools]
+        texts: dict[int, str] = {}
         try:
-            text = self.tokenizer.apply_chat_template(
-                [message.as_dict() for message in messages],
+            made = self._apply([requests[index][0] for index in plain], add_generation_prompt) if plain else []
+            texts = dict(zip(plain, made, strict=True))
+        except DataError:
+            if len(requests) == 1:
+                raise
+        # One by one where a template refused one of many: the error then names it.
+        return [
+            texts[index]
+            if index in texts
+            else self.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+            for index, (messages, tools) in enumerate(requests)
+        ]
+
+    def _apply(
+        self, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool, tools: Tools = ()
+    ) -> list[str]:
+        try:
+            texts = self.tokenizer.apply_chat_template(
+                [[message.as_dict() for message in messages] for messages in conversations],
+                tools=[dict(tool) for tool in tools] or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # a template is a program: whatever it raises is its own
-            raise DataError(
-                f"the template cannot render {' > '.join(m.role for m in messages)}: {error}",
-                where="key data.template",
-                fix="choose another data.template, or mend the Jinja file",
-            ) from error
-        return str(text)
+            raise _refusal(conversations[0], error) from error
+        return [str(text) for text in texts]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of rendered texts; the template alone decides on special tokens."""
@@ -133,9 +202,27 @@ class Prompter:
             for ids, answer in zip(encoded, texts, strict=True)
         ]
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Return the ids of the serving call: the rendered messages and the generation prompt."""
-        return self.encode([self.render(messages, add_generation_prompt=True)])[0]
+        return self.encode([self.render(messages, add_generation_prompt=True, tools=tools)])[0]
+
+    def serve(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
+        """Return the ids that a server with the tokenizer's files and nothing of loralab would send.
+
+        Raises:
+            DataError: the template refuses the messages.
+        """
+        try:
+            encoded: Any = self.tokenizer.apply_chat_template(
+                [message.as_dict() for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+            )
+        except Exception as error:  # as in `render`
+            raise _refusal(messages, error) from error
+        return [int(token) for token in encoded["input_ids"]]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without stop tokens at the end."""
@@ -143,59 +230,6 @@ class Prompter:
         while kept and kept[-1] in self.stop.ids:
             kept.pop()
         return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
-
-    def split_turn(self, messages: Sequence[Message], turn: int) -> tuple[str, str]:
-        """Return prompt and answer text of one assistant turn.
-
-        The prompt is the serving call's text; the answer is the rest of the rendering, up to and
-        including the stop token (without one where the template writes none).
-
-        Raises:
-            DataError: the rendering of the turn does not begin with its own prompt.
-        """
-        prompt = self.render(messages[:turn], add_generation_prompt=True)
-        whole = self.render(messages[: turn + 1], add_generation_prompt=False)
-        if not whole.startswith(prompt):
-            raise DataError(
-                f"the template does not extend its own prompt at turn {turn + 1} ({messages[turn].role})",
-                where="key data.template",
-                fix="choose another data.template: with this one, training would not see what serving sends",
-            )
-        rest, content = whole[len(prompt) :], messages[turn].content
-        if content not in rest:
-            content = content.strip()
-        start = rest.find(content) + len(content) if content in rest else 0
-        ends = [rest.find(text, start) + len(text) for text in self.stop.texts if text in rest[start:]]
-        return prompt, rest[: min(ends)] if ends else rest
-
-    def contract(self) -> dict[str, Any]:
-        """Return the prompt contract: template, stop tokens and golden prompts with their ids."""
-        template = str(self.tokenizer.chat_template)
-        return {
-            "version": CONTRACT_VERSION,
-            "template": template,
-            "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
-            "special_tokens": "written by the template alone (add_special_tokens=False)",
-            "stop_token_ids": list(self.stop.ids),
-            "stop_tokens": list(self.stop.texts),
-            "golden": [{"prompt": p, "ids": self.encode_prompt([Message("user", p)])} for p in _GOLDEN_PROMPTS],
-        }
-
-    def check_contract(self, contract: Mapping[str, Any], *, where: str) -> None:
-        """Check that this prompter sends what the contract's golden prompts promise.
-
-        Raises:
-            PromptContractError: template, stop tokens or golden ids differ.
-        """
-        now = self.contract()
-        if now["template"] != contract.get("template"):
-            _break(f"template {_first_difference(now['template'], str(contract.get('template')))}", where)
-        if now["stop_token_ids"] != contract.get("stop_token_ids"):
-            _break(f"stop_token_ids is {now['stop_token_ids']}, trained with {contract.get('stop_token_ids')}", where)
-        for golden in contract.get("golden", []):
-            ids = self.encode_prompt([Message("user", golden["prompt"])])
-            if ids != golden.get("ids"):
-                _break(f"{golden['prompt']!r} gives ids {ids}, trained with {golden.get('ids')}", where)
 
     def _choose_joint(self) -> tuple[str, int] | None:
         """Return a special token that leaves the text behind it alone, or None."""
@@ -224,9 +258,12 @@ class Prompter:
             raise self._no_stop()
         text = self.render([Message("user", "question"), Message("assistant", _PROBE)], add_generation_prompt=False)
         behind = text.rpartition(_PROBE)[2].lstrip()
-        added = (str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
-        special = {*tokenizer.all_special_tokens, *added}
-        written = [token for token in special if token and behind.startswith(token)]
+        # Added tokens count whether they are marked as special or not: what the template writes there ends answers.
+        added = (str(token.content) for token in tokenizer.added_tokens_decoder.values())
+        known = {*tokenizer.all_special_tokens, *added}
+        written = [token for token in known if token and behind.startswith(token)]
+        if not written:
+            self._refuse_missing_end(behind)
         stops = [max(written, key=len)] if written else []
         reason = f"the template writes {stops[0]} after an answer" if stops else ""
         if tokenizer.eos_token is not None and tokenizer.eos_token not in stops:
@@ -237,35 +274,14 @@ class Prompter:
             raise self._no_stop()
         return StopTokens(self._ids_of(stops), tuple(stops), reason)
 
-
-def load_contracted(tokenizer: PreTrainedTokenizerBase, contract: Mapping[str, Any], *, where: str) -> Prompter:
-    """Return the prompter of an adapter's tokenizer, checked against the adapter's contract.
-
-    Raises:
-        PromptContractError: the contract is damaged, or the tokenizer does not keep it.
-    """
-    missing = [key for key in ("template", "stop_tokens", "stop_token_ids", "golden") if not contract.get(key)]
-    if missing:
-        _break(f"the contract has no {', '.join(missing)}", where)
-    if not isinstance(tokenizer.chat_template, str):
-        _break("the tokenizer's chat template is missing", where)
-    unknown = [token for token in contract["stop_tokens"] if token not in tokenizer.get_vocab()]
-    if unknown:
-        _break(f"the tokenizer has no {unknown[0]!r}", where)
-    prompter = Prompter(tokenizer, contract["stop_tokens"])
-    prompter.check_contract(contract, where=where)
-    return prompter
-
-
-def _break(what: str, where: str) -> NoReturn:
-    raise PromptContractError(
-        f"prompt contract broken: {what}",
-        where=where,
-        fix="restore the adapter folder's tokenizer files, or train again with the new template",
-    )
-
-
-def _first_difference(now: str, trained: str) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(now, trained, strict=False)) if a != b), min(len(now), len(trained)))
-    start = max(at - 20, 0)
-    return f"is ...{now[start : at + 20]!r}..., trained with ...{trained[start : at + 20]!r}... (character {at})"
+    def _refuse_missing_end(self, behind: str) -> None:
+        missing = missing_end(behind, self.tokenizer.get_vocab())
+        if missing is None:
+            return
+        end = self.tokenizer.eos_token or (self.tokenizer.all_special_tokens or ["</s>"])[0]
+        raise DataError(
+            f"the template ends an answer with {missing!r}, which is no token of this tokenizer: "
+            "generation could not stop on it",
+            where="key data.template",
+            fix=f"choose another data.template, or end answers with a token that there is: data.stop_tokens: [{end!r}]",
+        )

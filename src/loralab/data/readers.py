@@ -8,6 +8,7 @@ import csv
 import functools
 import gzip
 import io
+import itertools
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +18,15 @@ import pyarrow
 import pyarrow.parquet
 
 from loralab.data.json_rows import read_json, read_json_lines
-from loralab.data.rows import Row, decode_text, excerpt, text_lines
+from loralab.data.rows import Row, UnparsedRow, decode_text, excerpt, text_lines
 from loralab.errors import DataError
 
 # csv's own limit is 131,072 characters, less than one long document.
 MAX_CSV_FIELD_CHARACTERS = 2**28
 PARQUET_BATCH_ROWS = 1024
 
-Reader = Callable[[io.BufferedIOBase, str], Iterator[Row]]
+# Stream, name of the file, rows to leave out.
+Reader = Callable[[io.BufferedIOBase, str, int], Iterator[UnparsedRow]]
 
 
 def data_suffix(name: str) -> str:
@@ -34,20 +36,21 @@ def data_suffix(name: str) -> str:
     return Path(lower.removesuffix(packed)).suffix + packed
 
 
-def read_rows(path: Path, name: str) -> Iterator[Row]:
+def read_rows(path: Path, name: str, start: int = 0) -> Iterator[UnparsedRow]:
     """Yield the rows of a file with a suffix of `READERS`, streaming where its format allows it.
 
     Args:
         path: the file.
         name: the file as the user named it, for messages.
+        start: rows to leave out at the beginning.
 
     Raises:
         DataError: the file cannot be read, holds something else than its suffix says, or no row.
     """
-    suffix, empty = data_suffix(path.name), True
+    suffix, empty = data_suffix(path.name), not start
     try:
         with gzip.open(path, "rb") if suffix.endswith(".gz") else path.open("rb") as stream:
-            for row in READERS[suffix](stream, name):
+            for row in READERS[suffix](stream, name, start):
                 empty = False
                 yield row
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -66,10 +69,16 @@ def unreadable(error: OSError, *, name: str, where: str | None = None) -> DataEr
     return DataError(f"cannot read {excerpt(name)}: {error.strerror or error}", where=where or name, fix=fix)
 
 
-def read_csv(stream: io.BufferedIOBase, name: str, *, delimiter: str = ",") -> Iterator[Row]:
+def read_csv(stream: io.BufferedIOBase, name: str, start: int = 0, *, delimiter: str = ",") -> Iterator[Row]:
     """Yield one row per record below the header; every value is a string.
 
     Raises the field limit of Python's csv module for the whole process, which knows no other.
+
+    Args:
+        stream: the file.
+        name: the file, for messages.
+        start: rows to leave out at the beginning.
+        delimiter: what stands between fields.
 
     Raises:
         DataError: the file is no UTF-8, a quote is out of place, or header and records do not fit.
@@ -85,7 +94,8 @@ def read_csv(stream: io.BufferedIOBase, name: str, *, delimiter: str = ",") -> I
                 where=Row({}, number, name, line).describe(),
                 fix="put a field that holds the separator or a line break between double quotes",
             )
-        yield Row(dict(zip(header, values, strict=True)), number, name, line)
+        if number > start:
+            yield Row(dict(zip(header, values, strict=True)), number, name, line)
 
 
 def _csv_records(stream: io.BufferedIOBase, name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -126,18 +136,25 @@ def _check_unique(columns: Sequence[str], place: str) -> None:
         raise DataError(f"two columns have the name {twice[0]!r}", where=place, fix="rename one of them")
 
 
-def read_parquet(stream: io.BufferedIOBase, name: str) -> Iterator[Row]:
+def read_parquet(stream: io.BufferedIOBase, name: str, start: int = 0) -> Iterator[Row]:
     """Yield the rows of a Parquet file, batch by batch.
+
+    Args:
+        stream: the file.
+        name: the file, for messages.
+        start: rows to leave out at the beginning; whole groups of them are not read.
 
     Raises:
         DataError: the file is damaged, or two columns have one name.
     """
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(stream) as file:
             _check_unique(file.schema_arrow.names, name)
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
-                for fields in batch.to_pylist():
+            number, groups = _groups_behind(file.metadata, start)
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, row_groups=groups):
+                skipped = min(max(start - number, 0), len(batch))
+                number += skipped
+                for fields in batch.slice(skipped).to_pylist():
                     number += 1
                     yield Row(fields, number, name)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
@@ -147,13 +164,26 @@ def read_parquet(stream: io.BufferedIOBase, name: str) -> Iterator[Row]:
         ) from error
 
 
-def read_text(stream: io.BufferedIOBase, name: str) -> Iterator[Row]:
+def _groups_behind(metadata: pyarrow.parquet.FileMetaData, start: int) -> tuple[int, list[int]]:
+    """Return the rows before the group that holds row `start` (from 0), and that group and all behind it."""
+    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    ends = list(itertools.accumulate(rows))
+    groups = [group for group, end in enumerate(ends) if end > start]
+    return ends[groups[0]] - rows[groups[0]] if groups else start, groups
+
+
+def read_text(stream: io.BufferedIOBase, name: str, start: int = 0) -> Iterator[Row]:
     """Yield the whole file as one row with the field `text`; Windows line ends become plain ones.
+
+    Args:
+        stream: the file.
+        name: the file, for messages.
+        start: 1 leaves the row out.
 
     Raises:
         DataError: the file is no UTF-8.
     """
-    text = decode_text(stream.read(), name).replace("\r\n", "\n")
+    text = "" if start else decode_text(stream.read(), name).replace("\r\n", "\n")
     if text.strip():
         yield Row({"text": text}, 1, name)
 

@@ -21,8 +21,9 @@ from loralab.data.hub import (
     load_saved_split,
     parse_hub_id,
 )
+from loralab.data.json_rows import parse_row
 from loralab.data.readers import READERS, data_suffix, read_rows, read_text, unreadable
-from loralab.data.rows import Row, excerpt
+from loralab.data.rows import Row, UnparsedRow, excerpt
 from loralab.errors import DataError, Problem
 from loralab.lookup import nearest_name
 from loralab.run import file_sha256
@@ -40,20 +41,28 @@ class Source:
     Attributes:
         name: path as the user wrote it, or Hub id with its split.
         fingerprint: SHA-256 of the content, in hexadecimal.
-        read: begins a new pass over the rows.
+        read: begins a new pass over the rows, of which it leaves out as many as it is told.
     """
 
     name: str
     fingerprint: str
-    read: Callable[[], Iterator[Row]]
+    read: Callable[[int], Iterator[UnparsedRow]]
 
-    def rows(self) -> Iterator[Row]:
-        """Yield the rows from the first one; may be called again.
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        """Yield the rows behind the first `start`; may be called again.
 
         Raises:
             DataError: a row cannot be read, or there is none.
         """
-        return self.read()
+        return map(parse_row, self.read(start))
+
+    def unparsed(self, start: int = 0) -> Iterator[UnparsedRow]:
+        """Yield the rows behind the first `start`, for `parse_row`.
+
+        Raises:
+            DataError: the source cannot be read, or there is no row.
+        """
+        return self.read(start)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,89 +1,122 @@
-"""Staging folders in a cache: where something is written before one rename makes it visible.
+"""Unfinished folders in a cache: where an entry grows before one rename makes it visible.
 
-Owns their names, the lock that says that their process lives, and sweeping away those of dead
-processes. A lock and not a process number: numbers mean nothing on another host or in another
-container, and both may share a cache.
+Owns their names, the lock that says that somebody is writing there, and sweeping away those that
+nobody came back for. A lock and not a process number: numbers mean nothing on another host or in
+another container, and both may share a cache.
 """
 
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows has none; leftovers then stay
+except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
-PREFIX = ".tokenizing-"
+PREFIX = ".partial-"
 _LOCK_SUFFIX = ".lock"
+# An interrupted preparation can be taken up for this long.
+KEPT_SECONDS = 7 * 24 * 3600.0
+_POLL_SECONDS = 0.2
 
 
 @contextmanager
-def staging_folder(parent: Path) -> Iterator[Path]:
-    """Yield a new folder in `parent`, locked while this process lives; remove it in the end.
+def partial_folder(parent: Path, key: str, *, on_wait: Callable[[], None]) -> Iterator[Path]:
+    """Yield the place of the unfinished entry `key`, which may be there from an earlier run, or not at all.
 
-    Folders of processes that died are removed first. The permissions follow the umask, unlike
-    those of `tempfile`: a cache may be shared.
+    It is locked meanwhile, also against other processes of the same user; what is there in the
+    end stays. Where files cannot be locked, the place is a new one, which is removed in the end.
+
+    Args:
+        parent: the cache; made if need be.
+        key: name of the entry.
+        on_wait: called once if another process has the lock.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    sweep(parent)
-    lock, descriptor = _new_lock(parent)
-    staging = lock.with_suffix("")
-    with _closing(descriptor):
-        try:
-            staging.mkdir()
-            yield staging
-        finally:
-            _remove(lock)
-
-
-@contextmanager
-def _closing(descriptor: int) -> Iterator[None]:
+    _sweep(parent)
+    folder = parent / f"{PREFIX}{key}"
+    descriptor = _lock(_lock_of(folder), on_wait)
+    if descriptor is None:
+        folder = folder.with_name(f"{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        yield
+        yield folder
     finally:
-        os.close(descriptor)
+        if descriptor is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            if not folder.exists():
+                _lock_of(folder).unlink(missing_ok=True)
+            os.close(descriptor)
 
 
-def sweep(parent: Path) -> None:
-    """Remove the staging folders in `parent` whose process is dead."""
-    if fcntl is None:
-        return
-    for lock in sorted(parent.glob(f"{PREFIX}*{_LOCK_SUFFIX}")):
-        try:
-            descriptor = os.open(lock, os.O_RDWR)
-        except OSError:
-            continue
-        with _closing(descriptor), suppress(OSError):
-            if _take(descriptor, lock):
-                _remove(lock)
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + _LOCK_SUFFIX)
 
 
-def _new_lock(parent: Path) -> tuple[Path, int]:
+def _lock(path: Path, on_wait: Callable[[], None]) -> int | None:
+    """Wait for a lock; return its descriptor, or None where files cannot be locked."""
+    waited = False
     while True:
-        lock = parent / f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}{_LOCK_SUFFIX}"
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if fcntl is None or _take(descriptor, lock):
-                return lock, descriptor
-        except OSError:  # files cannot be locked here, so nobody sweeps here either
-            return lock, descriptor
-        os.close(descriptor)  # a sweeper came between
+            if _take(descriptor, path):
+                return descriptor
+        except OSError:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        if path.exists() and not waited:
+            waited = True
+            on_wait()
+        time.sleep(_POLL_SECONDS if waited else 0)
 
 
-def _take(descriptor: int, lock: Path) -> bool:
-    """Return whether nobody else has the lock, and the file still has its name."""
+def _take(descriptor: int, path: Path) -> bool:
+    """Return whether nobody else has the lock, and the file still has its name.
+
+    Raises:
+        OSError: files cannot be locked here.
+    """
+    if fcntl is None:
+        raise OSError("no locks on this system")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(descriptor), lock.stat())
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except (BlockingIOError, FileNotFoundError):
         return False
 
 
-def _remove(lock: Path) -> None:
-    # The folder first: one without a lock would never be swept.
-    shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-    lock.unlink(missing_ok=True)
+def _sweep(parent: Path) -> None:
+    """Remove the unfinished entries in `parent` that nobody has been writing for long."""
+    names = {path.name.removesuffix(_LOCK_SUFFIX) for path in parent.glob(f"{PREFIX}*")}
+    for folder in sorted(parent / name for name in names):
+        with suppress(OSError):
+            if time.time() - _last_change(folder) > KEPT_SECONDS:
+                _remove(folder)
+
+
+def _last_change(folder: Path) -> float:
+    inside = folder.iterdir() if folder.is_dir() else ()
+    paths = [path for path in (folder, _lock_of(folder), *inside) if path.exists()]
+    return max((path.stat().st_mtime for path in paths), default=time.time())
+
+
+def _remove(folder: Path) -> None:
+    lock = _lock_of(folder)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if _take(descriptor, lock):
+            # The folder first: one without a lock would look as if nobody had ever written there.
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)

@@ -1,45 +1,48 @@
-"""Tokenized rows on disk: flat arrays, mapped into memory, complete or absent.
+"""Tokenized rows on disk, mapped into memory: reading, and telling a whole store from a damaged one.
 
-Owns the cache's layout. A store is written into a temporary folder and renamed, so a killed
-run leaves no half store; one that does not match its own manifest is rebuilt.
+Owns the layout of a store's folder: raw arrays, and a manifest with their sizes and hashes.
+Writing is `store_writer.py`'s.
 """
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from loralab.data.example import Branch, TokenizedExample
-from loralab.data.staging import staging_folder
-from loralab.data.tokenize import Unit
+from loralab.data.packing import BRANCH_COLUMNS, DROP_COLUMNS, EXAMPLE_COLUMNS, Integers, note_bit
+from loralab.run import file_sha256
 
-# examples: row, source, unit, first branch, number of branches, flags; branches: start, prompt, answer.
-_EXAMPLE_COLUMNS = 6
-_BRANCH_COLUMNS = 3
-_TRUNCATED, _EMPTY_ANSWER = 1, 2
-_MANIFEST = "manifest.json"
-_ARRAYS = ("tokens.npy", "branches.npy", "examples.npy")
+MANIFEST = "manifest.json"
+# File: type of its numbers, columns.
+ARRAYS: dict[str, tuple[str, int]] = {
+    "tokens.bin": ("<i4", 1),
+    "branches.bin": ("<i8", len(BRANCH_COLUMNS)),
+    "examples.bin": ("<i8", len(EXAMPLE_COLUMNS)),
+    "drops.bin": ("<i8", len(DROP_COLUMNS)),
+}
+_ROW, _SOURCE, _UNIT, _FIRST, _COUNT, _NOTES, _LENGTH, _SUPERVISED = range(len(EXAMPLE_COLUMNS))
+# Hashing goes through the store in blocks of this many examples and bytes, whatever its size.
+_BLOCK_EXAMPLES, _BLOCK_BYTES = 2**16, 2**20
 
 
 class TokenStore(Sequence[TokenizedExample]):
     """The kept units of all sources, in order, read from a folder without copying it.
 
     Args:
-        folder: written by `write_store`.
+        folder: written by `StoreWriter`.
         indices: which examples this view holds; None for all.
     """
 
-    def __init__(self, folder: Path, indices: npt.NDArray[np.int64] | None = None) -> None:
+    def __init__(self, folder: Path, indices: Integers | None = None) -> None:
         self.folder = folder
-        self._tokens = _open_array(folder / "tokens.npy")
-        self._branches = _open_array(folder / "branches.npy")
-        self._examples = _open_array(folder / "examples.npy")
+        self._tokens = _open_array(folder, "tokens.bin").reshape(-1)
+        self._branches = _open_array(folder, "branches.bin")
+        self._examples = _open_array(folder, "examples.bin")
         self._indices = np.arange(len(self._examples)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -52,142 +55,167 @@ class TokenStore(Sequence[TokenizedExample]):
     def __getitem__(self, index: int | slice) -> TokenizedExample | list[TokenizedExample]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row, source, _, first, count, _ = (int(v) for v in self._examples[self._indices[index]])
+        values = self._examples[self._indices[index]].tolist()
+        first, count = values[_FIRST], values[_COUNT]
         branches = tuple(self._branch(first + offset) for offset in range(count))
-        return TokenizedExample(row, source, branches)
+        return TokenizedExample(values[_ROW], values[_SOURCE], branches)
 
     def _branch(self, index: int) -> Branch:
-        start, prompt, answer = (int(v) for v in self._branches[index])
+        start, prompt, answer = self._branches[index].tolist()
         middle = start + prompt
         return Branch(self._tokens[start:middle], self._tokens[middle : middle + answer])
 
     @property
-    def units(self) -> npt.NDArray[np.int64]:
+    def units(self) -> Integers:
         """Number of each example among all units, dropped ones counted."""
-        units: npt.NDArray[np.int64] = self._examples[self._indices, 2]
-        return units
+        return self._column(_UNIT)
 
     @property
-    def origins(self) -> npt.NDArray[np.int64]:
+    def origins(self) -> Integers:
         """Source and row of each example (examples, 2)."""
-        origins: npt.NDArray[np.int64] = self._examples[self._indices][:, [1, 0]]
-        return origins
+        return np.column_stack([self._column(_SOURCE), self._column(_ROW)])
 
     @property
     def largest_id(self) -> int:
-        """The largest token id of all examples."""
-        return int(self._tokens.max()) if len(self._tokens) else 0
+        """The largest token id of the whole store."""
+        return int(read_manifest(self.folder)["figures"]["largest_id"])
 
-    @property
-    def truncated(self) -> int:
-        """Number of examples whose answer or text was cut."""
-        return int((self._examples[self._indices, 5] & _TRUNCATED > 0).sum())
+    def count(self, note: str) -> int:
+        """Return the number of examples with a note of `tokenize.NOTES`."""
+        return len(self.noted(note))
 
-    @property
-    def empty_answers(self) -> int:
-        """Number of examples with an answer that is nothing but its stop token."""
-        return int((self._examples[self._indices, 5] & _EMPTY_ANSWER > 0).sum())
+    def noted(self, note: str) -> Integers:
+        """Return the positions in this view of the examples with a note of `tokenize.NOTES`."""
+        return np.flatnonzero(self._column(_NOTES) & note_bit(note)).astype(np.int64)
+
+    def lengths(self) -> Integers:
+        """Return the length of each example's longest branch, in tokens."""
+        return self._column(_LENGTH)
+
+    def supervised(self) -> Integers:
+        """Return the number of supervised tokens of each example."""
+        return self._column(_SUPERVISED)
+
+    def _column(self, column: int) -> Integers:
+        values: Integers = self._examples[self._indices, column]
+        return values
 
     def content_sha256(self) -> str:
         """Return a hash over ids, branch borders and order of the examples: everything that training sees of them."""
-        counts = self._examples[self._indices, 4]
-        first = self._examples[self._indices, 3]
-        # The branches of all examples, in order: first, first + 1, ... for each example.
-        steps = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-        branches = self._branches[np.repeat(first, counts) + steps]
-        digest = hashlib.sha256(np.ascontiguousarray(counts).tobytes())
-        digest.update(np.ascontiguousarray(branches[:, 1:]).tobytes())
-        starts, ends = branches[:, 0], branches.sum(axis=1)
-        # Branches that lie one behind the other go into the hash in one piece.
-        breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
-        for start, end in zip(starts[[0, *breaks]], ends[[*(breaks - 1), -1]], strict=True) if len(branches) else ():
-            digest.update(self._tokens[start:end])  # as it lies in the file: no copy
+        digest = hashlib.sha256()
+        for chosen in self._blocks():
+            digest.update(chosen[:, _COUNT].tobytes())
+        for branches in self._branch_blocks():
+            digest.update(np.ascontiguousarray(branches[:, 1:]).tobytes())
+        # Ordinary reads: what is read through the map counts as this process's memory.
+        with (self.folder / "tokens.bin").open("rb", buffering=0) as stream:
+            for branches in self._branch_blocks():
+                starts, ends = branches[:, 0], branches.sum(axis=1)
+                # Branches that lie one behind the other are read in one piece.
+                breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+                pieces = zip(starts[[0, *breaks]].tolist(), ends[[*(breaks - 1), -1]].tolist(), strict=True)
+                for start, end in pieces:
+                    _hash_tokens(digest, stream, start, end)
         return digest.hexdigest()
 
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Return the length of each example's longest branch, in tokens."""
-        chosen = self._examples[self._indices]
-        longest = self._branches[:, 1] + self._branches[:, 2]
-        first, count = chosen[:, 3], chosen[:, 4]
-        return np.asarray([longest[f : f + c].max() for f, c in zip(first, count, strict=True)], dtype=np.int64)
+    def _blocks(self) -> Iterator[Integers]:
+        for start in range(0, len(self), _BLOCK_EXAMPLES):
+            yield self._examples[self._indices[start : start + _BLOCK_EXAMPLES]]
 
-    def supervised(self) -> npt.NDArray[np.int64]:
-        """Return the number of supervised tokens of each example."""
-        totals = np.concatenate([[0], np.cumsum(self._branches[:, 2])])
-        chosen = self._examples[self._indices]
-        counts: npt.NDArray[np.int64] = totals[chosen[:, 3] + chosen[:, 4]] - totals[chosen[:, 3]]
-        return counts
+    def _branch_blocks(self) -> Iterator[Integers]:
+        for chosen in self._blocks():
+            counts, first = chosen[:, _COUNT], chosen[:, _FIRST]
+            # The branches of all examples, in order: first, first + 1, ... for each example.
+            steps = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+            yield self._branches[np.repeat(first, counts) + steps]
 
-    def select(self, positions: npt.NDArray[np.int64]) -> "TokenStore":
+    def select(self, positions: Integers) -> "TokenStore":
         """Return a view of the examples at `positions` of this view."""
         return TokenStore(self.folder, self._indices[positions])
 
-    def __getstate__(self) -> tuple[Path, npt.NDArray[np.int64]]:
+    def __getstate__(self) -> tuple[Path, Integers]:
         return self.folder, self._indices
 
-    def __setstate__(self, state: tuple[Path, npt.NDArray[np.int64]]) -> None:
+    def __setstate__(self, state: tuple[Path, Integers]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
 
-def _open_array(path: Path) -> Any:
-    array = np.load(path, allow_pickle=False, mmap_mode="r")
-    return array
+def _open_array(folder: Path, name: str) -> npt.NDArray[Any]:
+    path, (kind, columns) = folder / name, ARRAYS[name]
+    if not path.stat().st_size:  # nothing to map
+        return np.zeros((0, columns), dtype=kind)
+    # A plain array over the map: slices of `np.memmap` carry a dictionary each.
+    return np.asarray(np.memmap(path, dtype=kind, mode="r")).reshape(-1, columns)
 
 
-def write_store(folder: Path, units: Iterable[tuple[int, int, Unit]], *, report: dict[str, Any]) -> None:
-    """Write a store.
-
-    Args:
-        folder: where it will be; an older one there is replaced.
-        units: source index, row number and unit, in order; dropped units count but are not kept.
-        report: filled by the caller while `units` is consumed; stored beside the arrays.
-    """
-    with staging_folder(folder.parent) as staging:
-        _write_arrays(staging, units)
-        sizes = {name: (staging / name).stat().st_size for name in _ARRAYS}
-        (staging / _MANIFEST).write_text(json.dumps({"sizes": sizes, "report": report}), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            os.replace(staging, folder)
-        except OSError:
-            if read_store_report(folder) is None:  # else another process wrote the same content first
-                raise
+def _hash_tokens(digest: "hashlib._Hash", stream: BinaryIO | Any, start: int, end: int) -> None:
+    position, last = 4 * start, 4 * end
+    stream.seek(position)
+    while position < last:
+        raw = stream.read(min(_BLOCK_BYTES, last - position))
+        if not raw:
+            raise OSError(None, "the file of tokens ends before its last token", str(stream.name))
+        digest.update(raw)
+        position += len(raw)
 
 
-def _write_arrays(staging: Path, units: Iterable[tuple[int, int, Unit]]) -> None:
-    examples: list[tuple[int, ...]] = []
-    branches: list[tuple[int, int, int]] = []
-    position, raw = 0, staging / "tokens.raw"
-    with raw.open("wb") as stream:
-        for number, (source, row, unit) in enumerate(units):
-            if unit.dropped is not None:
-                continue
-            flags = _TRUNCATED * unit.truncated + _EMPTY_ANSWER * unit.empty_answer
-            examples.append((row, source, number, len(branches), len(unit.branches), flags))
-            for branch in unit.branches:
-                branches.append((position, len(branch.prompt_ids), len(branch.answer_ids)))
-                stream.write(branch.prompt_ids.tobytes() + branch.answer_ids.tobytes())
-                position += len(branch.prompt_ids) + len(branch.answer_ids)
-    tokens: npt.NDArray[np.int32] = (
-        np.memmap(raw, dtype=np.int32, mode="r") if position else np.zeros(0, dtype=np.int32)
-    )
-    np.save(staging / "tokens.npy", tokens)
-    raw.unlink()
-    np.save(staging / "branches.npy", np.asarray(branches, dtype=np.int64).reshape(-1, _BRANCH_COLUMNS))
-    np.save(staging / "examples.npy", np.asarray(examples, dtype=np.int64).reshape(-1, _EXAMPLE_COLUMNS))
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a store.
 
-
-def read_store_report(folder: Path) -> dict[str, Any] | None:
-    """Return the report of a complete store, or None where there is none or it is damaged.
+    Returns:
+        files (bytes and SHA-256 of each), figures (largest_id, supervised_tokens, total_tokens),
+        key (what decided on the tokens, by name) and report.
 
     Raises:
-        PermissionError: there is one that somebody else keeps from being read.
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+    text = (folder / MANIFEST).read_text(encoding="utf-8")
+    try:
+        whole = json.loads(text)
+        content = whole["content"]
+        if whole["sha256"] == content_hash(content) and all(content[part] is not None for part in _MANIFEST_PARTS):
+            return dict(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{MANIFEST} is damaged")
+
+
+_MANIFEST_PARTS = ("files", "figures", "key", "report")
+
+
+def content_hash(content: object) -> str:
+    """Return the hash of a JSON value, which a file holds beside it."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def find_damage(folder: Path) -> str | None:
+    """Read a whole store and return what is wrong with it, or None.
+
+    Raises:
+        PermissionError: somebody else keeps it from being read. Writing it anew would fail too,
+            with a reason that misleads.
     """
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        sizes = {name: (folder / name).stat().st_size for name in _ARRAYS}
-        return dict(manifest["report"]) if manifest["sizes"] == sizes else None
+        files: Mapping[str, Any] = read_manifest(folder)["files"]
+        for name in ARRAYS:
+            size = (folder / name).stat().st_size
+            if size != files[name]["bytes"]:
+                return f"{name} has {size:,} bytes, {files[name]['bytes']:,} were written"
+        changed = [name for name in ARRAYS if file_sha256(folder / name) != files[name]["sha256"]]
+        return f"{changed[0]} is not what was written" if changed else None
     except PermissionError:
-        raise  # writing it anew would fail too, with a reason that misleads
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        raise
+    except OSError as error:
+        return f"{Path(str(error.filename or folder)).name}: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError) as error:
+        return str(error)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Return the report of a whole store, its dropped units as [unit, source index, row, reason]."""
+    report = dict(read_manifest(folder)["report"])
+    reasons = report.pop("reasons")
+    drops = np.fromfile(folder / "drops.bin", dtype=ARRAYS["drops.bin"][0]).reshape(-1, len(DROP_COLUMNS))
+    report["dropped"] = [[unit, source, row, reasons[reason]] for unit, source, row, reason in drops.tolist()]
+    return report

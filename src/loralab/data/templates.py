@@ -1,51 +1,31 @@
-"""Prompt templates: Jinja texts by name, and the choice among them.
+"""Prompt templates: Jinja texts by name, the choice among them, and making a chosen one ready.
 
-Owns the text of templates. A template's whole text goes into the adapter's tokenizer, so that
-every other tool prompts the adapter as it was trained.
+Owns the names and needs of the shipped templates (their texts are in `chat_templates/`), and what
+is done to a template before its first use. A template's whole text goes into the adapter's
+tokenizer, so that every other tool prompts the adapter as it was trained.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from loralab.config.checks import Finding
 from loralab.config.paths import local_path
 from loralab.config.schema import Config
+from loralab.data.example import Message
+from loralab.data.template_text import (
+    FROZEN_DAY,
+    freeze_date,
+    freeze_values,
+    parse_template,
+    put_in_front,
+    without_layout,
+)
 from loralab.errors import DataError
 from loralab.lookup import suggest
-
-# Wording: Taori et al. 2023, Stanford Alpaca; the line break behind "### Response:" is the
-# widespread form. The user turn holds "\n\n### Input:\n" exactly when there is an input.
-ALPACA = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' and loop.first -%}"
-    "{{- message['content'] + '\\n\\n' -}}"
-    "{%- elif message['role'] == 'user' -%}"
-    "{%- if loop.first -%}"
-    "{%- if '\\n\\n### Input:\\n' in message['content'] -%}"
-    "{{- 'Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\\n\\n' -}}"
-    "{%- else -%}"
-    "{{- 'Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\\n\\n' -}}"
-    "{%- endif -%}"
-    "{%- endif -%}"
-    "{{- '### Instruction:\\n' + message['content'] + '\\n\\n' -}}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{{- '### Response:\\n' + message['content'] + eos_token -}}"
-    "{%- if not loop.last -%}{{- '\\n\\n' -}}{%- endif -%}"
-    "{%- else -%}"
-    "{{- raise_exception('the alpaca template has no place for role ' + message['role']) -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '### Response:\\n' -}}{%- endif -%}"
-)
-
-NONE = (
-    "{%- for message in messages -%}"
-    "{{- message['content'] -}}"
-    "{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}"
-    "{%- endfor -%}"
-)
 
 # One of these goes before a named template where the tokenizer starts every text with its bos
 # token, so that the chat template alone gives the ids that the base model was trained to see
@@ -53,6 +33,15 @@ NONE = (
 BOS_PREFIXES = {"": "{{- bos_token -}}", " ": "{{- bos_token + ' ' -}}"}
 
 TOKENIZERS_OWN = "tokenizer"
+
+# Text of a template, messages, whether to add the generation prompt -> the rendering.
+# Raises DataError where the template refuses.
+RenderProbe: TypeAlias = Callable[[str, Sequence[Message], bool], str]
+
+_PROBE = (Message("user", "red"), Message("assistant", "green"), Message("user", "blue"), Message("assistant", "grey"))
+_PROBES = (_PROBE, (Message("system", "black"), *_PROBE))
+_LEFT_OUT = "blanks and line breaks between its tags only lay it out for reading and are left out, because with them"
+_WRITTEN_INDENTATION = re.compile(r"^[ \t]{2,}", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +51,7 @@ class Template:
     Attributes:
         name: its name in `TEMPLATES`, "tokenizer", or the path of a file.
         text: the whole Jinja text.
-        reason: why it was chosen.
+        reason: why it was chosen, and what was done to it.
     """
 
     name: str
@@ -70,10 +59,23 @@ class Template:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """What a shipped template asks of a tokenizer.
+
+    Attributes:
+        tokens: texts that must be tokens of their own, in the order in which a prompt has them.
+        writes_bos: whether the template writes the bos token itself, as its published form does.
+    """
+
+    tokens: tuple[str, ...] = ()
+    writes_bos: bool = False
+
+
 def resolve_template(
     setting: str, *, own: str | None, fallback: str | None, own_first: bool, bos_prefix: str
 ) -> Template:
-    """Choose the template.
+    """Choose the template; `prepare_template` makes it ready for use.
 
     Args:
         setting: `data.template`.
@@ -90,7 +92,7 @@ def resolve_template(
             return Template(TOKENIZERS_OWN, own, "the tokenizer has a chat template of its own")
         name = fallback or "none"
         why = "rows of this format are used as they stand" if name == "none" else "the tokenizer has no chat template"
-        return Template(name, bos_prefix + TEMPLATES[name], why)
+        return Template(name, _shipped_text(name, bos_prefix), why)
     if setting == TOKENIZERS_OWN:
         if own:
             return Template(setting, own, "set in data.template")
@@ -100,8 +102,17 @@ def resolve_template(
             fix=f"choose one: {', '.join(TEMPLATES)}, or the path of a Jinja file",
         )
     if setting in TEMPLATES:
-        return Template(setting, bos_prefix + TEMPLATES[setting], "set in data.template")
+        return Template(setting, _shipped_text(setting, bos_prefix), "set in data.template")
     return Template(setting, _read_template(Path(setting).expanduser()), "file set in data.template")
+
+
+def _shipped_text(name: str, bos_prefix: str) -> str:
+    shipped = SHIPPED[name]
+    if shipped.writes_bos:
+        return TEMPLATES[name]
+    # A special token takes no blank before it: only plain text begins with one.
+    prefix = BOS_PREFIXES[""] if bos_prefix and shipped.tokens else bos_prefix
+    return prefix + TEMPLATES[name]
 
 
 def _read_template(path: Path) -> str:
@@ -114,6 +125,103 @@ def _read_template(path: Path) -> str:
     if not text.strip():
         raise DataError(f"empty template file {str(path)!r}", where="key data.template", fix="give a Jinja template")
     return text
+
+
+def prepare_template(
+    template: Template, *, vocabulary: Container[str], kwargs: Mapping[str, Any], render: RenderProbe
+) -> Template:
+    """Return the template as it is used from here on: complete in itself and the same on every day.
+
+    Variables of `data.template_kwargs` and today's date become part of the text, and blanks that
+    only lay a file out for reading go.
+
+    Args:
+        template: as `resolve_template` chose it.
+        vocabulary: the tokenizer's tokens, added ones included.
+        kwargs: `data.template_kwargs`.
+        render: renders a small conversation with a template's text under the run's tokenizer.
+
+    Raises:
+        DataError: no valid Jinja, a token that the tokenizer lacks, a variable that the template
+            does not read, a date that cannot be fixed.
+    """
+    where = _place(template.name)
+    tree = parse_template(template.text, where=where)
+    _check_tokens(template.name, vocabulary)
+    values, date = freeze_values(tree, kwargs), freeze_date(tree, where=where)
+    notes = [template.reason]
+    if values:
+        notes.append(f"{', '.join(kwargs)} fixed by data.template_kwargs")
+    if date:
+        day = f"{FROZEN_DAY:%d %b %Y}"
+        notes.append(f"where it asks for today's date it gets {day}: another day would be another prompt")
+    text, note = _choose_layout(template, values + date, render)
+    return replace(template, text=text, reason="; ".join(notes + ([note] if note else [])))
+
+
+def _place(name: str) -> str:
+    if name == TOKENIZERS_OWN:
+        return "the tokenizer's chat template"
+    return f"template {name}" if name in TEMPLATES else f"template file {name}"
+
+
+def _check_tokens(name: str, vocabulary: Container[str]) -> None:
+    absent = [token for token in SHIPPED[name].tokens if token not in vocabulary] if name in SHIPPED else []
+    if absent:
+        raise DataError(
+            f"template {name} needs {', '.join(map(repr, absent))}, which this tokenizer does not have as tokens",
+            where="key data.template",
+            fix=f"choose one that fits this tokenizer: {', '.join(usable_templates(vocabulary))}, or a Jinja file",
+        )
+
+
+def usable_templates(vocabulary: Container[str]) -> list[str]:
+    """Return the names of the shipped templates whose tokens are all in `vocabulary`."""
+    return [name for name, shipped in SHIPPED.items() if all(token in vocabulary for token in shipped.tokens)]
+
+
+def _choose_layout(template: Template, front: str, render: RenderProbe) -> tuple[str, str]:
+    """Return the text to use, and why where it is not the template's own.
+
+    A shipped template writes no layout. A tokenizer's own was used as it stands to train the model,
+    so it is changed only where it could not be used at all.
+    """
+    whole = put_in_front(front, template.text)
+    squeezed = None if template.name in TEMPLATES else without_layout(template.text)
+    if squeezed is None:
+        return whole, ""
+    bare = put_in_front(front, squeezed)
+    before, after = _renderings(whole, render), _renderings(bare, render)
+    if not after.texts or not after.extends:
+        return whole, ""
+    if before.texts and not before.extends:
+        return bare, f"{_LEFT_OUT} it does not extend its own prompt"
+    if template.name != TOKENIZERS_OWN and before.indents and not after.indents:
+        return bare, f"{_LEFT_OUT} it writes its own indentation into prompts"
+    return whole, ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Renderings:
+    """How a template renders the probes that it does not refuse."""
+
+    texts: tuple[str, ...]
+    extends: bool
+    indents: bool
+
+
+def _renderings(text: str, render: RenderProbe) -> _Renderings:
+    texts: list[str] = []
+    extends = True
+    for probe in _PROBES:
+        try:
+            for turn in (len(probe) - 3, len(probe) - 1):
+                prompt, whole = render(text, probe[:turn], True), render(text, probe[: turn + 1], False)
+                extends = extends and whole.startswith(prompt)
+                texts.append(whole)
+        except DataError:  # a role that the template has no place for: another probe may do
+            continue
+    return _Renderings(tuple(texts), extends, any(map(_WRITTEN_INDENTATION.search, texts)))
 
 
 def check_template_name(config: Config) -> list[Finding]:
@@ -130,7 +238,21 @@ def check_template_name(config: Config) -> list[Finding]:
     return [Finding("data.template", f"no such template: {name!r}", suggest(name, known))]
 
 
-TEMPLATES: dict[str, str] = {
-    "alpaca": ALPACA,
-    "none": NONE,
+def _load(name: str) -> str:
+    return (resources.files("loralab") / "data" / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+# Name: what it needs. The text is chat_templates/NAME.jinja.
+SHIPPED: dict[str, Shipped] = {
+    "alpaca": Shipped(),
+    "none": Shipped(),
+    "chatml": Shipped(("<|im_start|>", "<|im_end|>")),
+    "gemma": Shipped(("<start_of_turn>", "<end_of_turn>"), writes_bos=True),
+    "llama3": Shipped(("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), writes_bos=True),
+    "mistral": Shipped(writes_bos=True),
+    "phi3": Shipped(("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
+    "qwen": Shipped(("<|im_start|>", "<|im_end|>")),
+    "vicuna": Shipped(),
+    "zephyr": Shipped(),
 }
+TEMPLATES: dict[str, str] = {name: _load(name) for name in SHIPPED}

@@ -109,26 +109,37 @@ def _fit_positions(
 ) -> list[int]:
     """Return for each prompt how many tokens its answer may have."""
     wanted = settings.max_new_tokens or EvaluationConfig().max_new_tokens
-    limit = max_positions(model.language_model.config)
     rooms = []
     for number, prompt in enumerate(prompts, start=1):
-        if not len(prompt):
-            raise DataError(
-                "empty prompt: the template makes no token of it",
-                where=f"prompt {number}",
-                fix="give it some text, or a system message",
-            )
-        room = wanted if limit is None else min(wanted, limit - len(prompt))
-        if room < 1:
-            raise ModelError(
-                f"prompt of {len(prompt)} tokens, but the model has {limit} positions",
-                where=f"prompt {number}",
-                fix="shorten it",
-            )
+        where = f"prompt {number}"
+        room = answer_room(model, prompt, wanted, where=where)
         if room < wanted:
-            reporter.say(f"prompt {number}: max_new_tokens {wanted} -> {room}, the model has {limit} positions")
+            limit = max_positions(model.language_model.config)
+            reporter.say(f"{where}: max_new_tokens {wanted} -> {room}, the model has {limit} positions")
         rooms.append(room)
     return rooms
+
+
+def answer_room(model: SupervisedPeftModel, prompt: Sequence[int], wanted: int, *, where: str) -> int:
+    """Return how many tokens the answer to a prompt may have: `wanted`, or the positions that are left.
+
+    Raises:
+        DataError: the prompt has no tokens.
+        ModelError: it leaves no position for an answer.
+    """
+    if not len(prompt):
+        raise DataError(
+            "empty prompt: the template makes no token of it",
+            where=where,
+            fix="give it some text, or a system message",
+        )
+    limit = max_positions(model.language_model.config)
+    room = wanted if limit is None else min(wanted, limit - len(prompt))
+    if room < 1:
+        raise ModelError(
+            f"prompt of {len(prompt)} tokens, but the model has {limit} positions", where=where, fix="shorten it"
+        )
+    return room
 
 
 def _batches(rooms: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
@@ -150,23 +161,29 @@ def _generate_batch(
     for index, prompt in enumerate(prompts):  # padded on the left: generation goes on at the right
         ids[index, longest - len(prompt) :] = torch.as_tensor(list(prompt), dtype=torch.int64)
         mask[index, longest - len(prompt) :] = 1
+    generate = cast(Callable[..., Tensor], model.generate)
+    config = build_generation_config(settings, prompter)
+    out = generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+    return [read_answer(row, prompter) for row in out[:, longest:].tolist()]
+
+
+def build_generation_config(settings: GenerationSettings, prompter: Prompter) -> GenerationConfig:
+    """Return the settings in the form that `generate` takes, with the prompt's own stop tokens."""
     sampling = (
         {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature > 0 else {}
     )
-    config = GenerationConfig(
+    return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=settings.temperature > 0,
         eos_token_id=list(prompter.stop.ids),
-        pad_token_id=pad,
+        pad_token_id=prompter.stop.ids[0],
         use_cache=True,
         **sampling,
     )
-    generate = cast(Callable[..., Tensor], model.generate)
-    out = generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
-    return [_read_answer(row, prompter) for row in out[:, longest:].tolist()]
 
 
-def _read_answer(ids: list[int], prompter: Prompter) -> Answer:
+def read_answer(ids: Sequence[int], prompter: Prompter) -> Answer:
+    """Return the answer that generated ids hold: up to the first stop token."""
     end = next((position for position, token in enumerate(ids) if token in prompter.stop.ids), None)
     kept = ids if end is None else ids[:end]
     return Answer(prompter.decode(kept), end is not None, len(kept) + (end is not None))

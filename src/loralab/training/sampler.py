@@ -7,9 +7,14 @@ nothing replayed.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Sampler
+
+Share: TypeAlias = tuple[npt.NDArray[np.int64], float]
 
 # How many groups ahead are looked through for one that fits into what is left of a step.
 _LOOK_AHEAD = 64
@@ -24,6 +29,8 @@ class StepSampler(Sampler[list[int]]):
         rows_per_step: B x K x D.
         seed: of the order.
         groups: rows that should meet in a step, or None for a random order of rows.
+        shares: rows of each source and passes over them in one epoch, or None for one pass over all.
+            Of 0.5 passes, each epoch draws another half.
         rank: this process.
         world_size: number of processes (D).
     """
@@ -32,12 +39,34 @@ class StepSampler(Sampler[list[int]]):
     rows_per_step: int
     seed: int
     groups: Sequence[Sequence[int]] | None = None
+    shares: Sequence[Share] | None = None
     rank: int = 0
     world_size: int = 1
     epoch: int = 0
 
     def __len__(self) -> int:
-        return (self.rows + self.rows_per_step - 1) // self.rows_per_step
+        return (self.rows_per_epoch + self.rows_per_step - 1) // self.rows_per_step
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Number of rows that one epoch takes, a row counted as often as it is taken."""
+        if self.shares is None:
+            return self.rows
+        return sum(_taken(weight, len(rows)) for rows, weight in self.shares)
+
+    def _passes(self, generator: torch.Generator) -> list[list[int]]:
+        """Return the rows of an epoch as passes in which each occurs at most once."""
+        if self.shares is None:
+            return [list(range(self.rows))]
+        passes: dict[int, list[int]] = {}
+        for members, weight in self.shares:
+            rows = members.tolist()
+            whole, rest = divmod(_taken(weight, len(rows)), max(len(rows), 1))
+            for number in range(whole):
+                passes.setdefault(number, []).extend(rows)
+            if rest:
+                passes.setdefault(whole, []).extend(sorted(_shuffled(rows, generator)[:rest]))
+        return [passes[number] for number in sorted(passes)]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next."""
@@ -52,21 +81,24 @@ class StepSampler(Sampler[list[int]]):
     def steps(self) -> list[list[int]]:
         """Return the rows of every step of the epoch, over all ranks."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        passes = self._passes(generator)
         if self.groups is None:
-            order = _shuffled(range(self.rows), generator)
+            order = _shuffled([row for each in passes for row in each], generator)
         else:
-            order = self._grouped_order(generator)
-        cut = [order[start : start + self.rows_per_step] for start in range(0, self.rows, self.rows_per_step)]
+            order = self._grouped_order(passes, generator)
+        cut = [order[start : start + self.rows_per_step] for start in range(0, len(order), self.rows_per_step)]
         if self.groups is None:
             return cut
         # Filling steps takes small groups as they fit, large ones when they must: no epoch shall go by size.
-        full, rest = divmod(self.rows, self.rows_per_step)
+        full, rest = divmod(len(order), self.rows_per_step)
         return [*_shuffled(cut[:full], generator), *(cut[full:] if rest else [])]
 
-    def _grouped_order(self, generator: torch.Generator) -> list[int]:
-        """Return all rows so that groups are cut by the end of a step as seldom as may be."""
+    def _grouped_order(self, passes: Sequence[Sequence[int]], generator: torch.Generator) -> list[int]:
+        """Return the rows of all passes so that groups are cut by the end of a step as seldom as may be."""
         size = self.rows_per_step
-        shuffled = [_shuffled(group, generator) for group in self.groups or ()]
+        taken = [set(each) for each in passes]
+        groups = [[row for row in group if row in rows] for rows in taken for group in self.groups or ()]
+        shuffled = [_shuffled(group, generator) for group in groups if group]
         pieces = [group[start : start + size] for group in shuffled for start in range(0, len(group), size)]
         waiting = deque(_shuffled(pieces, generator))
         order: list[int] = []
@@ -81,6 +113,11 @@ class StepSampler(Sampler[list[int]]):
             order += waiting[chosen]
             del waiting[chosen]
         return order
+
+
+def _taken(weight: float, count: int) -> int:
+    """Return how many rows an epoch takes of a source with `count` of them; at least one, where there is one."""
+    return max(round(weight * count), min(count, 1))
 
 
 def _shuffled(items: Sequence, generator: torch.Generator) -> list:  # type: ignore[type-arg]

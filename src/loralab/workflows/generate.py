@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from loralab.data.example import Message
-from loralab.errors import ConfigError, Problem
+from loralab.data.prompter import Prompter
+from loralab.errors import ConfigError, DataError, Problem
 from loralab.evaluation.generate import GenerationSettings, generate_answers
 from loralab.progress import Reporter
 from loralab.workflows.prompts import check_texts
-from loralab.workflows.session import open_session
+from loralab.workflows.session import Session, open_session
 
 _READ = ("model", "data.template", "data.stop_tokens", "evaluation.batch_size", "evaluation.max_new_tokens")
 
@@ -33,7 +34,8 @@ def generate(
         path: run folder or adapter folder.
         prompts: user turns.
         settings: how to generate.
-        system: system message put before every prompt.
+        system: system message put before every prompt; None takes the one of the prompt contract,
+            if there is one, and an empty text none.
         with_base: whether the base answers too.
         overrides: `section.key=value` on top of the run's configuration.
         base_model: base to use instead of the recorded one.
@@ -46,16 +48,17 @@ def generate(
     Raises:
         UserError: a setting or prompt cannot be used, or the adapter does not load.
     """
-    _check_sampling(settings)
+    check_sampling(settings)
     check_texts(prompts, system)
     session = open_session(path, overrides=overrides, base_model=base_model, reporter=reporter, reads=_READ)
     if settings.max_new_tokens is None:
         settings = replace(settings, max_new_tokens=session.config.evaluation.max_new_tokens)
-    before = [Message("system", system)] if system else []
+    chosen = resolve_system(session, system, reporter)
+    before = [Message("system", chosen)] if chosen else []
     conversations = [[*before, Message("user", prompt)] for prompt in prompts]
     ids = [session.prompter.encode_prompt(messages) for messages in conversations]
 
-    def answer(label: str) -> list[dict[str, Any]]:
+    def answer(label: str, who: str) -> list[dict[str, Any]]:
         answers = generate_answers(
             session.model,
             ids,
@@ -65,20 +68,60 @@ def generate(
             reporter=reporter,
             label=label,
         )
+        cut = sum(not each.stopped for each in answers)
+        if cut:
+            limit = f"max_new_tokens ({settings.max_new_tokens})"
+            reporter.say(f"{cut} of {len(answers)} answers{who} ended at {limit}, not by a stop token")
         return [asdict(each) for each in answers]
 
     results = [
         {"prompt": prompt, "prompt_text": session.prompter.render(messages, add_generation_prompt=True), "adapter": a}
-        for prompt, messages, a in zip(prompts, conversations, answer("generate"), strict=True)
+        for prompt, messages, a in zip(prompts, conversations, answer("generate", ""), strict=True)
     ]
     if with_base:
         with session.model.disable_adapter():
-            for result, b in zip(results, answer("generate without adapter"), strict=True):
+            for result, b in zip(results, answer("generate without adapter", " of the base"), strict=True):
                 result["base"] = b
     return results
 
 
-def _check_sampling(settings: GenerationSettings) -> None:
+def resolve_system(session: Session, given: str | None, reporter: Reporter) -> str | None:
+    """Return the system message to send: the given one, else the prompt contract's, or None.
+
+    Raises:
+        DataError: the template refuses the given one, or leaves it out.
+    """
+    if given is None:
+        if session.system_prompt is not None:
+            reporter.say(f"system message, as trained: {session.system_prompt} (--system sends another, '' none)")
+        return session.system_prompt
+    if not given:
+        return None
+    check_system(session.prompter, given)
+    return given
+
+
+def check_system(prompter: Prompter, system: str) -> None:
+    """Check that a system message is part of what is sent.
+
+    Raises:
+        DataError: the template refuses it, or leaves it out.
+    """
+    user = Message("user", "a")
+    if prompter.encode_prompt([Message("system", system), user]) == prompter.encode_prompt([user]):
+        raise DataError(
+            f"the template leaves the system message out: {system!r}",
+            where="key data.template",
+            fix="say it in the user turn: this adapter was trained without system messages",
+        )
+
+
+def check_sampling(settings: GenerationSettings) -> None:
+    """Check the settings of a generation.
+
+    Raises:
+        ConfigError: one is out of range or has no effect.
+    """
     problems = []
     default, greedy = GenerationSettings(), "at temperature 0, which takes the most likely token"
     if not 0.0 <= settings.temperature < math.inf:

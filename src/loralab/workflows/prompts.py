@@ -1,6 +1,7 @@
 """Where the prompts of `generate` come from: options, a file, or standard input. No torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -34,8 +35,19 @@ def read_prompts(options: Sequence[str], file: Path | None, stdin: TextIO | None
 
 
 def _read_input(stdin: TextIO) -> str:
-    try:
+    with readable_input():
         return stdin.read()
+
+
+@contextmanager
+def readable_input() -> Iterator[None]:
+    """Name input that is no text of its encoding.
+
+    Raises:
+        DataError: what is read within is not.
+    """
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise DataError(
             f"the prompt is not {error.encoding} text (byte {error.start})",
@@ -50,13 +62,23 @@ def check_texts(prompts: Sequence[str], system: str | None = None) -> None:
     Raises:
         DataError: one holds half a surrogate pair, as bytes that are no UTF-8 become on the command line.
     """
-    texts = {f"prompt {number}": prompt for number, prompt in enumerate(prompts, start=1)}
-    for name, text in {**texts, **({} if system is None else {"system message": system})}.items():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"not UTF-8 text: {text[max(error.start - 20, 0) : error.start + 20]!r}",
-                where=f"{name}, character {error.start + 1}",
-                fix="write it in UTF-8, or put it into a UTF-8 file for --file",
-            ) from None
+    for number, prompt in enumerate(prompts, start=1):
+        check_text(prompt, where=f"prompt {number}")
+    if system is not None:
+        check_text(system, where="system message")
+
+
+def check_text(text: str, *, where: str) -> None:
+    """Check that a text can be written as UTF-8.
+
+    Raises:
+        DataError: it holds half a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"not UTF-8 text: {text[max(error.start - 20, 0) : error.start + 20]!r}",
+            where=f"{where}, character {error.start + 1}",
+            fix="write it in UTF-8, or put it into a UTF-8 file for --file",
+        ) from None

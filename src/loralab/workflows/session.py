@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
-from loralab.data.prompter import Prompter, apply_stop_setting, choose_bos_prefix, load_contracted
+from loralab.data.contract import CONTRACT_FILE, load_contracted
+from loralab.data.prompter import Prompter, apply_stop_setting, choose_bos_prefix
 from loralab.data.templates import resolve_template
 from loralab.errors import ConfigError, Problem
 from loralab.models.adapters import load_adapter, read_adapter_config
@@ -25,7 +26,6 @@ from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json
 from loralab.workflows.configure import load_run_config
 
-CONTRACT_FILE = "prompt_contract.json"
 # No dropout runs where nothing trains.
 _NEVER_READ = ("model.base_dropout",)
 # An adapter's contract fixes its template and stop tokens.
@@ -64,6 +64,11 @@ class Session:
     target: Target
     device: torch.device
     template: str | None
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system message that the adapter was trained under, or None where there was none or it varied."""
+        return self.prompter.system_prompt
 
 
 def find_target(path: Path) -> Target:

@@ -20,7 +20,7 @@ from loralab.models.precision import Resolved
 from loralab.models.self_check import find_training_noise, resolve_tree_kernel
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.training.distributed import ALONE, Processes
-from loralab.training.sampler import StepSampler
+from loralab.training.sampler import Share, StepSampler
 
 
 def resolve_planner(
@@ -105,13 +105,18 @@ def _pair_cost(model: SupervisedPeftModel) -> float:
 
 
 def build_sampler(
-    config: Config, examples: Sequence[TokenizedExample], *, processes: Processes = ALONE
+    config: Config,
+    examples: Sequence[TokenizedExample],
+    *,
+    shares: Sequence[Share] | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[StepSampler, dict[str, Any]]:
     """Build what chooses the rows of each step.
 
     Args:
         config: the configuration.
         examples: the training split.
+        shares: rows of each source and passes over them in one epoch, or None for one pass over all.
         processes: those that share each step.
 
     Returns:
@@ -125,10 +130,13 @@ def build_sampler(
         rows_per_step=rows_per_step,
         seed=training.seed,
         groups=groups,
+        shares=shares,
         rank=processes.rank,
         world_size=processes.count,
     )
     facts: dict[str, Any] = {"value": training.sampling, "rows_per_step": sampler.rows_per_step}
+    if shares is not None:
+        facts["rows_per_epoch"] = sampler.rows_per_epoch
     if groups is not None:
         facts |= {
             "groups": len(groups),

@@ -108,7 +108,7 @@ def run_steps(run: Run, contract: Mapping[str, Any], checkpoint: Checkpoint | No
     if run.processes.first:
         truncate_metrics(run.folder.metrics, checkpoint.step if checkpoint else 0, evaluated_step=state.evaluated_step)
         shutil.rmtree(run.folder.checkpoints / STAGING, ignore_errors=True)
-    sampler, sampling = build_sampler(config, run.data.splits["train"], processes=run.processes)
+    sampler, sampling = build_sampler(config, run.data.splits["train"], shares=run.data.shares, processes=run.processes)
     run.record.update(sampling=sampling)
     # Bit-equal sums need the same cuts: a resume goes on with the budget that the checkpoint had.
     state.token_budget = state.token_budget or run.planner.token_budget

@@ -18,6 +18,7 @@ from transformers import set_seed
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
+from loralab.data.contract import CONTRACT_FILE, build_contract
 from loralab.data.dataset import prepare_data
 from loralab.errors import ConfigError, RunFolderError, StoppedBySignal
 from loralab.evaluation.perplexity import Interrupted
@@ -55,7 +56,6 @@ from loralab.workflows.record import (
 )
 from loralab.workflows.report import build_report
 from loralab.workflows.resume import find_start, resume_contract
-from loralab.workflows.session import CONTRACT_FILE
 from loralab.workflows.step_layout import resolve_planner
 from loralab.workflows.steps import Run, run_steps
 from loralab.workflows.warm_start import apply_warm_start
@@ -307,7 +307,7 @@ def _save_adapter(run: Run) -> None:
         run.model.save_pretrained(str(staging), safe_serialization=True)
         run.data.prompter.tokenizer.save_pretrained(str(staging))
         (staging / CONTRACT_FILE).write_text(
-            json.dumps(run.data.prompter.contract(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(build_contract(run.data.prompter), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         staging.chmod(0o755)
         for path in staging.iterdir():

@@ -10,7 +10,8 @@ import pytest
 
 from loralab.config.schema import DataConfig
 from loralab.data import dataset, identity
-from loralab.data.dataset import PreparedData, cache_folder, prepare_data
+from loralab.data.cache import cache_folder
+from loralab.data.dataset import PreparedData, prepare_data
 from loralab.data.identity import tokenizer_sha256
 from loralab.data.templates import TEMPLATES
 from loralab.errors import DataError, StorageError

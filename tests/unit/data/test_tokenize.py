@@ -6,11 +6,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from loralab.data.example import Conversation, Document, Message, Tokens
+from loralab.data.example import Conversation, Document, Message, Preformatted, Segment, Tokens
 from loralab.data.prompter import Prompter
 from loralab.data.templates import TEMPLATES
 from loralab.data.tokenize import IGNORED, TokenizeSettings, Unit, tokenize_examples
-from loralab.errors import DataError
+from loralab.errors import DataError, MaskError
 from support import tiny
 from unit.data.prompters import CHATML, NO_STOP, TRIMMING, build_prompter, build_tokenizer, conversation
 
@@ -113,7 +113,7 @@ def test_empty_prompt_is_left_out() -> None:
 @pytest.mark.parametrize(("answer", "empty"), [("", True), ("x", False)])
 def test_empty_answer_is_kept_and_flagged(answer: str, empty: bool) -> None:
     unit = unit_of(conversation("user: a", f"assistant: {answer}"), prompter=CHAT)
-    assert unit.empty_answer is empty
+    assert ("empty_answer" in unit.notes) is empty
     assert unit.branches[0].answer_ids.tolist()[-1] == CHAT.stop.ids[0]
     assert (len(unit.branches[0].answer_ids) == 1) is empty
 
@@ -136,7 +136,7 @@ def test_right_truncation_cuts_the_answer_to_max_length() -> None:
     for cut in range(1, len(answer) + 1):
         unit = unit_of(LONG, prompter=CHAT, max_length=len(prompt) + cut)
         assert pairs(unit) == [(prompt, answer[:cut])]
-        assert unit.truncated == (cut < len(answer))
+        assert ("truncated" in unit.notes) == (cut < len(answer))
 
 
 @pytest.mark.parametrize("below", [0, 1])
@@ -151,7 +151,7 @@ def test_drop_and_error_begin_one_token_above_max_length() -> None:
     length = len(prompt) + len(answer)
     for truncation in ("drop", "error"):
         kept = unit_of(LONG, prompter=CHAT, max_length=length, truncation=truncation)
-        assert (pairs(kept), kept.truncated) == ([(prompt, answer)], False)
+        assert (pairs(kept), kept.notes) == ([(prompt, answer)], set())
     assert unit_of(LONG, prompter=CHAT, max_length=length - 1, truncation="drop").dropped == "too_long"
     with pytest.raises(DataError) as caught:
         unit_of(LONG, prompter=CHAT, max_length=length - 1, truncation="error")
@@ -162,7 +162,7 @@ def test_all_is_cut_as_one_text() -> None:
     ((prompt, answer),) = pairs(unit_of(LONG, prompter=CHAT))
     unit = unit_of(LONG, prompter=CHAT, train_on="all", max_length=len(prompt))
     assert pairs(unit) == [(prompt[:1], prompt[1:])]
-    assert unit.truncated
+    assert "truncated" in unit.notes
     assert answer
 
 
@@ -176,7 +176,7 @@ def test_text_windows_predict_every_token_exactly_once(words: int, max_length: i
     lasts = [whole[0], *(int(branch.answer_ids[-1]) for branch in branches)]
     assert [branch.prompt_ids.tolist() for branch in branches] == [[token] for token in lasts[:-1]]
     assert all(len(branch.answer_ids) < max_length for branch in branches)
-    assert not any(unit.truncated for unit in units)
+    assert not any(unit.notes for unit in units)
 
 
 def test_text_begins_with_bos_where_the_tokenizer_adds_it() -> None:
@@ -197,8 +197,8 @@ def test_truncated_text_is_the_first_window() -> None:
     first = units_of(Document(text), max_length=4)[0]
     unit = unit_of(Document(text), max_length=4, long_text="truncate")
     assert pairs(unit) == pairs(first)
-    assert unit.truncated
-    assert not unit_of(Document(text), long_text="truncate").truncated
+    assert "truncated" in unit.notes
+    assert not unit_of(Document(text), long_text="truncate").notes
 
 
 def test_text_that_gives_no_window_is_left_out() -> None:
@@ -238,8 +238,124 @@ def test_padding_of_tokenized_rows_is_found_by_mask_even_where_pad_is_eos() -> N
 def test_long_tokenized_rows() -> None:
     row = Tokens((5, 6, 7, 8), (X, 6, X, 8))
     cut = unit_of(row, max_length=3)
-    assert (pairs(cut), cut.truncated) == ([([5], [6])], True)
+    assert (pairs(cut), cut.notes) == ([([5], [6])], {"truncated", "no_stop"})
     assert unit_of(row, max_length=3, truncation="drop").dropped == "too_long"
     assert unit_of(row, max_length=4, truncation="drop").dropped is None
     with pytest.raises(DataError, match=r"4 tokens, but data\.max_length is 3"):
         unit_of(row, max_length=3, truncation="error")
+
+
+def test_roles_are_trained_on_their_content() -> None:
+    unit = unit_of(TWO_TURNS, prompter=CHAT, train_on=["user", "assistant"])
+    texts = [text_of(CHAT, branch.answer_ids) for branch in unit.branches]
+    assert texts == ["a b<|stop|>", "one two<|stop|>", "c<|stop|>", "three<|stop|>"]
+    assert unit_of(TWO_TURNS, prompter=CHAT, train_on=["tool"]).dropped == "no_trained_turn"
+
+
+def test_user_turn_takes_no_stop_token_that_the_template_does_not_write() -> None:
+    example = conversation("user: a", "assistant: b")
+    question, answer = unit_of(example, prompter=ALPACA, train_on=["user", "assistant"]).branches
+    assert text_of(ALPACA, question.answer_ids) == "a"
+    assert text_of(ALPACA, answer.answer_ids) == f"b{tiny.END}"
+
+
+def test_system_setting_stands_before_conversations_without_one() -> None:
+    bare = conversation("user: a", "assistant: b")
+    unit = unit_of(bare, prompter=CHAT, system="be kind")
+    assert pairs(unit) == pairs(unit_of(conversation("system: be kind", *["user: a", "assistant: b"]), prompter=CHAT))
+    assert unit.system == "be kind"
+    own = unit_of(TWO_TURNS, prompter=CHAT, system="be kind")
+    assert (pairs(own), own.system) == (pairs(unit_of(TWO_TURNS, prompter=CHAT)), "s")
+    assert unit_of(bare, prompter=CHAT).system is None
+
+
+THREE = conversation(
+    "system: s", "user: a b c", "assistant: one", "user: red", "assistant: two", "user: x", "assistant: three"
+)
+
+
+def test_left_truncation_leaves_out_whole_oldest_exchanges_but_never_the_system_message() -> None:
+    whole = pairs(unit_of(THREE, prompter=CHAT))
+    lengths = [len(prompt) + len(answer) for prompt, answer in whole]
+    shorter = conversation("system: s", "user: red", "assistant: two", "user: x", "assistant: three")
+    shortest = conversation("system: s", "user: x", "assistant: three")
+    for kept, expected in (
+        (shorter, pairs(unit_of(shorter, prompter=CHAT))[-1]),
+        (shortest, pairs(unit_of(shortest, prompter=CHAT))[-1]),
+    ):
+        length = sum(map(len, expected))
+        unit = unit_of(THREE, prompter=CHAT, train_on="last_response", truncation="left", max_length=length)
+        assert pairs(unit) == [expected], kept
+        assert unit.notes == {"turns_dropped"}
+    fits = unit_of(THREE, prompter=CHAT, truncation="left", max_length=max(lengths))
+    assert (pairs(fits), fits.notes) == (whole, set())
+    too_short = sum(map(len, pairs(unit_of(shortest, prompter=CHAT))[0])) - 1
+    assert (
+        unit_of(THREE, prompter=CHAT, train_on="last_response", truncation="left", max_length=too_short).dropped
+        == "too_long"
+    )
+
+
+def test_left_truncation_keeps_early_turns_that_fit() -> None:
+    whole = pairs(unit_of(THREE, prompter=CHAT))
+    unit = unit_of(THREE, prompter=CHAT, truncation="left", max_length=max(sum(map(len, pair)) for pair in whole) - 1)
+    assert pairs(unit)[:2] == whole[:2]
+    assert len(pairs(unit)[2][0]) < len(whole[2][0])
+    assert pairs(unit)[2][1] == whole[2][1]
+
+
+@pytest.mark.parametrize("template", [CHATML, TEMPLATES["alpaca"]])
+def test_left_truncation_prompts_are_serving_prompts(template: str) -> None:
+    prompter = build_prompter(template)
+    unit = unit_of(THREE, prompter=prompter, train_on="last_response", truncation="left", max_length=70)
+    messages = THREE.messages
+    served = [prompter.encode_prompt((messages[0], *messages[start:6])) for start in (1, 3, 5)]
+    assert pairs(unit)[0][0] in served
+
+
+def test_segments_are_supervised_where_they_say_so() -> None:
+    example = Preformatted(
+        (
+            Segment("a b", False),
+            Segment(" one", True),
+            Segment(" two<|end|>", True),
+            Segment(" c", False),
+            Segment("red<|end|>", True),
+        )
+    )
+    unit = unit_of(example, prompter=CHAT)
+    assert [(text_of(CHAT, b.prompt_ids), text_of(CHAT, b.answer_ids)) for b in unit.branches] == [
+        ("a b", " one two<|end|>"),
+        ("a b one two<|end|> c", "red<|end|>"),
+    ]
+    assert unit.notes == set()
+
+
+def test_segments_without_an_end_are_noted() -> None:
+    example = Preformatted((Segment("a", False), Segment("b", True), Segment("c", False), Segment("d<|end|>", True)))
+    assert unit_of(example, prompter=CHAT).notes == {"no_stop"}
+    text = Preformatted((Segment("a b c", True),))
+    assert unit_of(text, prompter=CHAT).notes == set()
+
+
+def test_answers_of_tokenized_rows_that_do_not_end_are_noted() -> None:
+    end = ALPACA.stop.ids[0]
+    assert unit_of(Tokens((5, 6, 7), (X, X, 7))).notes == {"no_stop"}
+    assert unit_of(Tokens((5, 6, end), (X, 6, X))).notes == {"no_stop"}
+    assert unit_of(Tokens((5, 6, end), (X, 6, end))).notes == set()
+    assert unit_of(Tokens((5, 6, end, 7, 8), (X, 6, end, X, 8))).notes == {"no_stop"}
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_row_that_begins_with_two_bos_tokens_is_refused(bos: bool) -> None:
+    template = "{{ bos_token }}{{ bos_token }}" if bos else "{{ bos_token }}"
+    prompter = Prompter(build_tokenizer(template + CHATML, bos=True))
+    example = conversation("user: a", "assistant: b")
+    if not bos:
+        assert unit_of(example, prompter=prompter).dropped is None
+        return
+    with pytest.raises(MaskError, match="begins with two bos tokens"):
+        unit_of(example, prompter=prompter)
+    bos_id = prompter.tokenizer.bos_token_id
+    with pytest.raises(MaskError, match="begins with two bos tokens"):
+        unit_of(Tokens((bos_id, bos_id, 7), (X, X, 7)), prompter=prompter)

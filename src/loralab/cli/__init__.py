@@ -1,0 +1,47 @@
+"""The command line: arguments in, exit code out.
+
+Owns options, exit codes and what is printed. Each command imports its workflow when it runs,
+so that help and configuration errors never wait for torch.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from loralab.cli import asking, measuring, start, training
+from loralab.cli.application import app
+from loralab.console import ClosedOutput, ConsoleReporter, discard, speaks, tolerate_characters
+from loralab.errors import LoralabError
+
+# What a shell gives for a process that ended because nobody reads its output (128 + SIGPIPE).
+CLOSED_OUTPUT_CODE = 141
+
+# The commands under their headings, in the order that `--help` shows.
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "Start": {"demo": start.demo, "recipes": start.recipes, "init": start.init, "schema": start.schema},
+    "Train": {"train": training.train, "replay": training.replay},
+    "Measure": {"eval": measuring.evaluate, "report": measuring.report},
+    "Ask": {"generate": asking.generate, "chat": asking.chat},
+}
+for _heading, _commands in COMMANDS.items():
+    for _name, _command in _commands.items():
+        app.command(name=_name, rich_help_panel=_heading)(_command)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("loralab").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
+    tolerate_characters()
+    try:
+        app()
+    except LoralabError as error:
+        ConsoleReporter.close()
+        if speaks(error):
+            print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except ClosedOutput:
+        ConsoleReporter.close()
+        discard(sys.stdout)
+        sys.exit(CLOSED_OUTPUT_CODE)

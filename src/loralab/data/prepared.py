@@ -1,0 +1,73 @@
+"""Folders that `loralab prepare` wrote, as data: their prompt contract holds again.
+
+Owns how training takes such a folder up. Its rows were tokenized under a template and a
+tokenizer; an adapter trained on them must be prompted in the same way.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from loralab.config.schema import DataConfig
+from loralab.data.contract import CONTRACT_FILE, load_contracted
+from loralab.data.pools import Pool
+from loralab.data.prompter import Prompter
+from loralab.errors import DataError
+from loralab.run import Json, read_json
+
+_FIXED = ("template", "template_kwargs", "stop_tokens", "system")
+
+
+def open_prepared(data: DataConfig, pools: Sequence[Pool], tokenizer: PreTrainedTokenizerBase) -> Prompter | None:
+    """Return the prompter that prepared folders ask for, or None where no source is one.
+
+    Args:
+        data: the data section.
+        pools: the sources of all splits.
+        tokenizer: of the base model; it gets the folder's template and end token.
+
+    Raises:
+        DataError: two folders ask for different prompts, or a setting contradicts them.
+        PromptContractError: the tokenizer gives other ids than when the rows were tokenized.
+    """
+    found = {path: read_json(path) for path in dict.fromkeys(_contract_files(pools))}
+    if not found:
+        return None
+    (first, contract), *others = found.items()
+    differing = next((path for path, other in others if _promise(other) != _promise(contract)), None)
+    if differing is not None:
+        raise DataError(
+            "folders that were prepared under different prompt contracts",
+            where=f"{first}, {differing}",
+            fix="prepare them anew with one configuration",
+        )
+    chosen = [key for key in _FIXED if data.chosen(key)]
+    if chosen:
+        raise DataError(
+            f"data.{chosen[0]} has no effect on rows that are tokenized already, got {getattr(data, chosen[0])!r}",
+            where="section data",
+            fix="remove it, or set it when you prepare the folder",
+        )
+    return _prompter(tokenizer, contract, where=str(first))
+
+
+def _contract_files(pools: Sequence[Pool]) -> list[Path]:
+    members = [member for pool in pools for member in pool.members if member.format == "tokenized"]
+    folders = [Path(member.source.name.partition("#")[0]).expanduser() for member in members]
+    return [folder / CONTRACT_FILE for folder in folders if (folder / CONTRACT_FILE).is_file()]
+
+
+def _promise(contract: Json) -> Json:
+    return {key: value for key, value in contract.items() if key != "versions"}
+
+
+def _prompter(tokenizer: PreTrainedTokenizerBase, contract: Json, *, where: str) -> Prompter:
+    special = contract.get("special_tokens")
+    end = special.get("eos_token") if isinstance(special, dict) else None
+    if isinstance(end, str) and end in tokenizer.get_vocab():  # data.stop_tokens had changed it
+        tokenizer.eos_token = end
+    template = contract.get("template")
+    if isinstance(template, str):
+        tokenizer.chat_template = template
+    return load_contracted(tokenizer, contract, where=where)

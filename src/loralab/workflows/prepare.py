@@ -1,0 +1,146 @@
+"""The `prepare` command: the tokens of every split as a folder of the `datasets` library.
+
+Owns how branches become rows of `input_ids`, `attention_mask` and `labels`, and what lies beside
+them: the data report, and the prompt contract under which training takes the folder up again.
+"""
+
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from loralab.config.load import LoadedConfig
+from loralab.data.contract import CONTRACT_FILE, build_contract
+from loralab.data.dataset import PreparedData, prepare_data
+from loralab.data.example import Branch
+from loralab.data.store import TokenStore
+from loralab.data.tokenize import IGNORED
+from loralab.errors import RunFolderError, StorageError
+from loralab.models.load import load_tokenizer
+from loralab.progress import Reporter
+
+DATA_FILE = "data.json"
+_FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "attention_mask": datasets.List(datasets.Value("int8")),
+        "labels": datasets.List(datasets.Value("int32")),
+    }
+)
+
+
+def prepare(loaded: LoadedConfig, output: Path | None, *, overwrite: bool, reporter: Reporter) -> dict[str, Any]:
+    """Tokenize the data of a configuration and write it as a folder that `data.train` can name.
+
+    Args:
+        loaded: the configuration.
+        output: the folder; None makes `prepared/<name of the configuration>`.
+        overwrite: replace a folder that an earlier call wrote.
+        reporter: told of progress.
+
+    Returns:
+        `path`, and for each split `rows`, `tokens` and `supervised_tokens` as written.
+
+    Raises:
+        RunFolderError: something is in the way.
+        UserError: the data cannot be used.
+    """
+    folder = output or Path("prepared") / loaded.name
+    _check_folder(folder, overwrite=overwrite)
+    data = prepare_data(loaded.config.data, load_tokenizer(loaded.config.model), reporter=reporter)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            facts = _write(staging, data, reporter)
+            shutil.rmtree(folder, ignore_errors=True)
+            staging.chmod(0o755)
+            staging.rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write prepared data: {error.strerror or error}",
+            where=str(folder),
+            fix="free space there, or name another folder with --output",
+        ) from error
+    return {"path": str(folder), "splits": facts}
+
+
+def _check_folder(folder: Path, *, overwrite: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    ours = folder.is_dir() and all((folder / name).is_file() for name in (CONTRACT_FILE, DATA_FILE))
+    if ours and overwrite:
+        return
+    raise RunFolderError(
+        f"{str(folder)!r} is not empty",
+        where="option --output",
+        fix="replace it with --overwrite" if ours else "name another folder: this one holds other files",
+    )
+
+
+def _write(staging: Path, data: PreparedData, reporter: Reporter) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    cache = staging / ".cache"
+    quiet = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # the reporter's lines stand instead
+    try:
+        parts = datasets.DatasetDict()
+        for name, store in data.splits.items():
+            parts[name] = datasets.Dataset.from_generator(
+                _rows, features=_FEATURES, cache_dir=str(cache), gen_kwargs={"store": store}, split=name
+            )
+            facts[name] = _describe(name, store, parts[name].num_rows, reporter)
+        parts.save_to_disk(str(staging))
+    finally:
+        if not quiet:
+            datasets.enable_progress_bars()
+        shutil.rmtree(cache, ignore_errors=True)
+    contract = json.dumps(build_contract(data.prompter), indent=2, ensure_ascii=False)
+    (staging / CONTRACT_FILE).write_text(contract + "\n", encoding="utf-8")
+    report = json.dumps(data.report, indent=2, ensure_ascii=False)
+    (staging / DATA_FILE).write_text(report + "\n", encoding="utf-8")
+    return facts
+
+
+def _describe(name: str, store: TokenStore, rows: int, reporter: Reporter) -> dict[str, int]:
+    text = f"{name}: {rows:,} rows"
+    if rows > len(store):
+        text += f" of {len(store):,} conversations, whose earlier turns the template rewrites"
+    reporter.say(text)
+    return {"rows": rows, "tokens": int(store.lengths().sum()), "supervised_tokens": int(store.supervised().sum())}
+
+
+def _rows(store: TokenStore) -> Iterator[dict[str, list[int]]]:
+    for example in store:
+        for chain in _chains(example.branches):
+            yield _row(chain)
+
+
+def _chains(branches: tuple[Branch, ...]) -> Iterator[list[Branch]]:
+    """Yield branches in runs of which each continues the one before: these fit into one row."""
+    chain = [branches[0]]
+    for before, branch in itertools.pairwise(branches):
+        path = [*before.prompt_ids.tolist(), *before.answer_ids.tolist()]
+        if branch.prompt_ids[: len(path)].tolist() == path:
+            chain.append(branch)
+        else:
+            yield chain
+            chain = [branch]
+    yield chain
+
+
+def _row(chain: list[Branch]) -> dict[str, list[int]]:
+    last = chain[-1]
+    ids = [*last.prompt_ids.tolist(), *last.answer_ids.tolist()]
+    labels = [IGNORED] * len(ids)
+    for branch in chain:
+        start = len(branch.prompt_ids)
+        labels[start : start + len(branch.answer_ids)] = branch.answer_ids.tolist()
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
