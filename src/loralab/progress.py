@@ -1,6 +1,6 @@
 """How long work tells what it does, without knowing where it is shown.
 
-Owns the silent base; `cli.py` shows it on a terminal or as plain lines.
+Owns the silent base; `cli` shows it on a terminal or as plain lines.
 """
 
 

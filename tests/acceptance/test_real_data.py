@@ -65,7 +65,7 @@ def test_file_opens_whole(file: str, data_folder: Path) -> None:
     elif form == "text":
         assert rows[0].fields["text"] == _text(path)
     if form is not None:
-        found, _ = resolve_format("auto", {}, present=list(rows[0].fields), where=file)
+        found, _ = resolve_format("auto", {}, first=rows[0].fields, where=file)
         assert found == form
         for row in rows:
             FORMATS[form].build(row.fields)

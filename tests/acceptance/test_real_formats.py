@@ -90,14 +90,12 @@ class File:
         rows: as the SOURCE.md beside the file counts them.
         messages: makes the messages of one row.
         roles: number of turns of each role in the whole file, where its SOURCE.md or an own count says.
-        columns: `data.columns`.
     """
 
     format: str
     rows: int
     messages: Callable[[Row], Messages]
     roles: dict[str, int] = field(default_factory=dict)
-    columns: dict[str, str] = field(default_factory=dict)
 
 
 PRICE = "price/items_prompts"
@@ -128,7 +126,7 @@ FILES: dict[str, File] = {
     f"{PRICE}/messages_b_val.jsonl": File("messages", 50, plain_messages, {"assistant": 50}),
 }
 TEXTS = ("train.txt.gz", "train_60_articles.txt", "valid.txt", "test.txt")
-# The one file that cannot be read as it is, and the articles about the files.
+# The one file whose columns have no names.
 NO_HEADER = f"{PRICE}/human_guesses_250.csv"
 
 
@@ -155,7 +153,7 @@ def test_no_file_is_left_out(data_folder: Path) -> None:
 def test_every_row_becomes_its_messages(name: str, data_folder: Path) -> None:
     """By detection: the format, every row, and the messages that a reader of this file's own makes of it."""
     expected, rows = FILES[name], read_rows(data_folder / name)
-    found, examples = load(data_folder / name, expected.columns)
+    found, examples = load(data_folder / name, {})
     assert found == expected.format
     assert len(examples) == len(rows) == expected.rows
     for row, example in zip(rows, examples, strict=True):
@@ -227,7 +225,7 @@ def test_csv_without_a_header_is_refused_and_read_with_one(data_folder: Path, tm
     with pytest.raises(DataError) as caught:
         load(path, {})
     fix = caught.value.problems[0].fix
-    assert fix.startswith("write a header line, such as prompt,completion, above 'How much does this cost"), fix
+    assert fix.startswith('write a header line, such as prompt,completion, above "How much does this cost')
     mended = tmp_path / "human_guesses.csv"
     mended.write_bytes(b"prompt,completion\n" + path.read_bytes())
     found, examples = load(mended, {})

@@ -88,7 +88,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def test_command_list() -> None:
-    assert {"demo", "recipes", "init", "schema", "train", "eval", "generate", "report"} <= set(COMMANDS)
+    names = {"demo", "recipes", "init", "schema", "prepare", "train", "replay", "eval", "report", "generate", "chat"}
+    assert names <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=["loralab", *COMMANDS])

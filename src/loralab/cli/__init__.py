@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from loralab.cli import asking, measuring, start, training
+from loralab.cli import asking, data, measuring, previewing, start, training
 from loralab.cli.application import app
 from loralab.console import ClosedOutput, ConsoleReporter, discard, speaks, tolerate_characters
 from loralab.errors import LoralabError
@@ -19,6 +19,7 @@ CLOSED_OUTPUT_CODE = 141
 # The commands under their headings, in the order that `--help` shows.
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Start": {"demo": start.demo, "recipes": start.recipes, "init": start.init, "schema": start.schema},
+    "Data": {"preview": previewing.preview, "prepare": data.prepare},
     "Train": {"train": training.train, "replay": training.replay},
     "Measure": {"eval": measuring.evaluate, "report": measuring.report},
     "Ask": {"generate": asking.generate, "chat": asking.chat},

@@ -79,10 +79,15 @@ def read_from(stdin: TextIO, prompts: TextIO | None) -> Callable[[str], str | No
     """Return a reader of lines, which shows its prompts on `prompts`, if anywhere."""
 
     def read_line(prompt: str) -> str | None:
-        if prompts is not None:
+        if prompts is None:
+            with readable_input():
+                line = stdin.readline()
+        else:
             print(prompt, end="", file=prompts, flush=True)
-        with readable_input():
-            line = stdin.readline()
+            with readable_input(), _ending_line(prompts):
+                line = stdin.readline()
+            if not line:
+                print(file=prompts)
         return line.removesuffix("\n") if line else None
 
     return read_line
@@ -91,11 +96,20 @@ def read_from(stdin: TextIO, prompts: TextIO | None) -> Callable[[str], str | No
 def read_edited(prompt: str) -> str | None:
     """Read a line from the terminal, with the keys that edit it where there is readline."""
     try:
-        with readable_input():
+        with readable_input(), _ending_line(sys.stdout):
             return input(prompt)
     except EOFError:
-        print()  # the shell's prompt then stands on a line of its own
         return None
+
+
+@contextmanager
+def _ending_line(screen: TextIO) -> Iterator[None]:
+    """End the prompt's line where Ctrl-C or Ctrl-D has left it open."""
+    try:
+        yield
+    except (EOFError, KeyboardInterrupt):
+        print(file=screen)
+        raise
 
 
 def history_path() -> Path | None:

@@ -31,7 +31,7 @@ class Section(BaseModel):
 
     def chosen(self, name: str) -> bool:
         """Return whether the field `name` differs from its default."""
-        return bool(getattr(self, name) != type(self).model_fields[name].default)
+        return bool(getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True))
 
 
 class ModelConfig(Section):

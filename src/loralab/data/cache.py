@@ -16,10 +16,10 @@ from loralab.config.schema import DataConfig
 from loralab.data.identity import describe_entry, entry_key
 from loralab.data.pipeline import RowPipeline, RowTokenizer
 from loralab.data.sources import Source
-from loralab.data.staging import partial_folder
+from loralab.data.staging import PREFIX, partial_folder
 from loralab.data.store import TokenStore, find_damage, read_manifest, read_report
 from loralab.data.store_writer import PROGRESS, StoreWriter
-from loralab.errors import DataError, StorageError
+from loralab.errors import DataError, MaskError, StorageError
 from loralab.progress import Reporter
 
 # What a kill costs at most, in work that must be done again.
@@ -54,6 +54,7 @@ def load_or_tokenize(
 
     Raises:
         DataError: a row cannot be used.
+        MaskError: what would carry loss of a row is not the answer.
         StorageError: the cache cannot be read or written.
         WorkerError: a worker process was killed; the next run goes on there.
     """
@@ -96,10 +97,9 @@ def _waiting(label: str) -> str:
 
 
 def _explain_miss(cache: Path, parts: dict[str, str]) -> str:
-    """Say which entry of the same rows comes nearest, and in what it differs."""
+    """Say which entry of the same rows comes nearest, of several the latest, and in what it differs."""
     best: tuple[int, str, dict[str, str]] | None = None
-    entries = sorted(cache.iterdir())[:_LISTED_ENTRIES] if cache.is_dir() else []
-    for entry in entries:
+    for entry in _latest_entries(cache):
         try:
             key = read_manifest(entry)["key"]
         except (OSError, ValueError):  # a folder that is no entry, or a damaged one
@@ -110,6 +110,22 @@ def _explain_miss(cache: Path, parts: dict[str, str]) -> str:
     if best is None:
         return "nothing is cached yet for these rows"
     return f"the nearest entry of these rows ({best[1]}) differs in {', '.join(best[2].values())}"
+
+
+def _latest_entries(cache: Path) -> list[Path]:
+    if not cache.is_dir():
+        return []
+    with os.scandir(cache) as found:
+        entries = [entry for entry in found if entry.is_dir() and not entry.name.startswith(PREFIX)]
+    entries.sort(key=_last_change, reverse=True)
+    return [Path(entry.path) for entry in entries[:_LISTED_ENTRIES]]
+
+
+def _last_change(entry: "os.DirEntry[str]") -> int:
+    try:
+        return entry.stat().st_mtime_ns
+    except FileNotFoundError:  # another process has just replaced it
+        return 0
 
 
 def _difference(name: str, there: dict[str, str], here: dict[str, str]) -> str:
@@ -136,8 +152,8 @@ def _tokenize(
         writer.finish(parts)
     except BaseException as error:
         writer.close()
-        # Whoever mends the rows has others, and nobody comes back for these.
-        if isinstance(error, DataError) or not (partial / PROGRESS).exists():
+        # Whoever mends rows or template has others, and nobody comes back for these.
+        if isinstance(error, DataError | MaskError) or not (partial / PROGRESS).exists():
             shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:

@@ -22,7 +22,7 @@ _LIBRARIES = ("loralab", "transformers", "tokenizers", "jinja2")
 _NEEDED = ("template", "stop_tokens", "stop_token_ids", "golden")
 _SPECIAL = ("bos_token", "eos_token")
 # Characters shown on either side of the first difference, and of ids around it.
-_AROUND, _AROUND_IDS = 30, 4
+_AROUND, _AROUND_IDS = 24, 4
 
 
 def build_contract(prompter: Prompter) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _break(what: str, where: str) -> NoReturn:
 
 
 def _two_sides(what: str, trained: str, now: str) -> str:
-    return f"{what}\n  trained with: {trained}\n  now:          {now}"
+    return f"{what}: trained with {trained}, now {now}"
 
 
 def _template_difference(now: str, trained: str) -> str:

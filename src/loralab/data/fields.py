@@ -7,7 +7,7 @@ format has (`formats.py` and the modules it names).
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 Fields = Mapping[str, Any]
 
@@ -112,20 +112,16 @@ def parse_json(text: str, place: str) -> Any:
     """Return the value that JSON text holds.
 
     Raises:
-        RowError: it is no JSON, names a key twice (one value would be lost), or no valid Unicode.
+        RowError: it is no JSON, names a key twice (one value would be lost), or `check_json` refuses it.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        value = json.loads(text, object_pairs_hook=_unique_keys)
     except RecursionError:
         raise RowError(f"{place} is JSON nested too deeply") from None
-    except ValueError as error:  # of json, of the hooks, of a number with more digits than Python converts
+    except ValueError as error:  # of json, of `_unique_keys`, of a number with more digits than Python converts
         raise RowError(f"{place} is no JSON ({error}): {show(text)}") from None
     check_json(value, place)
     return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

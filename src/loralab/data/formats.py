@@ -90,14 +90,14 @@ def build_example(name: str, row: Fields, columns: Mapping[str, str]) -> Example
 def rename_columns(row: Fields, columns: Mapping[str, str], *, required: Collection[str]) -> Fields:
     """Return the row under the format's field names; `columns` maps field to column.
 
-    A mapped column is there under the name of its field only, so that no other field takes it too.
+    A column that is mapped is no optional field of its own name too: its text would stand in the row twice.
 
     Raises:
         RowError: the column of a required field is missing.
     """
     if not columns:
         return row
-    taken = set(columns.values())
+    taken = set(columns.values()) - set(required)
     renamed = {name: value for name, value in row.items() if name not in taken and name not in columns}
     for name, column in columns.items():
         if column in row:
@@ -109,8 +109,10 @@ def rename_columns(row: Fields, columns: Mapping[str, str], *, required: Collect
 
 def _named_fields(form: Format, row: Fields) -> Fields:
     """Return the row with fields that have only an alias under their own names too."""
-    found = {name: _column(form, name, row) for name in form.aliases}
-    under_alias = {name: row[column] for name, column in found.items() if column is not None and column != name}
+    under_alias = {}
+    for name, others in form.aliases.items():
+        if name not in row and not row.keys().isdisjoint(others):
+            under_alias[name] = row[next(column for column in others if column in row)]
     return {**row, **under_alias} if under_alias else row
 
 
@@ -131,9 +133,10 @@ def resolve_format(setting: str, columns: Mapping[str, str], *, first: Fields, w
         DataError: no format, or not the chosen one, fits this row.
     """
     _refuse_missing_columns(columns, first, where)
-    row = rename_columns(first, columns, required=())
     if setting != "auto":
-        missing = [name for name in FORMATS[setting].required if _column(FORMATS[setting], name, row) is None]
+        form = FORMATS[setting]
+        row = rename_columns(first, columns, required=form.required)
+        missing = [name for name in form.required if _column(form, name, row) is None]
         if not missing:
             return setting, "set in data.format"
         raise DataError(
@@ -143,6 +146,7 @@ def resolve_format(setting: str, columns: Mapping[str, str], *, first: Fields, w
         )
     doubts = []
     for name, form in FORMATS.items():
+        row = rename_columns(first, columns, required=form.required)
         found = [_column(form, needed, row) for needed in form.required]
         if None in found or not set(columns) <= set(form.fields):
             continue

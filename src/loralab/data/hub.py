@@ -165,7 +165,9 @@ def dataset_rows(dataset: datasets.Dataset, name: str, start: int = 0) -> Iterat
     Raises:
         DataError: there is none, or one cannot be decoded.
     """
-    rest = dataset.select(range(min(start, len(dataset)), len(dataset))) if start else dataset
+    if start and start >= len(dataset):
+        return
+    rest = dataset.select(range(start, len(dataset))) if start else dataset
     rows: Iterator[dict[str, Any]] = iter(rest.with_format(None))
     number = start
     while True:

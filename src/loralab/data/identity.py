@@ -5,6 +5,8 @@ tokens, so that no entry outlives its code; the identity holds the tokens themse
 code which makes the same tokens leaves a run its data.
 """
 
+import ast
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -21,11 +23,9 @@ from loralab.data.sources import Source
 from loralab.data.store import TokenStore
 from loralab.run import file_sha256
 
-# Modules of this folder that choose, check or report. All others decide on tokens or on how they are stored:
-# one that is new counts until it is named here.
-_WITHOUT_TOKENS = frozenset(
-    ("__init__", "cache", "contract", "dataset", "identity", "pools", "split_report", "splits", "staging")
-)
+# Where tokens are made and where they are stored. What these modules import, and what that imports, counts too.
+_PACKAGE = __name__.rpartition(".")[0]
+_MAKERS = ("pipeline", "store_writer")
 _LIBRARIES = ("tokenizers", "transformers", "jinja2")
 
 
@@ -49,12 +49,35 @@ def describe_entry(sources: Sequence[Source], workers: Sequence[RowTokenizer]) -
     }
 
 
-def code_version() -> str:
-    """Return a hash over all modules that decide on tokens."""
-    folder = Path(__file__).parent
-    # Templates are not code: the text of the one that is used is a part of the key.
-    counted = [path for path in folder.rglob("*.py") if path.stem not in _WITHOUT_TOKENS]
-    return _hash(sorted([path.relative_to(folder).as_posix(), file_sha256(path)] for path in counted))
+@functools.cache
+def code_version(folder: Path = Path(__file__).parent) -> str:
+    """Return a hash over all modules of this package that decide on tokens or on how they are stored.
+
+    Args:
+        folder: the package's.
+    """
+    found: dict[str, str] = {}
+    waiting = list(_MAKERS)
+    while waiting:
+        name = waiting.pop()
+        path = folder / f"{name}.py"
+        if name not in found and path.is_file():
+            found[name] = path.read_text(encoding="utf-8")
+            waiting += _imports(found[name])
+    return _hash(sorted(found.items()))
+
+
+def _imports(source: str) -> list[str]:
+    """Return the modules of this package that a module imports."""
+    names: list[str] = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom) and node.module == _PACKAGE:
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names.append(node.module)
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return [name.removeprefix(f"{_PACKAGE}.") for name in names]
 
 
 def describe_tokenizing(workers: Sequence[RowTokenizer]) -> dict[str, str]:

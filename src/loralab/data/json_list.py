@@ -80,11 +80,10 @@ class JsonText:
             self.more()
 
     def fail(self, message: str, position: int) -> DataError:
-        """Return the error for what stands at a position in the window."""
-        if len(self.text) - position < _EXCERPT_CHARACTERS and not self.ended:
-            before = self.at
+        """Return the error for what stands at a position in the window, at or behind what comes next."""
+        while len(self.text) - position < _EXCERPT_CHARACTERS and not self.ended:
+            position -= self.at
             self.more()
-            position -= before
         line, column = self.place(position)
         shown = self.text[position : position + _EXCERPT_CHARACTERS]
         found = excerpt(shown) if shown else "the end"
@@ -112,11 +111,11 @@ def json_values(text: JsonText) -> Iterator[tuple[object, bool]]:
         while True:
             yield _next_value(text)
             separator = text.peek()
+            if separator not in ("]", ","):
+                raise text.fail("Expecting ',' delimiter", text.at)
             text.at += 1
             if separator == "]":
                 break
-            if separator != ",":
-                raise text.fail("Expecting ',' delimiter", text.at - 1)
             text.peek()
     if text.peek():
         raise text.fail("Extra data", text.at)
@@ -126,7 +125,8 @@ def _next_value(text: JsonText) -> tuple[object, bool]:
     while True:
         try:
             value, end = _DECODER.raw_decode(text.text, text.at)
-            if end < len(text.text) or text.ended:  # else a number may go on
+            # A number that is cut is a shorter one.
+            if text.ended or end + _LONGEST_PIECE < len(text.text) or not isinstance(value, int | float):
                 escapes = _SURROGATE_ESCAPE.search(text.text, text.at, end) is not None
                 text.at = end
                 return value, escapes

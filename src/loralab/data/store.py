@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, overload
 import numpy as np
 import numpy.typing as npt
 
-from loralab.data.example import Branch, TokenizedExample
+from loralab.data.example import Branch, TokenIds, TokenizedExample
 from loralab.data.packing import BRANCH_COLUMNS, DROP_COLUMNS, EXAMPLE_COLUMNS, Integers, note_bit
 from loralab.run import file_sha256
 
@@ -128,6 +128,16 @@ class TokenStore(Sequence[TokenizedExample]):
             # The branches of all examples, in order: first, first + 1, ... for each example.
             steps = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
             yield self._branches[np.repeat(first, counts) + steps]
+
+    @property
+    def tokens(self) -> TokenIds:
+        """Ids of the whole store, mapped: prompt and answer of each branch, one branch behind the other."""
+        return self._tokens
+
+    def branch_blocks(self) -> Iterator[tuple[Integers, Integers]]:
+        """Yield blocks of examples: branches of each; start in `tokens`, prompt and answer length of each branch."""
+        for chosen, branches in zip(self._blocks(), self._branch_blocks(), strict=True):
+            yield chosen[:, _COUNT], branches
 
     def select(self, positions: Integers) -> "TokenStore":
         """Return a view of the examples at `positions` of this view."""

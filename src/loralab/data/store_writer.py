@@ -93,7 +93,9 @@ class StoreWriter:
             try:
                 self.progress, kept = _read_progress(self.folder / PROGRESS)
                 self._hashes = {name: _hash_beginning(self.folder / name, kept[name]) for name in ARRAYS}
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except FileNotFoundError as error:
+                self.progress, kept, self.restarted = Progress(), {}, f"{Path(error.filename).name} is gone"
+            except ValueError as error:
                 self.progress, kept, self.restarted = Progress(), {}, str(error)
         for name in ARRAYS:
             size = kept[name]["bytes"] if kept else 0
@@ -189,10 +191,13 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read_progress(path: Path) -> tuple[Progress, dict[str, Any]]:
-    whole = json.loads(path.read_text(encoding="utf-8"))
-    if whole["sha256"] != content_hash(whole["content"]):
-        raise ValueError(f"{path.name} is damaged")
-    return Progress(**whole["content"]["progress"]), whole["content"]["files"]
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        if whole["sha256"] == content_hash(whole["content"]):
+            return Progress(**whole["content"]["progress"]), dict(whole["content"]["files"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{path.name} is damaged")
 
 
 def _hash_beginning(path: Path, written: dict[str, Any]) -> Any:

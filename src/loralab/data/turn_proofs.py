@@ -147,22 +147,26 @@ class TurnProof:
             if self.case.answered:
                 yield "empty_answer", f"turn {self.case.turn + 1} is {show_text(message.content)}"
             return
-        unknown = self.prompter.tokenizer.unk_token_id
-        if (
-            unknown is not None
-            and unknown in self.case.answer
-            and self.prompter.tokenizer.unk_token not in message.content
-        ):
+        if self._lost_characters():
             yield "unknown_characters", f"the answer {show_text(message.content)} becomes {show_text(text)}"
             return
         if self._is_cut:
             yield from self._prove_cut()
             return
-        joint = self._joint_fault()
-        if joint is not None:
-            yield joint
+        fault = self._tokens_fault()
+        if fault is not None:
+            yield fault
             return
         yield from self._prove_text(plain)
+
+    def _lost_characters(self) -> bool:
+        """Return whether the span holds the token for what the tokenizer does not know, and the row does not."""
+        tokenizer = self.prompter.tokenizer
+        unknown = tokenizer.unk_token_id
+        # Some tokenizers name their end token here, and know everything.
+        if unknown is None or unknown in self.prompter.stop.ids or unknown not in self._body:
+            return False
+        return str(tokenizer.unk_token) not in self.case.message.content
 
     def _prove_text(self, plain: bool) -> Iterator[Seen]:
         message, text = self.case.message, self.answer
@@ -256,26 +260,22 @@ class TurnProof:
         prompt = self.prompter.render(before, add_generation_prompt=True, tools=tools)
         return self.case.whole[len(prompt) :] if self.case.whole.startswith(prompt) else None
 
-    def _joint_fault(self) -> Seen | None:
-        """Compare the span's ids with those of prompt and answer as one text, where no token joins them there."""
-        case = self.case
+    def _tokens_fault(self) -> Seen | None:
+        """Compare the span's ids with those of the same text, with its prompt as one text or as a continuation."""
+        case, body = self.case, self._body
         if case.encoding is None or not case.answered or case.prompt != case.served or self._matches_whole():
             return None
         rest = self._rendered_rest()
-        if rest is None:
-            return None
+        if rest is None or not self.decoder.same(self.answer, rest[: len(self.answer)]):
+            return None  # nothing to compare with, or not the answer at all, which the text shows
         border = len(case.whole) - len(rest)
-        spans = case.encoding.offsets
-        first = next((place for place, (_, end) in enumerate(spans) if end > border), len(spans))
-        joined = first < len(spans) and spans[first][0] < border
-        # Blanks on both sides of the border may be divided in another way.
-        if joined or (case.whole[border - 1 : border].isspace() and rest[:1].isspace()):
+        first = next((place for place, (_, end) in enumerate(case.encoding.offsets) if end > border), 0)
+        together = case.encoding.ids[first : first + len(body)]
+        tokenizer, anchor = self.prompter.tokenizer, self.prompter.stop.texts[0]
+        alone = tokenizer([self.answer, anchor + self.answer], add_special_tokens=False, verbose=False)["input_ids"]
+        if body in (together, alone[0], alone[1][1:]):
             return None
-        body, together = self._body, case.encoding.ids[first:]
-        if together[: len(body)] == body or not self.decoder.same(self.answer, rest[: len(self.answer)]):
-            return None
-        ids = f"{together[: len(body)][:6]} as one text, {body[:6]} here"
-        return "answer_ids_differ", f"{show_text(self.answer)} is {ids}"
+        return "answer_ids_differ", f"{show_text(self.answer)} is {together[:6]} as one text, {body[:6]} here"
 
     def _prove_end(self) -> Iterator[Seen]:
         if not self.case.answered or self._is_ended or self._is_cut or not self.case.made_here:

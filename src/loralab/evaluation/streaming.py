@@ -63,10 +63,9 @@ class WholeText:
 
 
 class _Streamer(BaseStreamer):
-    """Writes an answer's text while its tokens come; the stop token is never written."""
+    """Writes an answer's text while its tokens come; the prompter decodes a stop token to nothing."""
 
     def __init__(self, prompter: Prompter, write: Callable[[str], None]) -> None:
-        self._stop_ids = prompter.stop.ids
         self._write = write
         self._text = WholeText(prompter)
         self._prompt_seen = False
@@ -81,8 +80,7 @@ class _Streamer(BaseStreamer):
             self._prompt_seen = True
             return
         for token in value.flatten().tolist():
-            if token not in self._stop_ids:
-                self._pass_on(self._text.add(token))
+            self._pass_on(self._text.add(token))
 
     def end(self) -> None:
         """Take the end of the generation; what to do with the rest is the caller's to say."""

@@ -25,7 +25,17 @@ COUNTED = {
     "total_tokens": "Tokens",
     "supervised_tokens": "Supervised tokens",
 }
-MAX_DROPPED_ROWS = 50
+# What rows may have been through, besides the two that are counted above.
+NOTED = {
+    "turns_dropped": "Oldest turns left out",
+    "answer_altered": "Answers altered by the template",
+    "reasoning_left_out": "Reasoning left out by the template",
+    "no_stop": "Answers without a stop token",
+    "system_left_out": "System messages left out by the template",
+    "question_altered": "Questions altered by the template",
+    "tools_left_out": "Tools left out by the template",
+}
+MAX_LISTED_ROWS = 50
 
 
 def describe_data(facts: Facts) -> Json | None:
@@ -47,6 +57,8 @@ def describe_data(facts: Facts) -> Json | None:
         ],
         "length_names": list(LENGTH_NAMES.values()),
         "dropped_rows": _dropped_rows(splits, names),
+        "noted_rows": _noted_rows(splits, names),
+        "system_prompt": str(facts.data.get("system_prompt") or ""),
         "sources": [format_value(dig(source, "name") or source) for source in dig_list(facts.data, "sources")],
         "format": _choice(dig_table(facts.data, "format")),
         "split": ", ".join(f"{key} {format_value(value)}" for key, value in dig_table(facts.data, "split").items()),
@@ -76,6 +88,10 @@ def _count_rows(splits: list[Json]) -> list[Json]:
             for reason in reasons:
                 dropped = [dig_number(s, "dropped", reason) or 0 for s in splits]
                 rows.append(line(f"Dropped: {reason}", list(dropped), read, part=True))
+    for note, name in NOTED.items():
+        counts: list[float | None] = [dig_number(split, "notes", note) or 0 for split in splits]
+        if any(counts):
+            rows.append(line(name, counts, kept))
     return rows
 
 
@@ -85,7 +101,22 @@ def _dropped_rows(splits: Json, names: list[str]) -> Json:
         for name in names
         for row in dig_list(splits, name, "dropped_rows")
     ]
-    return {"rows": found[:MAX_DROPPED_ROWS], "more": max(0, len(found) - MAX_DROPPED_ROWS)}
+    return {"rows": found[:MAX_LISTED_ROWS], "more": max(0, len(found) - MAX_LISTED_ROWS)}
+
+
+def _noted_rows(splits: Json, names: list[str]) -> list[Json]:
+    """Return, for each note, the first rows that have it, so that they can be looked at."""
+    notes = []
+    for note, name in {"truncated": "Truncated", "empty_answer": "Empty answers", **NOTED}.items():
+        rows = [
+            f"{split} {format_value(dig(row, 'row'))}"
+            for split in names
+            for row in dig_list(splits, split, "noted_rows", note)
+        ]
+        if rows:
+            shown = ", ".join(rows[:MAX_LISTED_ROWS])
+            notes.append({"name": name, "rows": shown, "more": max(0, len(rows) - MAX_LISTED_ROWS)})
+    return notes
 
 
 def describe_settings(facts: Facts) -> list[Json]:

@@ -204,12 +204,14 @@ def describe_samples(facts: Facts) -> Json | None:
         }
         for row in rows[:SHOWN_SAMPLES]
     ]
+    stopped = {side: sum(row.get(f"{side}_stopped") is True for row in rows) for side, _ in sides}
     return {
         "rows": samples,
         "count": len(rows),
         "split": str(dig(facts.samples, "split") or ""),
         "limit": format_count(dig_number(facts.samples, "max_new_tokens")),
-        "stopped": {side: sum(row.get(f"{side}_stopped") is True for row in rows) for side, _ in sides},
+        "stopped": stopped,
+        "shares": {side: format_share(count, len(rows)) or "none" for side, count in stopped.items()},
     }
 
 

@@ -150,6 +150,13 @@ def answer_samples(
     ]
 
 
+def stop_shares(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the share of each side's answers that ended by a stop token and not by the length limit, 0 to 1."""
+    return {
+        side: sum(bool(s[f"{side}_stopped"]) for s in samples) / max(len(samples), 1) for side in ("base", "adapter")
+    }
+
+
 def _prompt_and_reference(split: TokenStore, index: int) -> tuple[list[int], list[int]]:
     branch = split[index].branches[0]
     prompt, answer = branch.prompt_ids.tolist(), branch.answer_ids.tolist()
@@ -227,7 +234,9 @@ def _find_split(
     section, wanted = _fit_length(session, reporter), session.config.evaluation.split
     tokenizer, template = load_adapter_tokenizer(session.target, session.config), session.template
     if data is not None:
-        alone = section.model_copy(update={"train": data, "validation": None, "test": None})
+        # Rows from elsewhere are asked as the adapter was trained: under its system prompt, where they bring none.
+        system = session.system_prompt or section.system
+        alone = section.model_copy(update={"train": data, "validation": None, "test": None, "system": system})
         file = local_path(data)
         whole = file is not None and file.is_file()
         prepared = prepare_data(

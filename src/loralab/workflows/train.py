@@ -4,9 +4,6 @@ This page is the table of contents of a run: read `train` top to bottom.
 """
 
 import contextlib
-import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +15,6 @@ from transformers import set_seed
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
-from loralab.data.contract import CONTRACT_FILE, build_contract
 from loralab.data.dataset import prepare_data
 from loralab.errors import ConfigError, RunFolderError, StoppedBySignal
 from loralab.evaluation.perplexity import Interrupted
@@ -40,8 +36,9 @@ from loralab.training.callbacks import StopRequest, catching_signals
 from loralab.training.checkpoint import find_checkpoint, read_checkpoint
 from loralab.training.distributed import Processes, joined, naming_losses
 from loralab.training.state import RunState
+from loralab.workflows.adapter_folder import save_adapter
 from loralab.workflows.configure import run_path
-from loralab.workflows.evaluate import answer_samples, evaluate_split, resolve_split
+from loralab.workflows.evaluate import answer_samples, evaluate_split, resolve_split, stop_shares
 from loralab.workflows.output import claim_output, has_begun
 from loralab.workflows.record import (
     RunRecord,
@@ -177,7 +174,7 @@ def _train(
         request.notice = "stopping; --resume will repeat the final evaluation, no step is lost"
         _keep_best(run, state)
         if processes.first:
-            _save_adapter(run)
+            save_adapter(folder.adapter, run.model, run.data.prompter)
         _evaluate(run, request)
         processes.wait()  # the first one alone lets the models answer
         _stop_if_asked(request, run)
@@ -300,24 +297,6 @@ def _keep_best(run: Run, state: RunState) -> None:
     run.reporter.say(f"using the adapter of step {state.best_step}, the best of the run ({state.best_value:.4f})")
 
 
-def _save_adapter(run: Run) -> None:
-    """Write the adapter folder in one step: PEFT's files, tokenizer and prompt contract."""
-    staging = Path(tempfile.mkdtemp(prefix=".adapter-", dir=run.folder.path))
-    try:
-        run.model.save_pretrained(str(staging), safe_serialization=True)
-        run.data.prompter.tokenizer.save_pretrained(str(staging))
-        (staging / CONTRACT_FILE).write_text(
-            json.dumps(build_contract(run.data.prompter), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        staging.chmod(0o755)
-        for path in staging.iterdir():
-            path.chmod(0o644)  # temporary folders and safetensors make theirs private
-        shutil.rmtree(run.folder.adapter, ignore_errors=True)
-        staging.rename(run.folder.adapter)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
 def _evaluate(run: Run, request: StopRequest) -> None:
     """Compare base and adapter on the final split, and let both answer a few of its prompts."""
     name = resolve_split(run.config.evaluation.split, run.data.splits)
@@ -353,7 +332,12 @@ def _evaluate(run: Run, request: StopRequest) -> None:
         )
     except Interrupted:
         return  # the caller asks why
-    write_json(run.folder.samples, {"split": name, "max_new_tokens": evaluation.max_new_tokens, "samples": samples})
+    shares = stop_shares(samples)
+    run.reporter.say(f"answers that end by a stop token: base {shares['base']:.0%}, adapter {shares['adapter']:.0%}")
+    write_json(
+        run.folder.samples,
+        {"split": name, "max_new_tokens": evaluation.max_new_tokens, "stop_share": shares, "samples": samples},
+    )
 
 
 def _finish_record(run: Run, state: RunState) -> None:

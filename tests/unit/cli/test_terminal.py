@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loralab.cli import terminal
-from loralab.cli.terminal import TurnReader, history_path, keeping_history, read_from, turn_reader
+from loralab.cli.terminal import TurnReader, history_path, keeping_history, read_edited, read_from, turn_reader
 from loralab.errors import DataError
 
 LINES = {
@@ -75,11 +75,28 @@ def test_bytes_of_another_encoding_are_named() -> None:
 
 
 def test_prompts_keep_out_of_the_answers() -> None:
-    shown, prompts = io.StringIO(), []
+    shown = io.StringIO()
     reader = TurnReader(read_from(io.StringIO("one\\\ntwo\n"), shown), numbered=False)
     reader("to adapter> ")
-    prompts.append(shown.getvalue())
-    assert prompts == ["to adapter> ... "]
+    assert shown.getvalue() == "to adapter> ... "
+    assert reader("to adapter> ") is None
+    assert shown.getvalue() == "to adapter> ... to adapter> \n"  # the shell's prompt then begins a line
+
+
+@pytest.mark.parametrize(("end", "turn"), [(EOFError, None), (KeyboardInterrupt, KeyboardInterrupt)])
+def test_end_of_the_input_ends_the_line_of_the_prompt(
+    end: type[BaseException], turn: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ending(_: str) -> str:
+        raise end
+
+    monkeypatch.setattr("builtins.input", ending)
+    if turn is None:
+        assert read_edited("> ") is None
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            read_edited("> ")
+    assert capsys.readouterr().out == "\n"
 
 
 def test_no_input_has_no_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,14 @@ BROKEN: list[tuple[str, Values, list[str], str]] = [
     ("_check_splits", {"data": {"validation": 0.0}}, ["data.validation"], "fraction: 0.0"),
     ("_check_splits", {"data": {"test": 0}}, ["data.test"], "number of rows: 0"),
     ("_check_splits", {"data": {"validation": -3, "test": 1.0}}, ["data.validation", "data.test"], "rows: -3"),
+    (
+        "_check_weights",
+        {"data": {"validation": [{"path": "v.json", "weight": 2}], "test": ["a", {"path": "t.json", "weight": 0.5}]}},
+        ["data.validation", "data.test"],
+        "weight 2.0 of 'v.json': only training rows are drawn by weight",
+    ),
+    ("_check_train_on", {"data": {"train_on": []}}, ["data.train_on"], "names no role"),
+    ("_check_train_on", {"data": {"train_on": ["user", "tool", "user"]}}, ["data.train_on"], "names 'user' twice"),
     ("_check_precision", {"model": {"precision": "float16", "device": "cpu"}}, ["model.precision"], "bfloat16"),
     ("_check_warmup", {"training": {"warmup_ratio": 0.1, "warmup_steps": 5}}, ["training.warmup_steps"], "0.1"),
     (

@@ -1,5 +1,8 @@
-"""Hypothesis strategies for rows with values of any kind under the names that formats know."""
+"""Hypothesis strategies: good rows of every format, and rows that are almost good or nothing like it."""
 
+import copy
+import json
+from collections.abc import Iterator
 from typing import Any
 
 from hypothesis import strategies as st
@@ -18,9 +21,7 @@ SCALARS = (
     | st.binary(max_size=4)
     | st.datetimes()
     | st.decimals()
-    | st.sampled_from(
-        ["yes", "[]", "{}", "null", '{"name": "f", "arguments": "{}"}', "user", "assistant", "tool", "\ud800"]
-    )
+    | st.sampled_from(["yes", "\ud800", "[]", "{}", "null", '{"name": "f"}', "user", "assistant", "tool"])
 )
 VALUES = st.recursive(
     SCALARS,
@@ -34,6 +35,7 @@ VALUES = st.recursive(
 
 
 def deep(levels: int, *, as_text: bool, as_object: bool) -> Any:
+    """Return a value of many levels, or JSON text of one."""
     if as_text:
         return '{"a":' * levels if as_object else "[" * levels + "]" * levels
     value: Any = "x"
@@ -42,65 +44,133 @@ def deep(levels: int, *, as_text: bool, as_object: bool) -> Any:
     return value
 
 
-DEEP = st.builds(deep, st.sampled_from([50, 150, 3000]), as_text=st.booleans(), as_object=st.booleans())
-ANY = VALUES | DEEP
-ROLE = st.sampled_from([*ROLE_NAMES, "narrator"]) | ANY
-PARTS = st.lists(
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "type": st.sampled_from(["text", "reasoning", "thinking", "tool_call", "image"]) | ANY,
-            "text": st.text(max_size=4) | ANY,
-            "value": st.text(max_size=4) | ANY,
-            "more": ANY,
-        },
+ANYTHING = VALUES | st.builds(deep, st.sampled_from([50, 150, 1200]), as_text=st.booleans(), as_object=st.booleans())
+
+TEXT = st.text(max_size=5)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | TEXT, lambda inner: st.lists(inner, max_size=2), max_leaves=3
+)
+ARGUMENTS = st.dictionaries(TEXT, JSON, max_size=2)
+
+
+def as_it_is_or_json(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return strategy | strategy.map(json.dumps)
+
+
+BODY = st.fixed_dictionaries({"name": TEXT}, optional={"arguments": as_it_is_or_json(ARGUMENTS)})
+CALL = BODY | st.fixed_dictionaries({"function": BODY}, optional={"id": TEXT, "type": st.just("function")})
+TOOL = st.fixed_dictionaries({"name": TEXT, "parameters": ARGUMENTS}) | st.fixed_dictionaries(
+    {"type": st.just("function"), "function": st.fixed_dictionaries({"name": TEXT})}
+)
+TEXT_PART = st.fixed_dictionaries({"type": st.just("text"), "text": TEXT}) | TEXT
+REASONING_PART = st.fixed_dictionaries({"type": st.just("reasoning"), "value": TEXT})
+CALL_PART = st.fixed_dictionaries({"type": st.just("tool_call"), "value": as_it_is_or_json(BODY)})
+ANSWER_PARTS = st.builds(
+    lambda *parts: [part for some in parts for part in some],
+    *(st.lists(part, max_size=2) for part in (REASONING_PART, TEXT_PART, CALL_PART)),
+)
+FLAG = st.sampled_from([True, False, 0, 1, 0.0, 1.0, None])
+ABOUT = {"id": TEXT, "train": FLAG, "name": TEXT}
+
+
+def good_messages(role: str, content: str) -> st.SearchStrategy[list[Any]]:
+    """Return lists of messages whose two main keys have these names."""
+    roles = {kind: [name for name, meant in ROLE_NAMES.items() if meant == kind] for kind in ROLE_NAMES.values()}
+    kept = ("system", "user", "tool")
+    plain = st.fixed_dictionaries(
+        {role: st.sampled_from([name for kind in kept for name in roles[kind]]), content: TEXT | st.lists(TEXT_PART)},
+        optional={**ABOUT, "tool_call_id": TEXT},
     )
-    | ANY,
-    max_size=3,
-)
-CALLS = st.lists(
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "id": st.text(max_size=3) | ANY,
-            "type": st.just("function") | ANY,
-            "name": st.text(max_size=3) | ANY,
-            "arguments": st.sampled_from(["{}", "", '{"a": 1}', {}]) | ANY,
-            "function": st.fixed_dictionaries({"name": st.text(max_size=3) | ANY}, optional={"arguments": ANY}) | ANY,
-        },
+    answer = st.fixed_dictionaries(
+        {role: st.sampled_from(roles["assistant"]), content: TEXT | ANSWER_PARTS}, optional=ABOUT
     )
-    | ANY,
-    max_size=2,
-)
-MESSAGE = st.fixed_dictionaries(
-    {},
-    optional={
-        **dict.fromkeys(("role", "from"), ROLE),
-        **dict.fromkeys(("content", "value"), st.text(max_size=4) | PARTS | ANY),
-        **dict.fromkeys(("tool_calls", "function_call"), CALLS | ANY),
-        **dict.fromkeys(("train", "weight", "name", "reasoning", "mask", "other"), ANY),
-    },
-)
-SEGMENT = st.fixed_dictionaries({"text": ANY}, optional={"train": ANY, "label": ANY})
-LISTS = st.lists(MESSAGE | ANY, max_size=3)
-FIELD_VALUES = {
-    **dict.fromkeys(("messages", "conversations", "prompt", "completion"), LISTS | MESSAGE | ANY),
-    "tools": CALLS | ANY,
-    "history": st.lists(st.lists(ANY, max_size=3), max_size=2) | ANY,
-    "segments": st.lists(st.fixed_dictionaries({"text": ANY}, optional={"train": ANY, "label": ANY}) | ANY, max_size=3)
-    | ANY,
-    **dict.fromkeys(
-        ("input_ids", "labels", "attention_mask"),
-        st.lists(st.integers(0, 3) | st.sampled_from([-100, 2**31]), min_size=2, max_size=2) | ANY,
+    calling = st.fixed_dictionaries(
+        {role: st.sampled_from(roles["assistant"]), "tool_calls": st.lists(CALL, min_size=1, max_size=2)},
+        optional={**ABOUT, content: TEXT | st.none(), "reasoning": TEXT},
+    )
+    call = st.fixed_dictionaries({role: st.sampled_from(roles["function_call"]), content: as_it_is_or_json(CALL)})
+    return st.lists(plain | answer | calling | call, min_size=1, max_size=3)
+
+
+MESSAGES = good_messages("role", "content")
+SHARED = {"tools": as_it_is_or_json(st.lists(TOOL, max_size=2))}
+IDS = st.lists(st.integers(0, 9), min_size=1, max_size=4)
+SEGMENT = st.fixed_dictionaries({"text": TEXT, "train": FLAG.filter(lambda flag: flag is not None)})
+HISTORY = as_it_is_or_json(st.lists(st.tuples(TEXT, TEXT).map(list)))
+GOOD_ROWS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
+    "tokenized": IDS.map(lambda ids: {"input_ids": ids, "labels": [*ids], "attention_mask": [1] * len(ids)}),
+    "segments": st.lists(SEGMENT, max_size=2).map(lambda some: {"segments": [*some, {"text": "a", "train": True}]}),
+    "messages": st.fixed_dictionaries({"messages": MESSAGES}, optional=SHARED),
+    "sharegpt": st.fixed_dictionaries({"conversations": good_messages("from", "value")}, optional=SHARED),
+    "alpaca": st.fixed_dictionaries(
+        {"instruction": TEXT, "output": TEXT},
+        optional={
+            "input": TEXT,
+            "system": TEXT,
+            "history": as_it_is_or_json(st.lists(st.tuples(TEXT, TEXT).map(list))),
+        },
     ),
+    "conversational_prompt_completion": st.fixed_dictionaries(
+        {"prompt": MESSAGES | TEXT, "completion": MESSAGES | MESSAGES.map(lambda some: some[0])}, optional=SHARED
+    ),
+    "prompt_completion": st.fixed_dictionaries({"prompt": TEXT, "completion": TEXT}, optional={"system": TEXT}),
+    "yes_no": st.fixed_dictionaries(
+        {"question": TEXT, "answer": st.sampled_from(["Yes.", "no", " maybe", True, 0])}, optional={"passage": TEXT}
+    ),
+    "question_answer": st.fixed_dictionaries({"question": TEXT, "answer": TEXT}, optional={"context": TEXT}),
+    "text": st.fixed_dictionaries({"text": TEXT}),
 }
+
+
+# What may turn up in an object that has something else there, or nothing.
+KEYS = ("role", "from", "content", "value", "train", "weight", "mask", "tool_calls", "function", "type", "x")
+
+
+@st.composite
+def good_rows(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """A format and a row that it can use."""
+    name = draw(st.sampled_from(list(FORMATS)))
+    return name, draw(GOOD_ROWS[name])
+
+
+def _places(value: Any, *, levels: int = 8) -> Iterator[tuple[Any, Any]]:
+    """Yield container and key of everything inside, down to some level."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)):
+        yield value, key
+        if levels and isinstance(value[key], dict | list):
+            yield from _places(value[key], levels=levels - 1)
 
 
 @st.composite
 def malformed_rows(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
-    """A format and a row with values of any kind under the names that the format knows, some of them missing."""
-    name = draw(st.sampled_from(list(FORMATS)))
-    form = FORMATS[name]
-    keys = st.lists(st.sampled_from(form.fields), max_size=3) if draw(st.booleans()) else st.just([*form.required])
-    chosen = dict.fromkeys([*draw(keys), *draw(st.lists(st.sampled_from(form.optional or ("id",)), max_size=2))])
-    return name, {key: draw(FIELD_VALUES.get(key, ANY)) for key in chosen}
+    """A format and a row with one to three values, anywhere in it, that are changed, left out or put in."""
+    name, row = draw(good_rows())
+    row = copy.deepcopy(row)
+    for _ in range(draw(st.integers(1, 3))):
+        places = list(_places(row))
+        if not places:
+            break
+        container, key = draw(st.sampled_from(places))
+        change = draw(st.sampled_from(["replace", "replace", "remove", "add"]))
+        if change == "remove":
+            del container[key]
+        elif change == "replace":
+            container[key] = draw(ANYTHING)
+        elif isinstance(container, list):
+            container.insert(key, draw(ANYTHING))
+        else:
+            known = [
+                "role",
+                "from",
+                "content",
+                "value",
+                "train",
+                "weight",
+                "mask",
+                "tool_calls",
+                "function",
+                "type",
+                "x",
+            ]
+            container[draw(st.sampled_from(known))] = draw(ANYTHING)
+    return name, row

@@ -3,23 +3,32 @@
 import datetime
 import decimal
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from loralab.data.chat_formats import ROLE_NAMES
-from loralab.data.example import ROLES, Conversation, Document, Message, Preformatted, Tokens, ToolCall
+from loralab.data.example import ROLES, Conversation, Document, Example, Message, Preformatted, Tokens, ToolCall
 from loralab.data.fields import RowError
 from loralab.data.formats import FORMATS, build_example, resolve_format
+from loralab.data.sources import resolve_sources
 from loralab.errors import DataError
-from unit.data.malformed_rows import MESSAGE, malformed_rows
+from unit.data.malformed_rows import good_rows, malformed_rows
 
 USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 SEARCH = {"name": "search", "description": "Finds.", "parameters": {"q": {"default": None}}}
 CALL = ToolCall("weather", {"city": "Paris", "days": 2})
+
+
+def nested(levels: int) -> Any:
+    """Return lists in lists."""
+    return [nested(levels - 1)] if levels else "x"
 
 
 def read(*messages: Any, **columns: Any) -> Conversation:
@@ -82,6 +91,7 @@ def test_no_assistant_turn_is_for_the_tokenizer_to_count() -> None:
     [
         ([], Message("assistant", "")),
         (["b", " c"], Message("assistant", "b c")),
+        (["b", {"type": "reasoning", "text": ""}], Message("assistant", "b")),
         ([{"type": "text", "text": "b"}, {"type": "text", "value": " c"}], Message("assistant", "b c")),
         ({"type": "output_text", "text": "b", "annotations": [], "image_url": None}, Message("assistant", "b")),
         ([{"type": "reasoning", "value": "r"}, {"type": "text", "value": "b"}], Message("assistant", "b", "r")),
@@ -297,7 +307,11 @@ def test_no_tools(value: Any) -> None:
         ([{"description": "w"}], "tools[0] has no name; its keys: description"),
         ([{"type": "function", "function": {}}], "tools[0] has no name; its keys: type, function"),
         ([{"name": "w", "parameters": {"when": datetime.date.min}}], "tools[0] holds date, which JSON does not have"),
+        ({}, "field 'tools' is dict, not a list: {}"),
+        ('[{"name": "w", "n": Infinity}]', "field 'tools' holds inf, which is no JSON number"),
+        ('[{"name": "w", "name": "v"}]', "field 'tools' is no JSON (a key stands there twice): '[{"),
         ("[" * 9000, "field 'tools' is JSON nested too deeply"),
+        ([{"name": "w", "parameters": nested(200)}], "tools[0] is nested more than 100 levels deep"),
     ],
 )
 def test_bad_tools_are_named(value: Any, wrong: str) -> None:
@@ -324,6 +338,22 @@ def test_no_messages() -> None:
 
 def test_messages_as_json_text() -> None:
     assert build_example("messages", {"messages": json.dumps([USER, BOT])}, {}) == read(USER, BOT)
+
+
+def test_rows_of_a_parquet_file_are_those_of_json(tmp_path: Path) -> None:
+    """Arrow gives every message the keys of all, with null in them."""
+    call = {"id": "7", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris", "days": 2}'}}
+    conversations: list[list[dict[str, Any]]] = [
+        [USER, {**BOT, "train": False, "reasoning": "r"}],
+        [USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "7", "content": "12"}],
+    ]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns} for turns in conversations]), path)
+    (source,) = resolve_sources(str(path), where="test")
+    rows = [row.fields for row in source.rows()]
+    assert "tool_calls" in rows[0]["messages"][0]  # type: ignore[index]
+    assert resolve_format("auto", {}, first=rows[0], where="f")[0] == "messages"
+    assert [build_example("messages", row, {}) for row in rows] == [read(*turns) for turns in conversations]
 
 
 def test_pictures_are_refused() -> None:
@@ -396,12 +426,20 @@ def test_bad_sides(side: str, value: Any, wrong: str) -> None:
         build_example("conversational_prompt_completion", {"prompt": [USER], "completion": [BOT], side: value}, {})
 
 
+def check_writable(example: Example) -> None:
+    """Check that a template can write all of a conversation as JSON."""
+    if isinstance(example, Conversation):
+        json.dumps([message.as_dict() for message in example.messages], allow_nan=False, ensure_ascii=False).encode()
+        json.dumps(example.tools, allow_nan=False, ensure_ascii=False).encode()
+
+
 def check_row(name: str, row: dict[str, Any]) -> None:
     """Build the row under its format and choose a format for it; only the errors that are meant may come."""
     said: list[str] = []
     try:
         example = build_example(name, row, {})
         assert isinstance(example, Conversation | Document | Preformatted | Tokens)
+        check_writable(example)
     except RowError as error:
         said.append(str(error))
     try:
@@ -427,18 +465,31 @@ def test_ten_thousand_malformed_rows(case: tuple[str, dict[str, Any]]) -> None:
     check_row(*case)
 
 
-@given(st.lists(MESSAGE, min_size=1, max_size=3), st.sampled_from(["messages", "sharegpt"]))
-@settings(max_examples=200, deadline=None)
-def test_what_is_read_can_be_rendered_and_loses_no_text(messages: list[Any], name: str) -> None:
-    """Every example is JSON that a template can write, and holds the text of each message."""
-    field, key = FORMATS[name].required[0], "content" if name == "messages" else "value"
-    try:
-        example = build_example(name, {field: messages}, {})
-    except RowError:
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield the text under content, parts, reasoning, names of functions and segments, in order."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts_in(item)
+    elif isinstance(value, dict):
+        for key in ("reasoning", "content", "value", "text"):
+            if key in value:
+                yield from texts_in(value[key])
+
+
+@given(good_rows())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_good_rows_are_read_and_can_be_rendered(case: tuple[str, dict[str, Any]]) -> None:
+    """No good row is refused; every example is JSON that a template can write, and no message loses text."""
+    name, row = case
+    example = build_example(name, row, {})
+    if not isinstance(example, Conversation):
         return
-    assert isinstance(example, Conversation)
-    assert len(example.messages) == len(messages)
-    json.dumps([message.as_dict() for message in example.messages], allow_nan=False).encode()
-    for given_message, message in zip(messages, example.messages, strict=True):
-        if isinstance(given_message.get(key), str) and not message.tool_calls:
-            assert message.content == given_message[key]
+    check_writable(example)
+    given_turns = row.get("messages") or row.get("conversations")
+    if given_turns is not None:
+        for turn, message in zip(given_turns, example.messages, strict=True):
+            if not message.tool_calls:
+                assert "".join(texts_in(turn)) == (message.reasoning or "") + message.content
+            assert message.train == (turn.get("train") in (None, True))

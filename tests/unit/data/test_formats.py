@@ -339,6 +339,11 @@ def test_a_mapping_goes_before_the_names_of_columns() -> None:
     assert detect(row, **columns)[0] == "prompt_completion"
     assert detect(row, passage="context")[0] == "yes_no"
     assert build_example("prompt_completion", row, columns) == turns("q", "yes")
+    chat = {"messages": [{"role": "user", "content": "a"}], "ask": "q", "say": "b", "text": "t"}
+    assert detect(chat)[0] == "messages"
+    assert detect(chat, prompt="ask", completion="say")[0] == "prompt_completion"
+    with pytest.raises(DataError, match="no format fits these columns: messages, ask, say, text"):
+        detect(chat, prompt="ask", answer="say")
 
 
 def test_a_mapping_may_name_an_alias() -> None:
@@ -347,9 +352,12 @@ def test_a_mapping_may_name_an_alias() -> None:
     assert build_example("sharegpt", row, {"messages": "talk"}) == turns("a")
 
 
-def test_a_mapped_column_serves_one_field() -> None:
+def test_a_mapped_column_is_no_optional_field_too() -> None:
     row = {"input": "question", "output": "b"}
     assert build_example("alpaca", row, {"instruction": "input"}) == turns("question", "b")
+    assert build_example("alpaca", {"instruction": "a", "output": "b"}, {"input": "instruction"}) == turns(
+        "a\n\n### Input:\na", "b"
+    )
     swapped = {"question": "the answer", "answer": "the question"}
     columns = {"question": "answer", "answer": "question"}
     assert build_example("question_answer", swapped, columns) == turns("the question", "the answer")
@@ -419,6 +427,7 @@ def test_rename_columns_maps_field_to_column() -> None:
     assert rename_columns(row, {}, required=()) is row
     renamed = rename_columns(row, {"instruction": "q", "output": "a"}, required=("instruction",))
     assert renamed == {"instruction": "question", "output": "answer"}
+    assert rename_columns({"a": 1, "b": 2}, {"c": "a", "d": "b"}, required=("a",)) == {"a": 1, "c": 1, "d": 2}
     assert row["output"] == "old"
     with pytest.raises(RowError, match=r"missing column 'Q' \(for 'instruction'\); the row has: q, output, a"):
         rename_columns(row, {"instruction": "Q"}, required=("instruction",))

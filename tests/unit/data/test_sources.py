@@ -21,8 +21,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from loralab.data import json_list
 from loralab.data.hub import HubId, load_hub_split, parse_hub_id
 from loralab.data.readers import PARQUET_BATCH_ROWS, READERS, data_suffix
+from loralab.data.rows import JsonLine
 from loralab.data.sources import Row, resolve_sources
 from loralab.errors import DataError, Problem
 
@@ -166,8 +168,67 @@ def test_rows_know_their_place():
 
 
 def test_rows_cross_to_worker_processes():
-    row = Row({"a": [1]}, 3, "x.jsonl", 4)
-    assert pickle.loads(pickle.dumps(row)) == row
+    for row in (Row({"a": [1]}, 3, "x.jsonl", 4), JsonLine(b'{"a": [1]}', 3, "x.jsonl", 4)):
+        assert pickle.loads(pickle.dumps(row)) == row
+
+
+def numbered(count: int) -> list[dict[str, object]]:
+    return [{"text": f"row {number}"} for number in range(count)]
+
+
+STARTS: dict[str, Callable[[list[dict[str, object]]], str | None]] = {
+    "a.json": json.dumps,
+    "wrapped.json": lambda rows: json.dumps({"data": rows}),
+    "lines.json": as_json_lines,
+    "a.jsonl": lambda rows: "\n" + as_json_lines(rows).replace("\n", "\n\n"),
+    "a.jsonl.gz": as_json_lines,
+    "a.csv": as_csv,
+    "a.tsv": lambda rows: as_csv(rows, "\t"),
+    "a.parquet": lambda rows: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "a.parquet"),
+    "saved": lambda rows: datasets.Dataset.from_list(rows).save_to_disk("saved"),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_reading_goes_on_at_any_row(name):
+    content = STARTS[name](numbered(7))
+    if content is not None:
+        write(name, content)
+    source = resolve_sources(name, where=WHERE)[0]
+    whole = list(source.rows())
+    assert [row.fields for row in whole] == numbered(7)
+    for start in range(9):
+        assert list(source.rows(start)) == whole[start:]
+
+
+def test_reading_a_text_file_goes_on_behind_it():
+    source = resolve_sources(write("a.txt", "one"), where=WHERE)[0]
+    assert [len(list(source.rows(start))) for start in (0, 1)] == [1, 0]
+
+
+def test_groups_of_a_parquet_file_that_are_left_out_are_not_read(monkeypatch):
+    rows = numbered(4 * PARQUET_BATCH_ROWS)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "a.parquet", row_group_size=PARQUET_BATCH_ROWS + 100)
+    groups = []
+    read_batches = pyarrow.parquet.ParquetFile.iter_batches
+
+    def note(self, *args, **options):
+        groups.append(options["row_groups"])
+        return read_batches(self, *args, **options)
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", note)
+    source = resolve_sources("a.parquet", where=WHERE)[0]
+    for start in (0, PARQUET_BATCH_ROWS + 99, PARQUET_BATCH_ROWS + 100, 3500, len(rows) - 1, len(rows), len(rows) + 5):
+        found = list(source.rows(start))
+        assert [row.fields for row in found] == rows[start:]
+        assert [row.number for row in found] == list(range(start + 1, len(rows) + 1))
+    assert groups == [[0, 1, 2, 3], [0, 1, 2, 3], [1, 2, 3], [3], [3], [], []]
+
+
+def test_lines_that_are_left_out_are_not_parsed():
+    source = resolve_sources(write("a.jsonl", '{"a": 1}\nnot json\n{"a": 2}\n'), where=WHERE)[0]
+    assert [row.fields for row in source.rows(2)] == [{"a": 2}]
+    assert [row.number for row in source.unparsed()] == [1, 2, 3]
 
 
 def test_rows_can_be_read_again():
@@ -189,10 +250,12 @@ def test_fingerprint_is_of_the_content():
     assert before != fingerprint("b.jsonl")
 
 
-@pytest.mark.parametrize("name", ["big.jsonl", "big.jsonl.gz", "big.csv"])
-def test_large_files_stream(name):
+@pytest.mark.parametrize("name", ["big.jsonl", "big.jsonl.gz", "lines.json", "list.json", "list.json.gz", "big.csv"])
+def test_large_files_stream(name, monkeypatch):
+    monkeypatch.setattr(json_list, "BLOCK_BYTES", 10_000)
     line = json.dumps({"text": "x" * 1000}) + "\n" if "json" in name else "x" * 1000 + "\n"
-    write(name, ("" if "json" in name else "text\n") + line * 5000)
+    content = f"[{','.join([line] * 5000)}]" if "list" in name else line * 5000
+    write(name, ("" if "json" in name else "text\n") + content)
     source = resolve_sources(name, where=WHERE)[0]
     tracemalloc.start()
     try:

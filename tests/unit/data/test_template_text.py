@@ -218,7 +218,7 @@ def test_what_is_put_in_front_writes_nothing(text: str) -> None:
         ("{# note\n    more #}\n    {{ a\n    + b }}", "{# note\n    more #}{{ a\n    + b }}"),
         ("{% if a %}\n{{ b }}\n{% endif %}\n", None),  # not indented
         ("{% if a %}\n    User: {{ b }}\n{% endif %}\n", None),  # text of its own
-        ("{% if a %}\n    {{ b }}\n{% endif %}{% raw %} {{ {% endraw %}", None),
+        ("{% if a %}\n    {{ b }}\n{% endif %}{% raw %}  {% endraw %}", None),
         ("", None),
     ],
 )

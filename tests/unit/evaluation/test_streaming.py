@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +87,14 @@ def test_characters_come_whole_and_at_once() -> None:
 
 def test_first_blank_goes_and_the_others_stay() -> None:
     assert stream(BLANKS, encode(BLANKS, " b ok b")) == ["b", " ", "o", "k", " b", ""]
+
+
+def test_decoder_that_takes_back_is_shown_to_do_so() -> None:
+    texts = ["", "a", "ab", "xyz"]
+    fickle: Any = SimpleNamespace(
+        decode=lambda ids: texts[len(ids)], tokenizer=SimpleNamespace(convert_ids_to_tokens=str)
+    )
+    assert stream(fickle, [1, 2, 3]) == ["a", "b", "", "\nxyz"]
 
 
 # --- with a model ------------------------------------------------------------------------------------------------

@@ -75,6 +75,11 @@ def data() -> dict[str, Any]:
         "dropped_rows": [{"row": 17, "reason": "empty answer"}],
         "truncated": 5,
         "empty_answers": 0,
+        "notes": {"truncated": 5, "answer_altered": 2},
+        "noted_rows": {
+            "truncated": [{"source": "t", "row": row} for row in range(1001, 1006)],
+            "answer_altered": [{"source": "t", "row": 2001}, {"source": "t", "row": 2002}],
+        },
         "supervised_tokens": 4000,
         "total_tokens": 8000,
         "length_percentiles": {"p0": 21, "p50": 148, "p90": 512, "p99": 988, "p100": 1024},
@@ -82,6 +87,7 @@ def data() -> dict[str, Any]:
     return {
         "format": {"value": "alpaca", "reason": "columns of /srv/secret/train.jsonl"},
         "template": {"name": "/srv/secret/chat.jinja", "text": "{{ '/keep/this/path' }}", "reason": "file"},
+        "system_prompt": "You answer like <b>a sailor</b>.",
         "stop_tokens": {"ids": [2, 32007], "texts": ["</s>", "<|end|>"], "reason": "the template writes it"},
         "sources": [{"name": "/srv/secret/train.jsonl", "sha256": "e" * 64}],
         "split": {"method": "random", "seed": 42},

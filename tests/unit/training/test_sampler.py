@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,3 +126,33 @@ def test_large_groups_come_at_any_time_of_an_epoch() -> None:
         order = [row for step in grouped(groups, 8, seed=seed) for row in step]
         places += [place / len(order) for place, row in enumerate(order) if row < 200]
     assert sum(places) / len(places) == pytest.approx(0.5, abs=0.05)
+
+
+def _shares(*sources: tuple[range, float]) -> list[tuple[npt.NDArray[np.int64], float]]:
+    return [(np.asarray(rows), weight) for rows, weight in sources]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_weights_are_passes_over_a_source(grouped: bool) -> None:
+    shares = _shares((range(10), 0.5), (range(10, 14), 2.0), (range(14, 20), 1.5))
+    groups = [list(range(start, start + 5)) for start in range(0, 20, 5)] if grouped else None
+    sampler = StepSampler(20, 4, 1, groups=groups, shares=shares)
+    drawn = []
+    for epoch in range(40):
+        sampler.set_epoch(epoch)
+        steps = sampler.steps()
+        assert len(steps) == len(sampler)
+        counts = Counter(row for step in steps for row in step)
+        assert sum(counts.values()) == sampler.rows_per_epoch == 5 + 8 + 9
+        assert sum(counts[row] for row in range(10)) == 5
+        assert max(counts[row] for row in range(10)) == 1
+        assert [counts[row] for row in range(10, 14)] == [2] * 4
+        assert sorted(counts[row] for row in range(14, 20)) == [1, 1, 1, 2, 2, 2]
+        drawn.append(frozenset(row for row in range(10) if counts[row]))
+    assert len(set(drawn)) > 10  # another half each epoch
+    assert frozenset().union(*drawn) == set(range(10))
+
+
+def test_small_source_is_never_left_out() -> None:
+    sampler = StepSampler(101, 8, 1, shares=_shares((range(100), 1.0), (range(100, 101), 0.1)))
+    assert 100 in [row for step in sampler.steps() for row in step]

@@ -1,0 +1,46 @@
+"""The adapter folder of a run: what goes into it, in one step.
+
+Owns which files make an adapter usable elsewhere: PEFT's, the tokenizer with its chat template,
+the prompt contract, and the stop tokens in the form that `generate` of transformers reads.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from transformers import GenerationConfig
+
+from loralab.data.contract import CONTRACT_FILE, build_contract
+from loralab.data.prompter import Prompter
+from loralab.models.supervised import SupervisedPeftModel
+
+
+def save_adapter(folder: Path, model: SupervisedPeftModel, prompter: Prompter) -> None:
+    """Write an adapter folder; an older one there is replaced by one rename.
+
+    Args:
+        folder: the adapter folder; its parent exists.
+        model: base and adapter.
+        prompter: tokenizer, template, system prompt and stop tokens of the training rows.
+    """
+    staging = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent))
+    try:
+        model.save_pretrained(str(staging), safe_serialization=True)
+        prompter.tokenizer.save_pretrained(str(staging))
+        contract = json.dumps(build_contract(prompter), indent=2, ensure_ascii=False)
+        (staging / CONTRACT_FILE).write_text(contract + "\n", encoding="utf-8")
+        _generation_config(prompter).save_pretrained(str(staging))
+        staging.chmod(0o755)
+        for path in staging.iterdir():
+            path.chmod(0o644)  # temporary folders and safetensors make theirs private
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _generation_config(prompter: Prompter) -> GenerationConfig:
+    tokenizer = prompter.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else prompter.stop.ids[0]
+    return GenerationConfig(eos_token_id=list(prompter.stop.ids), pad_token_id=pad, bos_token_id=tokenizer.bos_token_id)
