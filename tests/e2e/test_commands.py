@@ -191,10 +191,14 @@ def test_train_writes_the_run_folder(world: World) -> None:
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "adapter/chat_template.jinja",
+        "adapter/generation_config.json",
         "adapter/prompt_contract.json",
         "adapter/tokenizer.json",
         "adapter/tokenizer_config.json",
     }
+    contract = json.loads((world.run / "adapter" / "prompt_contract.json").read_text(encoding="utf-8"))
+    generation = json.loads((world.run / "adapter" / "generation_config.json").read_text(encoding="utf-8"))
+    assert generation["eos_token_id"] == contract["stop_token_ids"]
     assert {name for name in files if name.startswith("plots/")} == {
         "plots/loss.png",
         "plots/learning_rate.png",

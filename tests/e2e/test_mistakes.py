@@ -158,8 +158,8 @@ DATA_MISTAKES: dict[str, tuple[str, str, str, str, str]] = {
     "invalid line": ("rows.jsonl", f"{json.dumps(GOOD)}\n{{oops\n", "invalid JSON", "{file} line 2", "one object per"),
     "columns": (
         "rows.json",
-        json.dumps([{"question": "a", "answer": "b"}]),
-        "no format fits these columns: question, answer",
+        json.dumps([{"query": "a", "reply": "b"}]),
+        "no format fits these columns: query, reply",
         "{file}",
         "data.columns",
     ),

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from loralab import console
 from loralab.console import ClosedOutput, ConsoleReporter, ResultConsole, nobody_reads, speaks, tolerate_characters
 from loralab.errors import ConfigError, WorkerError
 
@@ -38,6 +39,14 @@ def test_bar_is_plain_where_blocks_cannot_be_shown(monkeypatch: pytest.MonkeyPat
     reporter = ConsoleReporter()
     reporter.progress("train", 2, 2)
     assert written(err) == f"train {'#' * 24} 2/2\n"
+
+
+def test_rows_without_a_total_are_shown_with_their_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    err = ascii_stream()
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(console, "_PLAIN_SECONDS", 0.0)
+    ConsoleReporter().progress("train", 1024, None, detail="4,416 rows/s")
+    assert written(err) == "train: 1,024 rows, 4,416 rows/s\n"
 
 
 def test_run_goes_on_when_nobody_reads_its_notes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from loralab.errors import (
     ConfigError,
     DataError,
     LoralabError,
+    MaskError,
     ModelError,
     OutOfMemoryError,
     Problem,
@@ -35,6 +36,7 @@ EXIT_CODES = {
     WorkerError: 2,
     OutOfMemoryError: 2,
     ProofError: 3,
+    MaskError: 3,
     PromptContractError: 3,
 }
 THREE_LINES = "error: what 7\nwhere: there\nfix:   so"

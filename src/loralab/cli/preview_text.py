@@ -57,7 +57,7 @@ def _print_row(console: Console, row: dict[str, Any]) -> None:
     for name, value in row.get("fields", {}).items():
         _say(console, printable(f"{name}: {value}"))
     turns = row.get("turns", [])
-    coloured = console.color_system is not None
+    coloured = console.color_system is not None and not console.no_color
     for number, turn in enumerate(turns, 1):
         if len(turns) > 1:
             _say(console, Text(describe_turn(turn, number), style="italic"))

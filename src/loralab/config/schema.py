@@ -102,7 +102,11 @@ class DataConfig(Section):
         "random", description="Which rows a fraction or number takes: random (by split_seed) or the first ones."
     )
     split_seed: NonNegativeInt = Field(42, description="Seed of the random split; part of the data fingerprint.")
-    format: str = Field("auto", description="Row format: auto, alpaca, prompt_completion, text or tokenized.")
+    format: str = Field(
+        "auto",
+        description="Row format: auto (told by the columns), messages, sharegpt, alpaca, prompt_completion, "
+        "conversational_prompt_completion, yes_no, question_answer, segments, tokenized or text.",
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Column of your data for each field of the format: {field: column}."
     )

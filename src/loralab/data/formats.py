@@ -133,17 +133,21 @@ def resolve_format(setting: str, columns: Mapping[str, str], *, first: Fields, w
         DataError: no format, or not the chosen one, fits this row.
     """
     _refuse_missing_columns(columns, first, where)
-    if setting != "auto":
-        form = FORMATS[setting]
-        row = rename_columns(first, columns, required=form.required)
-        missing = [name for name in form.required if _column(form, name, row) is None]
-        if not missing:
-            return setting, "set in data.format"
+    if setting == "auto":
+        return _detect(columns, first, where)
+    form = FORMATS[setting]
+    row = rename_columns(first, columns, required=form.required)
+    missing = [name for name in form.required if _column(form, name, row) is None]
+    if missing:
         raise DataError(
             f"format {setting} needs {', '.join(missing)}; the columns present are: {list_names(first)}",
             where=where,
             fix=f"map them: data.columns: {{{missing[0]}: YOUR_COLUMN}}, or choose another data.format",
         )
+    return setting, "set in data.format"
+
+
+def _detect(columns: Mapping[str, str], first: Fields, where: str) -> tuple[str, str]:
     doubts = []
     for name, form in FORMATS.items():
         row = rename_columns(first, columns, required=form.required)

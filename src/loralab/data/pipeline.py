@@ -3,6 +3,7 @@
 Owns chunks, worker processes and the wording of row errors.
 """
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -143,7 +144,7 @@ class RowPipeline:
             first = next(chunks, None)
             if first is not None:
                 self.processes = workers
-                yield from self._run_processes(itertools.chain([first], chunks), workers)
+                yield from self._run_processes(first, chunks, workers)
             return
         for chunk in chunks:
             yield _tokenize(self._tokenizers, chunk)
@@ -154,9 +155,10 @@ class RowPipeline:
             for chunk in chunked(rows):
                 yield index, chunk
 
-    def _run_processes(self, chunks: Iterator[Chunk], workers: int) -> Iterator[PackedChunk]:
+    def _run_processes(self, first: Chunk, rest: Iterator[Chunk], workers: int) -> Iterator[PackedChunk]:
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        place = "the first row"
+        chunks = itertools.chain([first], rest)
+        place = f"{self._sources[first[0]].name}, from row {first[1][0].number} on"
         with ProcessPoolExecutor(
             workers, mp_context=context, initializer=_install, initargs=(self._tokenizers,)
         ) as pool:
@@ -211,6 +213,7 @@ _worker_tokenizers: list[RowTokenizer] | None = None
 
 def _install(tokenizers: list[RowTokenizer]) -> None:
     global _worker_tokenizers  # noqa: PLW0603 - set once, when the worker process starts
+    gc.freeze()  # looking for garbage in what came from the parent would copy that memory, page by page
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
+from loralab.data.encoding import TextEncoder
 from loralab.data.example import Message
 from loralab.data.template_text import explain_render_error, missing_end
-from loralab.data.templates import BOS_PREFIXES, RenderProbe
+from loralab.data.templates import BOS_PREFIXES, RenderProbe, usable_templates
 from loralab.errors import DataError
 from loralab.lookup import suggest
 
@@ -129,6 +130,7 @@ class Prompter:
         system_prompt: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self._encoder = TextEncoder(tokenizer)
         self.system_prompt = system_prompt
         self.stop = self._resolve_stop(stop_setting)
         self._joint = self._choose_joint()
@@ -182,10 +184,7 @@ class Prompter:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of rendered texts; the template alone decides on special tokens."""
-        if not texts:
-            return []
-        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return self._encoder(texts)
 
     def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of answers, as they continue a prompt.
@@ -275,7 +274,8 @@ class Prompter:
         return StopTokens(self._ids_of(stops), tuple(stops), reason)
 
     def _refuse_missing_end(self, behind: str) -> None:
-        missing = missing_end(behind, self.tokenizer.get_vocab())
+        vocabulary = self.tokenizer.get_vocab()
+        missing = missing_end(behind, vocabulary)
         if missing is None:
             return
         end = self.tokenizer.eos_token or (self.tokenizer.all_special_tokens or ["</s>"])[0]
@@ -283,5 +283,6 @@ class Prompter:
             f"the template ends an answer with {missing!r}, which is no token of this tokenizer: "
             "generation could not stop on it",
             where="key data.template",
-            fix=f"choose another data.template, or end answers with a token that there is: data.stop_tokens: [{end!r}]",
+            fix=f"choose a template that fits ({', '.join(usable_templates(vocabulary))}), or end answers with a token "
+            f"that there is: data.stop_tokens: [{end!r}]",
         )

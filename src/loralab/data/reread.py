@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from loralab.data.dataset import PreparedData
 from loralab.data.example import Branch, Conversation, Tokens
@@ -51,24 +52,25 @@ def read_stored_rows(data: PreparedData, *, limit: int | None = None) -> Iterato
         chosen = np.floor(places / step) != np.floor((places - 1) / step)
         done += len(stored.rows)
         for index, (source, worker) in enumerate(zip(pool.sources, pool.workers, strict=True)):
-            wanted = stored.of_source(index, chosen)
-            rows = _read(source, wanted, worker, stored, index)
+            rows = _read(source, stored.places(index, chosen), worker, stored)
             while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
                 yield chunk
 
 
-def _read(source: Source, wanted: Integers, worker: RowTokenizer, stored: "_Stored", index: int) -> Iterator[StoredRow]:
-    numbers = iter(wanted.tolist())
-    number = next(numbers, None)
-    longest = stored.longest(index)
-    if number is None:
+def _read(source: Source, places: Integers, worker: RowTokenizer, stored: "_Stored") -> Iterator[StoredRow]:
+    waiting = iter(places.tolist())
+    place = next(waiting, None)
+    if place is None:
         return
+    longest, number = stored.longest(place), stored.number(place)
     for unparsed in source.unparsed():
-        if unparsed.number == number:
-            yield _stored_row(unparsed, worker, stored.units(index, number), longest)
-            number = next(numbers, None)
-            if number is None:
-                return
+        if unparsed.number != number:
+            continue
+        yield _stored_row(unparsed, worker, stored.units(place), longest)
+        place = next(waiting, None)
+        if place is None:
+            return
+        number = stored.number(place)
 
 
 def _stored_row(
@@ -111,21 +113,21 @@ class _Stored:
         self._first = np.append(np.flatnonzero(new), len(origins))
         self.rows: Integers = origins[new]
 
-    def of_source(self, index: int, chosen: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> Integers:
-        """Return the numbers of the chosen stored rows of a source."""
-        numbers: Integers = self.rows[(self.rows[:, 0] == index) & chosen, 1]
-        return numbers
+    def places(self, source: int, chosen: npt.NDArray[np.bool_]) -> Integers:
+        """Return the places in `rows` of a source's rows, as far as they are chosen."""
+        return np.flatnonzero((self.rows[:, 0] == source) & chosen).astype(np.int64)
 
-    def units(self, index: int, number: int) -> tuple[tuple[Branch, ...], ...]:
-        """Return the branches of each unit of a row; none where nothing is stored of it."""
-        start, end = (int(np.searchsorted(self.rows[:, 0], index, side)) for side in ("left", "right"))
-        at = start + int(np.searchsorted(self.rows[start:end, 1], number))
-        if at == end or self.rows[at, 1] != number:
-            return ()
-        places = range(int(self._first[at]), int(self._first[at + 1]))
-        return tuple(self._stores[self._part[place]][int(self._place[place])].branches for place in places)
+    def number(self, place: int) -> int:
+        """Return the number of a row in its source."""
+        return int(self.rows[place, 1])
 
-    def longest(self, index: int) -> int:
-        """Return the length of the longest stored row of a source, in tokens."""
-        lengths = [store.lengths()[store.origins[:, 0] == index] for store in self._stores]
+    def units(self, place: int) -> tuple[tuple[Branch, ...], ...]:
+        """Return the branches of each unit of a row."""
+        units = range(int(self._first[place]), int(self._first[place + 1]))
+        return tuple(self._stores[self._part[unit]][int(self._place[unit])].branches for unit in units)
+
+    def longest(self, place: int) -> int:
+        """Return the length of the longest stored row of a row's source, in tokens."""
+        source = self.rows[place, 0]
+        lengths = [store.lengths()[store.origins[:, 0] == source] for store in self._stores]
         return max((int(each.max()) for each in lengths if len(each)), default=0)

@@ -40,10 +40,8 @@ class TokenStore(Sequence[TokenizedExample]):
 
     def __init__(self, folder: Path, indices: Integers | None = None) -> None:
         self.folder = folder
-        self._tokens = _open_array(folder, "tokens.bin").reshape(-1)
-        self._branches = _open_array(folder, "branches.bin")
-        self._examples = _open_array(folder, "examples.bin")
-        self._indices = np.arange(len(self._examples)) if indices is None else indices
+        self._arrays = _Arrays(folder)
+        self._indices = np.arange(len(self._arrays.examples)) if indices is None else indices
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -55,15 +53,15 @@ class TokenStore(Sequence[TokenizedExample]):
     def __getitem__(self, index: int | slice) -> TokenizedExample | list[TokenizedExample]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        values = self._examples[self._indices[index]].tolist()
+        values = self._arrays.examples[self._indices[index]].tolist()
         first, count = values[_FIRST], values[_COUNT]
         branches = tuple(self._branch(first + offset) for offset in range(count))
         return TokenizedExample(values[_ROW], values[_SOURCE], branches)
 
     def _branch(self, index: int) -> Branch:
-        start, prompt, answer = self._branches[index].tolist()
-        middle = start + prompt
-        return Branch(self._tokens[start:middle], self._tokens[middle : middle + answer])
+        start, prompt, answer = self._arrays.branches[index].tolist()
+        middle, tokens = start + prompt, self._arrays.tokens
+        return Branch(tokens[start:middle], tokens[middle : middle + answer])
 
     @property
     def units(self) -> Integers:
@@ -97,19 +95,21 @@ class TokenStore(Sequence[TokenizedExample]):
         return self._column(_SUPERVISED)
 
     def _column(self, column: int) -> Integers:
-        values: Integers = self._examples[self._indices, column]
-        return values
+        # Ordinary reads: all that is read through the map counts as this process's memory.
+        whole = np.empty(len(self._arrays.examples), dtype=np.int64)
+        with (self.folder / "examples.bin").open("rb", buffering=0) as stream:
+            for start in range(0, len(whole), _BLOCK_EXAMPLES):
+                block = np.fromfile(stream, dtype="<i8", count=_BLOCK_EXAMPLES * len(EXAMPLE_COLUMNS))
+                whole[start : start + _BLOCK_EXAMPLES] = block.reshape(-1, len(EXAMPLE_COLUMNS))[:, column]
+        return whole[self._indices]
 
     def content_sha256(self) -> str:
         """Return a hash over ids, branch borders and order of the examples: everything that training sees of them."""
-        digest = hashlib.sha256()
-        for chosen in self._blocks():
-            digest.update(chosen[:, _COUNT].tobytes())
-        for branches in self._branch_blocks():
+        digest = hashlib.sha256(self._column(_COUNT).tobytes())
+        for _, branches in self.branch_blocks():
             digest.update(np.ascontiguousarray(branches[:, 1:]).tobytes())
-        # Ordinary reads: what is read through the map counts as this process's memory.
         with (self.folder / "tokens.bin").open("rb", buffering=0) as stream:
-            for branches in self._branch_blocks():
+            for _, branches in self.branch_blocks():
                 starts, ends = branches[:, 0], branches.sum(axis=1)
                 # Branches that lie one behind the other are read in one piece.
                 breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
@@ -118,36 +118,41 @@ class TokenStore(Sequence[TokenizedExample]):
                     _hash_tokens(digest, stream, start, end)
         return digest.hexdigest()
 
-    def _blocks(self) -> Iterator[Integers]:
-        for start in range(0, len(self), _BLOCK_EXAMPLES):
-            yield self._examples[self._indices[start : start + _BLOCK_EXAMPLES]]
-
-    def _branch_blocks(self) -> Iterator[Integers]:
-        for chosen in self._blocks():
-            counts, first = chosen[:, _COUNT], chosen[:, _FIRST]
-            # The branches of all examples, in order: first, first + 1, ... for each example.
-            steps = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-            yield self._branches[np.repeat(first, counts) + steps]
-
     @property
     def tokens(self) -> TokenIds:
         """Ids of the whole store, mapped: prompt and answer of each branch, one branch behind the other."""
-        return self._tokens
+        return self._arrays.tokens
 
     def branch_blocks(self) -> Iterator[tuple[Integers, Integers]]:
         """Yield blocks of examples: branches of each; start in `tokens`, prompt and answer length of each branch."""
-        for chosen, branches in zip(self._blocks(), self._branch_blocks(), strict=True):
-            yield chosen[:, _COUNT], branches
+        firsts, counts = self._column(_FIRST), self._column(_COUNT)
+        for start in range(0, len(self), _BLOCK_EXAMPLES):
+            first, count = firsts[start : start + _BLOCK_EXAMPLES], counts[start : start + _BLOCK_EXAMPLES]
+            # The branches of all examples, in order: first, first + 1, ... for each example.
+            steps = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+            yield count, self._arrays.branches[np.repeat(first, count) + steps]
 
     def select(self, positions: Integers) -> "TokenStore":
         """Return a view of the examples at `positions` of this view."""
-        return TokenStore(self.folder, self._indices[positions])
+        view = TokenStore.__new__(TokenStore)
+        # The same maps: what several of them map counts several times.
+        view.folder, view._arrays, view._indices = self.folder, self._arrays, self._indices[positions]
+        return view
 
     def __getstate__(self) -> tuple[Path, Integers]:
         return self.folder, self._indices
 
     def __setstate__(self, state: tuple[Path, Integers]) -> None:
         self.__init__(*state)  # type: ignore[misc]
+
+
+class _Arrays:
+    """The files of a store, mapped into memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokens = _open_array(folder, "tokens.bin").reshape(-1)
+        self.branches = _open_array(folder, "branches.bin")
+        self.examples = _open_array(folder, "examples.bin")
 
 
 def _open_array(folder: Path, name: str) -> npt.NDArray[Any]:

@@ -5,6 +5,7 @@ then a small progress file, put in place by rename, says how much of them counts
 cuts them back to that.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -169,9 +170,10 @@ class StoreWriter:
         self.close()
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Let go of the files; what was not committed may be lost."""
         for stream in self._files.values():
-            stream.close()
+            with contextlib.suppress(OSError):  # on a full disk closing fails too, and says nothing new
+                stream.close()
 
     def _describe_files(self) -> dict[str, Any]:
         return {

@@ -19,7 +19,14 @@ from loralab.workflows.generate import check_sampling, check_system, resolve_sys
 from loralab.workflows.prompts import check_texts
 from loralab.workflows.session import Session, open_session
 
-_READ = ("model", "data.template", "data.stop_tokens", "evaluation.max_new_tokens")
+_READ = (
+    "model",
+    "data.template",
+    "data.template_kwargs",
+    "data.stop_tokens",
+    "data.system",
+    "evaluation.max_new_tokens",
+)
 # A conversation gives way to its next answer until this share of the positions is free for it.
 _ANSWER_SHARE = 4
 

@@ -14,7 +14,15 @@ from loralab.progress import Reporter
 from loralab.workflows.prompts import check_texts
 from loralab.workflows.session import Session, open_session
 
-_READ = ("model", "data.template", "data.stop_tokens", "evaluation.batch_size", "evaluation.max_new_tokens")
+_READ = (
+    "model",
+    "data.template",
+    "data.template_kwargs",
+    "data.stop_tokens",
+    "data.system",
+    "evaluation.batch_size",
+    "evaluation.max_new_tokens",
+)
 
 
 def generate(

@@ -13,6 +13,7 @@ from loralab.data.dataset import PreparedData
 from loralab.data.decoding import Decoder
 from loralab.data.example import Branch, TokenizedExample
 from loralab.data.json_rows import parse_row
+from loralab.data.packing import Integers
 from loralab.data.pipeline import RowTokenizer
 from loralab.data.pools import Pool
 from loralab.data.sources import Source
@@ -34,6 +35,7 @@ class RowViewer:
     def __init__(self, data: PreparedData) -> None:
         self._data = data
         self._stops = set(data.prompter.stop.ids)
+        self._notes: dict[str, dict[str, Integers]] = {}
         self._decoder = Decoder(data.prompter.tokenizer, data.prompter.stop.ids[0])
         self._special = {
             index for index, token in data.prompter.tokenizer.added_tokens_decoder.items() if token.special
@@ -107,7 +109,6 @@ class RowViewer:
         return []
 
     def _view(self, split: str, place: int, example: TokenizedExample, source: str) -> dict[str, Any]:
-        store = self._data.splits[split].select(np.asarray([place]))
         turns = []
         before: list[int] = []
         for branch in example.branches:
@@ -115,11 +116,18 @@ class RowViewer:
             turns.append(turn)
         return _facts(split, source, example.row) | {
             "status": "kept",
-            "notes": [note for note in NOTES if store.count(note)],
-            "length": int(store.lengths()[0]),
-            "supervised": int(store.supervised()[0]),
+            "notes": [note for note, places in self._noted(split).items() if place in places],
+            "length": max(len(branch.prompt_ids) + len(branch.answer_ids) for branch in example.branches),
+            "supervised": example.supervised_tokens,
             "turns": turns,
         }
+
+    def _noted(self, split: str) -> dict[str, Integers]:
+        """Return the positions of the rows with each note; read once, as a store reads all rows for each."""
+        if split not in self._notes:
+            store = self._data.splits[split]
+            self._notes[split] = {note: places for note in NOTES if len(places := store.noted(note))}
+        return self._notes[split]
 
     def _turn(self, branch: Branch, before: Sequence[int]) -> tuple[dict[str, Any], list[int]]:
         """Return a branch as data; where it goes on from the one before, only what is new."""

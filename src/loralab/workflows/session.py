@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
 from loralab.data.contract import CONTRACT_FILE, load_contracted
-from loralab.data.prompter import Prompter, apply_stop_setting, choose_bos_prefix
-from loralab.data.templates import resolve_template
+from loralab.data.prompter import Prompter, apply_stop_setting, choose_bos_prefix, render_with
+from loralab.data.templates import prepare_template, resolve_template
 from loralab.errors import ConfigError, Problem
 from loralab.models.adapters import load_adapter, read_adapter_config
 from loralab.models.load import check_local_model, load_base_model, load_tokenizer
@@ -29,7 +29,7 @@ from loralab.workflows.configure import load_run_config
 # No dropout runs where nothing trains.
 _NEVER_READ = ("model.base_dropout",)
 # An adapter's contract fixes its template and stop tokens.
-_IN_CONTRACT = ("data.template", "data.stop_tokens")
+_IN_CONTRACT = ("data.template", "data.template_kwargs", "data.stop_tokens", "data.system")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,13 @@ def open_prompter(target: Target, config: Config, reporter: Reporter) -> Prompte
     template = resolve_template(
         config.data.template, own=known, fallback="none", own_first=True, bos_prefix=choose_bos_prefix(tokenizer)
     )
+    template = prepare_template(
+        template,
+        vocabulary=tokenizer.get_vocab(),
+        kwargs=config.data.template_kwargs,
+        render=render_with(tokenizer),
+    )
     tokenizer.chat_template = template.text
     used = "prompts are sent as they stand" if template.name == "none" else f"template {template.name}"
     reporter.say(f"no prompt contract in {target.adapter}: {used}")
-    return Prompter(tokenizer, config.data.stop_tokens)
+    return Prompter(tokenizer, config.data.stop_tokens, system_prompt=config.data.system)

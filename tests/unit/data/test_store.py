@@ -1,9 +1,11 @@
 """Tokenized rows on disk: what was written comes back, and whatever is damaged is noticed."""
 
+import copy
 import json
 import os
 import pickle
 import stat
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +243,37 @@ def test_damaged_beginning_is_written_again(store: TokenStore, tmp_path: Path, n
 def test_key_is_in_the_manifest(tmp_path: Path) -> None:
     write_units(tmp_path / "s", UNITS, key={"template": "x"})
     assert json.loads((tmp_path / "s" / MANIFEST).read_text())["content"]["key"] == {"template": "x"}
+
+
+def test_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
+    units: list[Placed] = [(0, row, Unit([branch([row] * 100, [row] * 20)])) for row in range(200)]
+    ((_, packed),) = pack(units)
+    writer = StoreWriter(tmp_path / "s")
+    tracemalloc.start()
+    try:
+        for _ in range(200):
+            writer.add(copy.deepcopy(packed), 0)
+        writer.finish({})
+        store = TokenStore(tmp_path / "s")
+        store.content_sha256()
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(store) == 40_000
+    written = sum((tmp_path / "s" / name).stat().st_size for name in ARRAYS)
+    assert written > 20_000_000
+    # Buffers, and what a block of rows takes while it is hashed.
+    assert peak_bytes < 12_000_000
+
+
+def test_a_full_disk_is_told_once(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path / "s")
+    writer.add(pack(UNITS[:1])[0][1], 0)
+    writer._files["tokens.bin"].close()
+    with Path("/dev/full").open("wb") as full:
+        writer._files["tokens.bin"] = full
+        full.write(b"x")
+        with pytest.raises(OSError, match="No space left"):
+            writer.commit()
+        writer.close()
+    assert not (tmp_path / "s" / PROGRESS).exists()

@@ -1,0 +1,383 @@
+"""Proofs of stored rows: silent on what is right, and by name, row and fix on each way of being wrong."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from loralab.data.example import (
+    Branch,
+    Conversation,
+    Document,
+    Example,
+    Message,
+    Preformatted,
+    Segment,
+    Tokens,
+    ToolCall,
+)
+from loralab.data.findings import KINDS, Finding, Findings, check_findings
+from loralab.data.prompter import Prompter
+from loralab.data.proofs import Prover, StoredRow
+from loralab.data.templates import TEMPLATES
+from loralab.data.tokenize import TokenizeSettings, tokenize_examples
+from loralab.errors import MaskError
+from unit.data.prompters import CHATML, NO_STOP, TRIMMING, build_prompter, build_tokenizer, conversation
+
+PLAIN = st.text(st.characters(exclude_categories=["Cs"]))
+TWO_TURNS = conversation("system: be red", "user: a bird", "assistant: one two", "user: a cat", "assistant: three")
+TOOLS = ({"type": "function", "function": {"name": "find_cat", "parameters": {}}},)
+CALLING = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}{{ call['function'] | tojson }}{% endfor %}<|stop|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+WITHOUT_SYSTEM = CHATML.replace(
+    "{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}"
+)
+WITHOUT_QUESTION = CHATML.replace(
+    "{{ message['content'] }}", "{% if message['role'] != 'user' %}{{ message['content'] }}{% endif %}"
+)
+REASONING = CHATML.replace(
+    "{{ message['content'] }}", "{{ message['reasoning_content'] | default('') }}{{ message['content'] }}"
+)
+PROMPTERS = {
+    "chatml": build_prompter(CHATML),
+    "trimming": build_prompter(TRIMMING),
+    "no_stop": build_prompter(NO_STOP),
+    "calling": build_prompter(CALLING),
+    "reasoning": build_prompter(REASONING),
+    "without_system": build_prompter(WITHOUT_SYSTEM),
+    "without_question": build_prompter(WITHOUT_QUESTION),
+    **{name: build_prompter(TEMPLATES[name]) for name in ("alpaca", "none")},
+}
+CHAT = PROMPTERS["chatml"]
+
+
+def settings(**chosen: Any) -> TokenizeSettings:
+    return TokenizeSettings(
+        **{"train_on": "response", "max_length": 512, "truncation": "right", "long_text": "split", **chosen}
+    )
+
+
+def stored(example: Example, prompter: Prompter, **chosen: Any) -> StoredRow:
+    (units,) = tokenize_examples([example], prompter=prompter, settings=settings(**chosen))
+    assert all(unit.dropped is None for unit in units), [unit.dropped for unit in units]
+    return StoredRow("rows.jsonl", 7, example, tuple(tuple(unit.branches) for unit in units))
+
+
+def changed(row: StoredRow, *branches: tuple[Any, Any]) -> StoredRow:
+    """Return the row with other branches stored."""
+    unit = tuple(Branch(np.asarray(prompt, np.int32), np.asarray(answer, np.int32)) for prompt, answer in branches)
+    return StoredRow(row.source, row.row, row.example, (unit,), twin=row.twin, longest=row.longest)
+
+
+def prove(row: StoredRow, prompter: Prompter = CHAT, *, own: Prompter | None = None, **chosen: Any) -> list[Finding]:
+    return Prover(prompter, settings(**chosen), own=own).prove([row])
+
+
+def kinds(found: list[Finding]) -> list[str]:
+    assert all((finding.source, finding.row) == ("rows.jsonl", 7) for finding in found)
+    return [finding.kind for finding in found]
+
+
+def failure(found: list[Finding]) -> MaskError:
+    """Return the error that findings end in; its message names row and fix."""
+    findings = Findings()
+    findings.add(found)
+    with pytest.raises(MaskError) as caught:
+        check_findings(findings.as_list())
+    for problem in caught.value.problems:
+        assert "rows.jsonl row 7" in problem.where
+        assert problem.fix
+    return caught.value
+
+
+# --- what is right
+
+
+@pytest.mark.parametrize("name", [name for name in PROMPTERS if not name.startswith("without_")])
+@given(question=PLAIN.filter(str.strip), answer=PLAIN)
+def test_what_this_program_tokenizes_is_proven(name: str, question: str, answer: str) -> None:
+    prompter = PROMPTERS[name]
+    assume(not any(token in question + answer for token in prompter.tokenizer.all_special_tokens))
+    row = stored(conversation(f"user: {question}", f"assistant: {answer}"), prompter, max_length=100_000)
+    assert [f for f in prove(row, prompter, max_length=100_000) if KINDS[f.kind].severity == "error"] == []
+
+
+@pytest.mark.parametrize("train_on", ["response", "last_response", "all", ["assistant", "user"], ["user"]])
+def test_every_choice_of_turns_is_proven(train_on: Any) -> None:
+    assert prove(stored(TWO_TURNS, CHAT, train_on=train_on), train_on=train_on) == []
+
+
+@pytest.mark.parametrize("max_length", range(14, 40))
+@pytest.mark.parametrize("truncation", ["left", "right"])
+def test_cut_rows_are_proven_and_told(max_length: int, truncation: str) -> None:
+    chosen = {"max_length": max_length, "truncation": truncation}
+    (units,) = tokenize_examples([TWO_TURNS], prompter=CHAT, settings=settings(**chosen))
+    if units[0].dropped is not None:
+        return
+    found = kinds(prove(stored(TWO_TURNS, CHAT, **chosen), **chosen))
+    assert found == [{"truncated": "cut"}.get(note, note) for note in sorted(units[0].notes)]
+
+
+def test_a_system_message_of_the_configuration_is_a_part_of_the_prompt() -> None:
+    row = stored(conversation("user: a", "assistant: b"), CHAT, system="be blue")
+    assert prove(row, system="be blue") == []
+    assert kinds(prove(row)) == ["prompt_differs"]
+
+
+def test_tool_calls_and_reasoning_are_proven() -> None:
+    call = Message("assistant", "so: ", tool_calls=(ToolCall("find_cat", {"colour": "red"}),))
+    example = Conversation((Message("user", "a cat"), call), TOOLS)
+    assert prove(stored(example, PROMPTERS["calling"]), PROMPTERS["calling"]) == []
+    thinking = Conversation((Message("user", "a cat"), Message("assistant", "red", reasoning="a cat is")))
+    assert prove(stored(thinking, PROMPTERS["reasoning"]), PROMPTERS["reasoning"]) == []
+    assert kinds(prove(stored(thinking, CHAT))) == ["reasoning_left_out"]
+
+
+@given(text=PLAIN.filter(bool))
+def test_documents_are_proven(text: str) -> None:
+    assume("<|" not in text)
+    row = stored(Document(text), CHAT, max_length=4)
+    assert prove(row, max_length=4) == []
+
+
+def test_documents_with_lost_tokens_are_not() -> None:
+    row = stored(Document("one two three red blue green cat dog bird"), CHAT, max_length=4)
+    lacking = StoredRow(row.source, row.row, row.example, (row.units[0], *row.units[2:]))
+    assert kinds(prove(lacking, max_length=4)) == ["text_differs"]
+    assert kinds(prove(StoredRow(row.source, row.row, row.example, row.units[:-1]), max_length=4)) == ["text_differs"]
+    cut = stored(row.example, CHAT, max_length=4, long_text="truncate")
+    assert kinds(prove(cut, max_length=4, long_text="truncate")) == ["cut"]
+
+
+SEGMENTS = Preformatted(
+    (
+        Segment("Q: a\nA:", False),
+        Segment(" b", True),
+        Segment("<|stop|>", True),
+        Segment(" Q: c\nA:", False),
+        Segment(" d<|stop|>", True),
+    )
+)
+
+
+def test_segments_are_proven() -> None:
+    row = stored(SEGMENTS, CHAT)
+    assert prove(row) == []
+    first, second = row.branches
+    assert kinds(
+        prove(changed(row, (first.prompt_ids, first.answer_ids[:1]), (second.prompt_ids, second.answer_ids)))
+    ) == ["answer_differs"]
+    unended = Preformatted((Segment("Q: a\nA:", False), Segment(" b", True)))
+    assert kinds(prove(stored(unended, CHAT))) == ["no_stop"]
+    whole = Preformatted((Segment("Q: a\nA: b", True),))
+    assert prove(stored(whole, CHAT)) == []
+
+
+# --- the seeded faults, in what is stored
+
+
+def row_of(*turns: str, prompter: Prompter = CHAT) -> tuple[StoredRow, list[int], list[int]]:
+    row = stored(conversation(*turns), prompter)
+    (branch,) = row.branches
+    return row, branch.prompt_ids.tolist(), branch.answer_ids.tolist()
+
+
+def test_stop_token_masked() -> None:
+    row, prompt, answer = row_of("user: a", "assistant: red bird")
+    found = prove(changed(row, (prompt, answer[:-1])))
+    assert kinds(found) == ["no_stop"]
+    assert "generation stops on '<|stop|>', '<|end|>'" in str(failure(found))
+
+
+def test_generation_prompt_missing() -> None:
+    row, prompt, answer = row_of("user: a", "assistant: red bird")
+    header = CHAT.encode(["<|start|>assistant\n"])[0]
+    found = prove(changed(row, (prompt[: -len(header)], [*header, *answer])))
+    assert "generation_prompt_missing" in kinds(found)
+    assert "'<|start|>assistant\\n'" in str(failure(found))
+
+
+def test_doubled_bos() -> None:
+    tokenizer = build_tokenizer("{{ bos_token }}" + CHATML, bos=True)
+    prompter = Prompter(tokenizer)
+    row, prompt, answer = row_of("user: a", "assistant: b", prompter=prompter)
+    assert prove(row, prompter) == []
+    found = prove(changed(row, ([tokenizer.bos_token_id, *prompt], answer)), prompter)
+    assert kinds(found) == ["doubled_bos"]
+    assert "'<|bos|>' twice" in str(failure(found))
+
+
+def test_first_characters_of_the_answer_in_the_prompt() -> None:
+    row, prompt, answer = row_of("user: a", "assistant: red bird")
+    found = prove(changed(row, ([*prompt, *answer[:1]], answer[1:])))
+    assert kinds(found) == ["answer_in_prompt"]
+    assert "the beginning of the answer" in str(failure(found))
+
+
+def test_first_characters_of_the_answer_merged_into_the_last_token_of_the_prompt() -> None:
+    prompter = PROMPTERS["none"]
+    row, prompt, answer = row_of("user: r", "assistant: iver sings", prompter=prompter)
+    merged = prompter.encode(["river sings"])[0]
+    assert [*prompt, *answer[:-1]] != merged  # one text makes one token of both sides of the border
+    found = prove(changed(row, (merged[:1], [*merged[1:], answer[-1]])), prompter)
+    assert kinds(found) == ["answer_in_prompt"]
+    assert "ends with 'i'" in str(failure(found))
+
+
+def test_system_message_dropped_from_what_is_stored() -> None:
+    row, prompt, answer = row_of("system: be red", "user: a", "assistant: b")
+    without = CHAT.encode_prompt(row.example.messages[1:2])  # type: ignore[union-attr]
+    found = prove(changed(row, (without, answer)))
+    assert kinds(found) == ["system_missing"]
+    assert "'be red'" in str(failure(found))
+    assert prompt != without
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "seen"),
+    [("without_system", "system_missing", "'be red'"), ("without_question", "question_missing", "'a bird'")],
+)
+def test_template_that_leaves_out_what_the_row_says(name: str, kind: str, seen: str) -> None:
+    example = conversation("system: be red", "user: a bird", "assistant: b")
+    found = prove(stored(example, PROMPTERS[name]), PROMPTERS[name])
+    assert kinds(found) == [kind]
+    assert seen in str(failure(found))
+
+
+def test_template_that_leaves_out_tools() -> None:
+    example = Conversation((Message("user", "a"), Message("assistant", "b")), TOOLS)
+    found = prove(stored(example, CHAT))
+    assert kinds(found) == ["tools_missing"]
+    assert "'find_cat'" in str(failure(found))
+
+
+def test_wrong_role_labelled() -> None:
+    row, prompt, _ = row_of("user: a bird", "assistant: b")
+    user = CHAT.encode(["<|start|>user\n"])[0]
+    content = prompt[len(user) : len(user) + len(CHAT.encode(["a bird<|stop|>"])[0])]
+    found = prove(changed(row, (user, content)))
+    assert "wrong_role" in kinds(found)
+    assert "'a bird' is turn 1 (user), not an answer" in str(failure(found))
+
+
+def test_another_answer_is_no_answer() -> None:
+    row, prompt, answer = row_of("user: a", "assistant: red bird")
+    other = [*CHAT.encode(["red cat"])[0], answer[-1]]
+    assert kinds(prove(changed(row, (prompt, other)))) == ["answer_differs"]
+    assert kinds(prove(changed(row, (prompt, answer), (prompt, answer)))) == ["turn_missing"]
+
+
+def test_answer_in_other_tokens() -> None:
+    row, prompt, answer = row_of("user: a", "assistant: the")
+    letters = CHAT.tokenizer.convert_tokens_to_ids(list("the"))
+    assert answer[:-1] != letters
+    assert kinds(prove(changed(row, (prompt, [*letters, answer[-1]])))) == ["answer_ids_differ"]
+
+
+def test_empty_answer_is_told_and_no_failure() -> None:
+    (found,) = prove(row_of("user: a", "assistant: ")[0])
+    assert (found.kind, KINDS[found.kind].severity) == ("empty_answer", "warning")
+    assert KINDS[found.kind].fix
+
+
+def test_trimmed_answer_is_told() -> None:
+    row = stored(conversation("user: a", "assistant:  b "), PROMPTERS["trimming"])
+    assert kinds(prove(row, PROMPTERS["trimming"])) == ["answer_altered"]
+
+
+# --- tokens made elsewhere
+
+
+def tokens_row(text: str, *, train: str, longest: int = 99, masked_end: int | None = None) -> StoredRow:
+    """Return a row of tokens; in `train`, x stands under each character that carries loss."""
+    encoding = CHAT.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = encoding["input_ids"]
+    labels = [i if "x" in train[a:b] else -100 for i, (a, b) in zip(ids, encoding["offset_mapping"], strict=True)]
+    row = stored(Tokens(tuple(ids), tuple(labels), masked_end=masked_end), CHAT)
+    return StoredRow(row.source, row.row, row.example, row.units, longest=longest)
+
+
+def masked(text: str, *parts: str) -> str:
+    marks = [" "] * len(text)
+    for part in parts:
+        at = text.rindex(part)
+        marks[at : at + len(part)] = "x" * len(part)
+    return "".join(marks)
+
+
+CHATTED = "<|start|>user\nred<|stop|>\n<|start|>assistant\nblue<|stop|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts", "masked_end", "expected"),
+    [
+        (CHATTED, ["blue<|stop|>"], None, []),
+        (CHATTED, ["blue<|stop|>"], 0, []),  # padded with the end token, as it should be
+        (CHATTED, ["blue"], None, ["stop_masked"]),
+        (CHATTED.removesuffix("<|stop|>"), ["blue"], 0, ["stop_masked"]),
+        (CHATTED.removesuffix("<|stop|>"), ["blue"], 5, ["no_stop"]),
+        (CHATTED.removesuffix("<|stop|>"), ["blue"], None, ["no_stop"]),
+        (CHATTED, ["red<|stop|>", "blue<|stop|>"], None, []),  # nothing known of what was before a first turn
+        (CHATTED * 2, ["red<|stop|>\n<|start|>assistant\nblue<|stop|>"], None, ["wrong_role"]),
+        (CHATTED * 2, ["<|start|>user\nred<|stop|>\n<|start|>assistant\nblue<|stop|>"], None, ["wrong_role"]),
+        (CHATTED, ["<|stop|>"], None, ["empty_answer"]),
+    ],
+)
+def test_tokens_made_elsewhere(text: str, parts: list[str], masked_end: int | None, expected: list[str]) -> None:
+    row = tokens_row(text, train=masked(text, *parts), masked_end=masked_end)
+    found = prove(row, own=CHAT)
+    if text == CHATTED and len(parts) == 2:
+        expected = ["wrong_role"]
+    assert kinds(found) == expected
+    assert prove(tokens_row(CHATTED, train="x" * len(CHATTED)), own=CHAT) == []
+
+
+def test_longest_rows_without_padding_were_cut() -> None:
+    text = CHATTED.removesuffix("<|stop|>")
+    length = len(CHAT.encode([text])[0])
+    assert kinds(prove(tokens_row(text, train=masked(text, "blue"), longest=length), own=CHAT)) == ["cut"]
+
+
+def test_tokens_beside_their_conversation_are_proven_in_full() -> None:
+    twin = conversation("user: red", "assistant: blue")
+    right = tokens_row(CHATTED, train=masked(CHATTED, "blue<|stop|>"))
+    with_twin = StoredRow(right.source, right.row, right.example, right.units, twin=twin, longest=99)
+    assert prove(with_twin, own=CHAT) == []
+    other = StoredRow(
+        right.source, right.row, right.example, right.units, twin=conversation("user: red", "assistant: cat")
+    )
+    assert kinds(prove(other, own=CHAT)) == ["answer_differs"]
+    joined = CHATTED.replace("assistant\nblue", "assistant: blue")
+    wrong = tokens_row(joined, train=masked(joined, "blue<|stop|>"))
+    wrong = StoredRow(wrong.source, wrong.row, wrong.example, wrong.units, twin=twin)
+    assert "prompt_differs" in kinds(prove(wrong, own=CHAT))
+
+
+# --- findings
+
+
+def test_findings_are_grouped_and_counted_whole() -> None:
+    findings = Findings()
+    findings.add(Finding("empty_answer", "a.jsonl", row, "''") for row in range(1, 40))
+    findings.add([Finding("no_stop", "a.jsonl", 3, "x"), Finding("no_stop", "b.jsonl", 4, "y")])
+    first, second = findings.as_list()
+    assert (first["kind"], first["count"], second["kind"], second["count"]) == ("no_stop", 2, "empty_answer", 39)
+    assert len(second["rows"]) == 20
+    assert (findings.count("error"), findings.count("warning")) == (2, 39)
+    with pytest.raises(MaskError) as caught:
+        check_findings(findings.as_list())
+    (problem,) = caught.value.problems
+    assert problem.where == "a.jsonl row 3; b.jsonl row 4 (2 places)"
+    assert caught.value.exit_code == 3
+
+
+def test_warnings_alone_fail_nothing() -> None:
+    findings = Findings()
+    findings.add([Finding("cut", "a.jsonl", 1, "x")])
+    check_findings(findings.as_list())
