@@ -182,7 +182,7 @@ def test_brackets_stand_where_there_are_no_colours(world: World, encoding: str, 
     assert "\x1b[" not in shown[None]
     assert begin not in shown["truecolor"].replace("\x1b[", "")
     assert "\x1b[1;7;35m<|stop|>" in shown["truecolor"]
-    assert "?" not in re.sub(r"[^?]*because[^?]*", "", shown[None])
+    assert "?" not in shown[None]  # nothing that the stream cannot write
 
 
 def test_fewer_proofs_are_said(world: World) -> None:

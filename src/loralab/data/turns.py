@@ -134,10 +134,10 @@ def _check_calls(rest: str, message: Message, turn: int, notes: set[str]) -> int
     end = 0
     for call in message.tool_calls:
         if call.name not in rest:
-            raise MaskError(
+            raise DataError(
                 f"the template writes nothing of the tool call {call.name!r} of turn {turn + 1}",
                 where="key data.template",
-                fix="choose a template that writes tool calls, such as qwen, or leave such rows out",
+                fix="choose a template that writes tool calls, such as qwen, or set data.on_bad_row: drop",
             )
         end = max(end, rest.rfind(call.name) + len(call.name))
         if not isinstance(call.arguments, str) and not all(str(key) in rest for key in call.arguments):

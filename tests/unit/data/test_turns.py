@@ -200,7 +200,7 @@ def test_tools_calls_and_reasoning_are_in_the_turn() -> None:
 
 def test_template_that_knows_no_tools_is_told() -> None:
     plain = build_prompter(CHATML)
-    with pytest.raises(MaskError, match="writes nothing of the tool call 'find' of turn 2"):
+    with pytest.raises(DataError, match="writes nothing of the tool call 'find' of turn 2"):
         split(Conversation((Message("user", "a"), CALL)), 1, plain)
     example = Conversation((Message("user", "a"), Message("assistant", "b", reasoning="think")), (TOOL,))
     assert turn_of(example, 1, plain).notes == {"reasoning_left_out", "tools_left_out"}
