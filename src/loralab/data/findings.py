@@ -193,6 +193,11 @@ KINDS: dict[str, Kind] = {
         "the answer's tokens are not those of the answer behind its prompt",
         "tokenize the answer as a continuation of its prompt, with the tokenizer that generates",
     ),
+    "stop_inside": Kind(
+        "error",
+        "a stop token stands inside an answer: generation would end there",
+        "take its text out of the rows, or name another token in data.stop_tokens",
+    ),
     "tool_call_missing": Kind(
         "error", "a tool call is not in the answer", "choose a data.template that writes tool calls, such as qwen"
     ),

@@ -85,12 +85,11 @@ class TurnProof:
     def run(self) -> Iterator[Seen]:
         """Yield what is wrong or worth a look."""
         case = self.case
-        if case.served is not None:
-            prompt_fault = self._prove_prompt(case.served)
-            if prompt_fault is not None:
-                yield prompt_fault
-                if prompt_fault[0] == "answer_in_prompt":
-                    return  # what is wrong with the span follows from it
+        fault = self._prove_prompt(case.served) if case.served is not None else self._prove_header()
+        if fault is not None:
+            yield fault
+            if fault[0] == "answer_in_prompt":
+                return  # what is wrong with the span follows from it
         yield from self._prove_context()
         yield from self._prove_answer()
         yield from self._prove_end()
@@ -114,6 +113,13 @@ class TurnProof:
         if lost is not None and self.decoder.holds(sent, lost.content):
             return "system_missing", f"serving sends {show_text(lost.content)}, the stored prompt does not have it"
         return "prompt_differs", _difference(self.prompt, sent)
+
+    def _prove_header(self) -> Seen | None:
+        """Prove the prompt of a turn that nobody prompts: with its content it begins the whole conversation."""
+        if not self.case.whole or self._matches_whole():
+            return None
+        whole, stored = (self.decoder.normal(text) for text in (self.case.whole, self.prompt + self.answer))
+        return None if whole.startswith(stored) else ("prompt_differs", _difference(stored, whole))
 
     def _in_prompt(self, text: str) -> bool:
         return self.decoder.holds(self.prompt, text)
@@ -150,6 +156,11 @@ class TurnProof:
         if self._lost_characters():
             yield "unknown_characters", f"the answer {show_text(message.content)} becomes {show_text(text)}"
             return
+        inside = next((token for token in self._body if token in self.prompter.stop.ids), None)
+        if inside is not None:
+            token = self.prompter.tokenizer.convert_ids_to_tokens(inside)
+            yield "stop_inside", f"{token!r} stands in {show_text(text)}"
+            return
         if self._is_cut:
             yield from self._prove_cut()
             return
@@ -170,10 +181,8 @@ class TurnProof:
 
     def _prove_text(self, plain: bool) -> Iterator[Seen]:
         message, text = self.case.message, self.answer
-        if plain and (self.decoder.same(text, message.content) or self.decoder.same(text.strip(), message.content)):
-            return
-        if plain and self.decoder.same(text.strip(), message.content.strip()):
-            yield "answer_altered", f"{show_text(message.content)} became {show_text(text)}"
+        exact = plain and self.decoder.same(text, message.content)
+        if exact and (not self.case.made_here or not self.case.answered or self._as_rendered()):
             return
         other = self._other_turn(text)
         if other is not None:
@@ -181,10 +190,9 @@ class TurnProof:
             yield "wrong_role", f"{show_text(text)} is turn {place + 1} ({spoken.role}), not an answer"
             return
         if not self._as_rendered():
-            what = f"{show_text(text)} carries loss, the answer is {show_text(message.content)}"
-            yield "answer_differs", what
+            yield "answer_differs", f"{show_text(text)} carries loss, the answer is {show_text(message.content)}"
             return
-        if not self.decoder.holds(text, message.content):
+        if self.decoder.normal(message.content) not in self.decoder.normal(text):
             yield "answer_altered", f"{show_text(message.content)} became {show_text(text)}"
         for call in message.tool_calls:
             if call.name not in text:
@@ -237,13 +245,21 @@ class TurnProof:
             )
 
     def _as_rendered(self) -> bool:
-        """Return whether the span is what the template writes behind the prompt."""
+        """Return whether the span is all that the template writes between the prompt and the stop token."""
         if not self.case.whole:
             return self.decoder.holds(self.answer, self.case.message.content)
+        stops = self.prompter.stop
+        if not self.case.answered:  # nobody answers here: the content alone carries loss
+            return self.decoder.same(self.answer, self.case.message.content.strip())
         if self._matches_whole():
-            return True
+            behind = self.case.encoding.ids[len(self.case.prompt) + len(self._body) :]
+            return not behind or behind[0] in stops.ids
         rest = self._rendered_rest()
-        return rest is not None and self.decoder.normal(rest).startswith(self.decoder.normal(self.answer))
+        if rest is None:
+            return False
+        written, span = self.decoder.normal(rest), self.decoder.normal(self.answer)
+        left = written[len(span) :]
+        return written.startswith(span) and (not left or left.startswith(stops.texts))
 
     def _matches_whole(self) -> bool:
         """Return whether prompt and span are the first ids of the whole conversation as one text."""

@@ -291,6 +291,44 @@ def test_trimmed_answer_is_told() -> None:
     assert kinds(prove(row, PROMPTERS["trimming"])) == ["answer_altered"]
 
 
+def mutations(prompt: list[int], answer: list[int]) -> dict[str, tuple[list[int], list[int]]]:
+    """Return every way in which one token of a branch can be on the wrong side, gone, doubled or another."""
+    other = max(*prompt, *answer) - 1
+    return {
+        "border to the left": (prompt[:-1], [*prompt[-1:], *answer]),
+        "border to the right": ([*prompt, *answer[:1]], answer[1:]),
+        **{f"prompt without {i}": (prompt[:i] + prompt[i + 1 :], answer) for i in range(len(prompt))},
+        **{f"prompt with other {i}": ([*prompt[:i], other, *prompt[i + 1 :]], answer) for i in range(len(prompt))},
+        **{f"answer without {i}": (prompt, answer[:i] + answer[i + 1 :]) for i in range(len(answer))},
+        **{f"answer with other {i}": (prompt, [*answer[:i], other, *answer[i + 1 :]]) for i in range(len(answer))},
+        **{f"answer with {i} twice": (prompt, [*answer[: i + 1], *answer[i:]]) for i in range(len(answer))},
+    }
+
+
+@pytest.mark.parametrize("name", ["chatml", "alpaca", "none", "no_stop", "trimming"])
+def test_every_single_mutation_fails_a_proof(name: str) -> None:
+    row, prompt, answer = row_of("user: the cat of red", "assistant: one blue bird", prompter=PROMPTERS[name])
+    assert prove(row, PROMPTERS[name]) == []
+    unseen = [
+        mutation
+        for mutation, branch in mutations(prompt, answer).items()
+        if branch != (prompt, answer)
+        and not any(KINDS[f.kind].severity == "error" for f in prove(changed(row, branch), PROMPTERS[name]))
+    ]
+    assert unseen == []
+
+
+def test_every_single_mutation_of_another_role_fails_a_proof() -> None:
+    chosen = {"train_on": ["user"]}
+    row = stored(conversation("user: a", "assistant: b", "user: the cat of red"), CHAT, **chosen)
+    first, last = ((branch.prompt_ids.tolist(), branch.answer_ids.tolist()) for branch in row.branches)
+    without_stop = (last[0], last[1][:-1])  # such a turn need not end
+    for mutation, branch in mutations(*last).items():
+        if branch not in (last, without_stop):
+            found = prove(changed(row, first, branch), **chosen)
+            assert any(KINDS[f.kind].severity == "error" for f in found), mutation
+
+
 # --- tokens made elsewhere
 
 
