@@ -2,29 +2,23 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from loralab.data.example import (
-    Branch,
     Conversation,
-    Document,
-    Example,
     Message,
-    Preformatted,
-    Segment,
-    Tokens,
     ToolCall,
 )
 from loralab.data.findings import KINDS, Finding, Findings, check_findings
 from loralab.data.prompter import Prompter
-from loralab.data.proofs import Prover, StoredRow
+from loralab.data.proofs import StoredRow
 from loralab.data.templates import TEMPLATES
-from loralab.data.tokenize import TokenizeSettings, tokenize_examples
+from loralab.data.tokenize import tokenize_examples
 from loralab.errors import MaskError
 from unit.data.prompters import CHATML, NO_STOP, TRIMMING, build_prompter, build_tokenizer, conversation
+from unit.data.stored_rows import CHAT, changed, failure, kinds, prove, settings, stored
 
 PLAIN = st.text(st.characters(exclude_categories=["Cs"]))
 TWO_TURNS = conversation("system: be red", "user: a bird", "assistant: one two", "user: a cat", "assistant: three")
@@ -54,46 +48,6 @@ PROMPTERS = {
     "without_question": build_prompter(WITHOUT_QUESTION),
     **{name: build_prompter(TEMPLATES[name]) for name in ("alpaca", "none")},
 }
-CHAT = PROMPTERS["chatml"]
-
-
-def settings(**chosen: Any) -> TokenizeSettings:
-    return TokenizeSettings(
-        **{"train_on": "response", "max_length": 512, "truncation": "right", "long_text": "split", **chosen}
-    )
-
-
-def stored(example: Example, prompter: Prompter, **chosen: Any) -> StoredRow:
-    (units,) = tokenize_examples([example], prompter=prompter, settings=settings(**chosen))
-    assert all(unit.dropped is None for unit in units), [unit.dropped for unit in units]
-    return StoredRow("rows.jsonl", 7, example, tuple(tuple(unit.branches) for unit in units))
-
-
-def changed(row: StoredRow, *branches: tuple[Any, Any]) -> StoredRow:
-    """Return the row with other branches stored."""
-    unit = tuple(Branch(np.asarray(prompt, np.int32), np.asarray(answer, np.int32)) for prompt, answer in branches)
-    return StoredRow(row.source, row.row, row.example, (unit,), twin=row.twin, longest=row.longest)
-
-
-def prove(row: StoredRow, prompter: Prompter = CHAT, *, own: Prompter | None = None, **chosen: Any) -> list[Finding]:
-    return Prover(prompter, settings(**chosen), own=own).prove([row])
-
-
-def kinds(found: list[Finding]) -> list[str]:
-    assert all((finding.source, finding.row) == ("rows.jsonl", 7) for finding in found)
-    return [finding.kind for finding in found]
-
-
-def failure(found: list[Finding]) -> MaskError:
-    """Return the error that findings end in; its message names row and fix."""
-    findings = Findings()
-    findings.add(found)
-    with pytest.raises(MaskError) as caught:
-        check_findings(findings.as_list())
-    for problem in caught.value.problems:
-        assert "rows.jsonl row 7" in problem.where
-        assert problem.fix
-    return caught.value
 
 
 # --- what is right
@@ -137,46 +91,6 @@ def test_tool_calls_and_reasoning_are_proven() -> None:
     thinking = Conversation((Message("user", "a cat"), Message("assistant", "red", reasoning="a cat is")))
     assert prove(stored(thinking, PROMPTERS["reasoning"]), PROMPTERS["reasoning"]) == []
     assert kinds(prove(stored(thinking, CHAT))) == ["reasoning_left_out"]
-
-
-@given(text=PLAIN.filter(bool))
-def test_documents_are_proven(text: str) -> None:
-    assume("<|" not in text)
-    row = stored(Document(text), CHAT, max_length=4)
-    assert prove(row, max_length=4) == []
-
-
-def test_documents_with_lost_tokens_are_not() -> None:
-    row = stored(Document("one two three red blue green cat dog bird"), CHAT, max_length=4)
-    lacking = StoredRow(row.source, row.row, row.example, (row.units[0], *row.units[2:]))
-    assert kinds(prove(lacking, max_length=4)) == ["text_differs"]
-    assert kinds(prove(StoredRow(row.source, row.row, row.example, row.units[:-1]), max_length=4)) == ["text_differs"]
-    cut = stored(row.example, CHAT, max_length=4, long_text="truncate")
-    assert kinds(prove(cut, max_length=4, long_text="truncate")) == ["cut"]
-
-
-SEGMENTS = Preformatted(
-    (
-        Segment("Q: a\nA:", False),
-        Segment(" b", True),
-        Segment("<|stop|>", True),
-        Segment(" Q: c\nA:", False),
-        Segment(" d<|stop|>", True),
-    )
-)
-
-
-def test_segments_are_proven() -> None:
-    row = stored(SEGMENTS, CHAT)
-    assert prove(row) == []
-    first, second = row.branches
-    assert kinds(
-        prove(changed(row, (first.prompt_ids, first.answer_ids[:1]), (second.prompt_ids, second.answer_ids)))
-    ) == ["answer_differs"]
-    unended = Preformatted((Segment("Q: a\nA:", False), Segment(" b", True)))
-    assert kinds(prove(stored(unended, CHAT))) == ["no_stop"]
-    whole = Preformatted((Segment("Q: a\nA: b", True),))
-    assert prove(stored(whole, CHAT)) == []
 
 
 # --- the seeded faults, in what is stored
@@ -327,74 +241,6 @@ def test_every_single_mutation_of_another_role_fails_a_proof() -> None:
         if branch not in (last, without_stop):
             found = prove(changed(row, first, branch), **chosen)
             assert any(KINDS[f.kind].severity == "error" for f in found), mutation
-
-
-# --- tokens made elsewhere
-
-
-def tokens_row(text: str, *, train: str, longest: int = 99, masked_end: int | None = None) -> StoredRow:
-    """Return a row of tokens; in `train`, x stands under each character that carries loss."""
-    encoding = CHAT.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = encoding["input_ids"]
-    labels = [i if "x" in train[a:b] else -100 for i, (a, b) in zip(ids, encoding["offset_mapping"], strict=True)]
-    row = stored(Tokens(tuple(ids), tuple(labels), masked_end=masked_end), CHAT)
-    return StoredRow(row.source, row.row, row.example, row.units, longest=longest)
-
-
-def masked(text: str, *parts: str) -> str:
-    marks = [" "] * len(text)
-    for part in parts:
-        at = text.rindex(part)
-        marks[at : at + len(part)] = "x" * len(part)
-    return "".join(marks)
-
-
-CHATTED = "<|start|>user\nred<|stop|>\n<|start|>assistant\nblue<|stop|>"
-
-
-@pytest.mark.parametrize(
-    ("text", "parts", "masked_end", "expected"),
-    [
-        (CHATTED, ["blue<|stop|>"], None, []),
-        (CHATTED, ["blue<|stop|>"], 0, []),  # padded with the end token, as it should be
-        (CHATTED, ["blue"], None, ["stop_masked"]),
-        (CHATTED.removesuffix("<|stop|>"), ["blue"], 0, ["stop_masked"]),
-        (CHATTED.removesuffix("<|stop|>"), ["blue"], 5, ["no_stop"]),
-        (CHATTED.removesuffix("<|stop|>"), ["blue"], None, ["no_stop"]),
-        (CHATTED, ["red<|stop|>", "blue<|stop|>"], None, []),  # nothing known of what was before a first turn
-        (CHATTED * 2, ["red<|stop|>\n<|start|>assistant\nblue<|stop|>"], None, ["wrong_role"]),
-        (CHATTED * 2, ["<|start|>user\nred<|stop|>\n<|start|>assistant\nblue<|stop|>"], None, ["wrong_role"]),
-        (CHATTED, ["<|stop|>"], None, ["empty_answer"]),
-    ],
-)
-def test_tokens_made_elsewhere(text: str, parts: list[str], masked_end: int | None, expected: list[str]) -> None:
-    row = tokens_row(text, train=masked(text, *parts), masked_end=masked_end)
-    found = prove(row, own=CHAT)
-    if text == CHATTED and len(parts) == 2:
-        expected = ["wrong_role"]
-    assert kinds(found) == expected
-    assert prove(tokens_row(CHATTED, train="x" * len(CHATTED)), own=CHAT) == []
-
-
-def test_longest_rows_without_padding_were_cut() -> None:
-    text = CHATTED.removesuffix("<|stop|>")
-    length = len(CHAT.encode([text])[0])
-    assert kinds(prove(tokens_row(text, train=masked(text, "blue"), longest=length), own=CHAT)) == ["cut"]
-
-
-def test_tokens_beside_their_conversation_are_proven_in_full() -> None:
-    twin = conversation("user: red", "assistant: blue")
-    right = tokens_row(CHATTED, train=masked(CHATTED, "blue<|stop|>"))
-    with_twin = StoredRow(right.source, right.row, right.example, right.units, twin=twin, longest=99)
-    assert prove(with_twin, own=CHAT) == []
-    other = StoredRow(
-        right.source, right.row, right.example, right.units, twin=conversation("user: red", "assistant: cat")
-    )
-    assert kinds(prove(other, own=CHAT)) == ["answer_differs"]
-    joined = CHATTED.replace("assistant\nblue", "assistant: blue")
-    wrong = tokens_row(joined, train=masked(joined, "blue<|stop|>"))
-    wrong = StoredRow(wrong.source, wrong.row, wrong.example, wrong.units, twin=twin)
-    assert "prompt_differs" in kinds(prove(wrong, own=CHAT))
 
 
 # --- findings
