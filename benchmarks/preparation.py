@@ -29,8 +29,8 @@ from trl import SFTConfig, SFTTrainer
 from loralab.config.schema import DataConfig
 from loralab.data.dataset import PreparedData, prepare_data
 from loralab.data.example import Conversation
-from loralab.data.formats import FORMATS
-from loralab.data.sources import resolve_sources
+from loralab.data.formats.table import FORMATS
+from loralab.data.reading.sources import resolve_sources
 from loralab.progress import Reporter
 
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from acceptance.reference import VOCABULARIES, read_rows
 from loralab.config.schema import DataConfig, LoraConfig, ModelConfig
 from loralab.data.dataset import PreparedData, prepare_data
-from loralab.data.formats import FORMATS, resolve_format
-from loralab.data.sources import resolve_sources
+from loralab.data.formats.table import FORMATS, resolve_format
+from loralab.data.reading.sources import resolve_sources
 from loralab.evaluation.perplexity import measure_loss
 from loralab.layout.planner import Planner
 from loralab.models.adapters import build_adapter

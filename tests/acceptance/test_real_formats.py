@@ -16,8 +16,8 @@ import pytest
 
 from acceptance.reference import chat_messages, read_rows
 from loralab.data.example import Conversation, Document
-from loralab.data.formats import build_example, resolve_format
-from loralab.data.sources import resolve_sources
+from loralab.data.formats.table import build_example, resolve_format
+from loralab.data.reading.sources import resolve_sources
 from loralab.errors import DataError
 
 pytestmark = pytest.mark.slow

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from loralab.config.schema import LoraConfig, ModelConfig
 from loralab.data.example import Branch, TokenizedExample
-from loralab.data.prompter import Prompter, apply_stop_setting
-from loralab.data.templates import TEMPLATES
+from loralab.data.prompts.prompter import Prompter, apply_stop_setting
+from loralab.data.prompts.templates import TEMPLATES
 from loralab.evaluation.generate import GenerationSettings, generate_answers
 from loralab.evaluation.perplexity import measure_loss
 from loralab.layout.planner import Layout, Planner

@@ -9,11 +9,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from loralab.config.schema import DataConfig
-from loralab.data.answer_survey import AnswerSurvey
 from loralab.data.dataset import prepare_data
-from loralab.data.findings import Findings, check_findings
-from loralab.data.proofs import Prover
-from loralab.data.reread import count_stored_rows, read_stored_rows
+from loralab.data.proofs.answer_survey import AnswerSurvey
+from loralab.data.proofs.findings import Findings, check_findings
+from loralab.data.proofs.prove import Prover
+from loralab.data.proofs.reread import count_stored_rows, read_stored_rows
 from loralab.errors import DataError
 from loralab.progress import Reporter
 

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loralab.data.example import Message, ToolCall
-from loralab.data.prompter import Prompter, choose_bos_prefix, render_with
-from loralab.data.templates import Template, prepare_template, resolve_template
+from loralab.data.prompts.prompter import Prompter, choose_bos_prefix, render_with
+from loralab.data.prompts.templates import Template, prepare_template, resolve_template
 from loralab.errors import DataError
 
 pytestmark = pytest.mark.slow

@@ -22,7 +22,7 @@ from acceptance.reference import VOCABULARIES, Vocabulary, token_bytes
 from loralab.config.schema import DataConfig
 from loralab.data.dataset import PreparedData, prepare_data
 from loralab.data.example import Conversation
-from loralab.data.formats import build_example
+from loralab.data.formats.table import build_example
 from loralab.errors import DataError
 from loralab.progress import Reporter
 

@@ -29,7 +29,7 @@ class Module:
 
     @property
     def group(self) -> str:
-        """The part of the package that the file belongs to: `data` for loralab.data.formats, "" for loralab."""
+        """The part of the package that the file belongs to: `data` for loralab.data.formats.table, "" for loralab."""
         return group_of(self.name)
 
     def at(self, line: int) -> str:
@@ -81,7 +81,7 @@ def fail_if_any(offenders: Iterable[str], rule: str) -> None:
 
 
 def group_of(name: str) -> str:
-    """Return the second part of a dotted name: `data` for loralab.data.formats, "" for loralab."""
+    """Return the second part of a dotted name: `data` for loralab.data.formats.table, "" for loralab."""
     return name.split(".")[1] if "." in name else ""
 
 

@@ -20,7 +20,7 @@ TRAINER_OVERRIDES = {
     "log",
     "training_step",
 }
-PROMPTER = "loralab.data.prompter"
+PROMPTER = "loralab.data.prompts.prompter"
 SCHEMA = "loralab.config.schema"
 
 

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from loralab.cli.preview_text import print_preview
-from loralab.data.contract import CONTRACT_FILE, build_contract
-from loralab.data.prompter import Prompter
+from loralab.data.prompts.contract import CONTRACT_FILE, build_contract
+from loralab.data.prompts.prompter import Prompter
 from support import tiny
 from support.command import Answer, run_here, write_config
 from unit.data.prompters import CHATML, build_tokenizer

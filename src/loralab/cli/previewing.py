@@ -37,7 +37,7 @@ def preview(
     if (config / "config.yaml").is_file():  # a run folder, which may have been moved or copied
         source, adapter = config / "config.yaml", config / "adapter"
     loaded = load_run_config(source, chosen)
-    from loralab.data.findings import check_findings
+    from loralab.data.proofs.findings import check_findings
     from loralab.workflows.preview import PreviewRequest
     from loralab.workflows.preview import preview as run_preview
 

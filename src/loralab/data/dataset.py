@@ -11,18 +11,18 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from loralab.config.schema import DataConfig
-from loralab.data.cache import load_or_tokenize
-from loralab.data.formats import FORMATS
-from loralab.data.identity import data_identity, identity_sha256
-from loralab.data.pipeline import RowTokenizer
+from loralab.data.formats.table import FORMATS
 from loralab.data.pools import Member, Pool, describe_formats, equip, prompted_format, resolve_pools
 from loralab.data.prepared import open_prepared
-from loralab.data.prompter import Prompter, apply_stop_setting, choose_bos_prefix, render_with
+from loralab.data.prompts.prompter import Prompter, apply_stop_setting, choose_bos_prefix, render_with
+from loralab.data.prompts.templates import Template, prepare_template, resolve_template
 from loralab.data.split_report import check_dropped, describe_split, report_split
 from loralab.data.splits import Indices, split_units
-from loralab.data.store import TokenStore
-from loralab.data.templates import Template, prepare_template, resolve_template
-from loralab.data.tokenize import TokenizeSettings
+from loralab.data.tokens.cache import load_or_tokenize
+from loralab.data.tokens.identity import data_identity, identity_sha256
+from loralab.data.tokens.pipeline import RowTokenizer
+from loralab.data.tokens.store import TokenStore
+from loralab.data.tokens.tokenize import TokenizeSettings
 from loralab.progress import Reporter
 
 __all__ = ["PreparedData", "prepare_data"]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from loralab.config.paths import local_path
 from loralab.config.schema import DataConfig, DataSource
-from loralab.data.formats import FORMATS, resolve_format
-from loralab.data.pipeline import RowTokenizer
-from loralab.data.sources import Source, resolve_sources
+from loralab.data.formats.table import FORMATS, resolve_format
+from loralab.data.reading.sources import Source, resolve_sources
+from loralab.data.tokens.pipeline import RowTokenizer
 from loralab.errors import DataError
 
 

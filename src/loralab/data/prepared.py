@@ -10,9 +10,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from loralab.config.schema import DataConfig
-from loralab.data.contract import CONTRACT_FILE, load_contracted
 from loralab.data.pools import Pool
-from loralab.data.prompter import Prompter
+from loralab.data.prompts.contract import CONTRACT_FILE, load_contracted
+from loralab.data.prompts.prompter import Prompter
 from loralab.errors import DataError
 from loralab.run import Json, read_json
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from loralab.config.schema import DataConfig
-from loralab.data.sources import Source
+from loralab.data.reading.sources import Source
 from loralab.data.splits import Indices
-from loralab.data.store import TokenStore
-from loralab.data.tokenize import NOTES
+from loralab.data.tokens.store import TokenStore
+from loralab.data.tokens.tokenize import NOTES
 from loralab.errors import DataError
 
 # How many rows are listed by number for each reason; their count is always whole.

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from loralab.config.schema import EvaluationConfig
-from loralab.data.prompter import Prompter
+from loralab.data.prompts.prompter import Prompter
 from loralab.errors import DataError, ModelError
 from loralab.evaluation.perplexity import Interrupted
 from loralab.models.load import max_positions

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from loralab.data.prompter import Prompter
+from loralab.data.prompts.prompter import Prompter
 from loralab.evaluation.generate import Answer, GenerationSettings, build_generation_config, read_answer
 from loralab.models.supervised import SupervisedPeftModel
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from loralab.data.contract import CONTRACT_FILE, build_contract
-from loralab.data.prompter import Prompter
+from loralab.data.prompts.contract import CONTRACT_FILE, build_contract
+from loralab.data.prompts.prompter import Prompter
 from loralab.models.supervised import SupervisedPeftModel
 
 

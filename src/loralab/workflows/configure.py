@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loralab.config.load import LoadedConfig, load_config
-from loralab.data.formats import check_format_names
-from loralab.data.templates import check_template_name
+from loralab.data.formats.table import check_format_names
+from loralab.data.prompts.templates import check_template_name
 
 
 def load_run_config(

@@ -12,8 +12,8 @@ import torch
 from loralab.config.paths import local_path
 from loralab.config.schema import DataConfig, EvaluationConfig
 from loralab.data.dataset import PreparedData, prepare_data
-from loralab.data.prompter import Prompter
-from loralab.data.store import TokenStore
+from loralab.data.prompts.prompter import Prompter
+from loralab.data.tokens.store import TokenStore
 from loralab.errors import DataError
 from loralab.evaluation.generate import GenerationSettings, generate_answers
 from loralab.evaluation.perplexity import SplitLoss, compare_losses, measure_loss

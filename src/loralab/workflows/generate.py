@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.data.example import Message
-from loralab.data.prompter import Prompter
+from loralab.data.prompts.prompter import Prompter
 from loralab.errors import ConfigError, DataError, Problem
 from loralab.evaluation.generate import GenerationSettings, generate_answers
 from loralab.progress import Reporter

@@ -15,11 +15,11 @@ from typing import Any
 import datasets
 
 from loralab.config.load import LoadedConfig
-from loralab.data.contract import CONTRACT_FILE, build_contract
 from loralab.data.dataset import PreparedData, prepare_data
 from loralab.data.example import Branch
-from loralab.data.store import TokenStore
-from loralab.data.tokenize import IGNORED
+from loralab.data.prompts.contract import CONTRACT_FILE, build_contract
+from loralab.data.tokens.store import TokenStore
+from loralab.data.tokens.tokenize import IGNORED
 from loralab.errors import RunFolderError, StorageError
 from loralab.models.load import load_tokenizer
 from loralab.progress import Reporter

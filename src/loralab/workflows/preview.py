@@ -15,14 +15,14 @@ import numpy as np
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
-from loralab.data.answer_survey import AnswerSurvey
-from loralab.data.contract import CONTRACT_FILE, build_contract, check_contract, load_contracted
 from loralab.data.dataset import PreparedData, prepare_data
-from loralab.data.findings import Finding, Findings
-from loralab.data.prompter import Prompter
-from loralab.data.proofs import Prover
-from loralab.data.reread import count_stored_rows, read_stored_rows
-from loralab.data.survey import SplitHashes, find_overlaps, find_repeated_answer, hash_split, survey_split
+from loralab.data.prompts.contract import CONTRACT_FILE, build_contract, check_contract, load_contracted
+from loralab.data.prompts.prompter import Prompter
+from loralab.data.proofs.answer_survey import AnswerSurvey
+from loralab.data.proofs.findings import Finding, Findings
+from loralab.data.proofs.prove import Prover
+from loralab.data.proofs.reread import count_stored_rows, read_stored_rows
+from loralab.data.proofs.survey import SplitHashes, find_overlaps, find_repeated_answer, hash_split, survey_split
 from loralab.errors import DataError, PromptContractError
 from loralab.layout.planner import Planner
 from loralab.models.load import load_tokenizer

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from loralab.data.dataset import PreparedData
-from loralab.data.decoding import Decoder
 from loralab.data.example import Branch, TokenizedExample
-from loralab.data.json_rows import parse_row
-from loralab.data.packing import Integers
-from loralab.data.pipeline import RowTokenizer
 from loralab.data.pools import Pool
-from loralab.data.sources import Source
-from loralab.data.tokenize import NOTES
+from loralab.data.prompts.decoding import Decoder
+from loralab.data.reading.json_rows import parse_row
+from loralab.data.reading.sources import Source
+from loralab.data.tokens.packing import Integers
+from loralab.data.tokens.pipeline import RowTokenizer
+from loralab.data.tokens.tokenize import NOTES
 from loralab.errors import DataError
 from loralab.lookup import suggest
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
-from loralab.data.contract import CONTRACT_FILE, load_contracted
-from loralab.data.prompter import Prompter, apply_stop_setting, choose_bos_prefix, render_with
-from loralab.data.templates import prepare_template, resolve_template
+from loralab.data.prompts.contract import CONTRACT_FILE, load_contracted
+from loralab.data.prompts.prompter import Prompter, apply_stop_setting, choose_bos_prefix, render_with
+from loralab.data.prompts.templates import prepare_template, resolve_template
 from loralab.errors import ConfigError, Problem
 from loralab.models.adapters import load_adapter, read_adapter_config
 from loralab.models.load import check_local_model, load_base_model, load_tokenizer

@@ -7,8 +7,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from loralab.data.chat_formats import ROLE_NAMES
-from loralab.data.formats import FORMATS
+from loralab.data.formats.chat import ROLE_NAMES
+from loralab.data.formats.table import FORMATS
 
 # What JSON, Parquet and CSV readers can give, and more.
 SCALARS = (

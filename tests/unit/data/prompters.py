@@ -3,8 +3,8 @@
 from transformers import PreTrainedTokenizerFast
 
 from loralab.data.example import Conversation, Message
-from loralab.data.prompter import Prompter
-from loralab.data.templates import TEMPLATES
+from loralab.data.prompts.prompter import Prompter
+from loralab.data.prompts.templates import TEMPLATES
 from support import tiny
 
 CHATML = (

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from loralab.data.example import Branch, Example
-from loralab.data.findings import Finding, Findings, check_findings
-from loralab.data.prompter import Prompter
-from loralab.data.proofs import Prover, StoredRow
-from loralab.data.tokenize import TokenizeSettings, tokenize_examples
+from loralab.data.prompts.prompter import Prompter
+from loralab.data.proofs.findings import Finding, Findings, check_findings
+from loralab.data.proofs.prove import Prover, StoredRow
+from loralab.data.tokens.tokenize import TokenizeSettings, tokenize_examples
 from loralab.errors import MaskError
 from unit.data.prompters import CHATML, build_prompter
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from loralab.data.example import Branch, TokenizedExample
-from loralab.data.packing import PackedRows, pack_rows
-from loralab.data.store import TokenStore
-from loralab.data.store_writer import StoreWriter
-from loralab.data.tokenize import NOTES, Unit
+from loralab.data.tokens.packing import PackedRows, pack_rows
+from loralab.data.tokens.store import TokenStore
+from loralab.data.tokens.store_writer import StoreWriter
+from loralab.data.tokens.tokenize import NOTES, Unit
 
 # Source index, row and unit.
 Placed = tuple[int, int, Unit]

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from loralab.config.schema import DataConfig
-from loralab.data import identity
 from loralab.data.dataset import PreparedData, prepare_data
-from loralab.data.identity import tokenizer_sha256
-from loralab.data.templates import TEMPLATES
+from loralab.data.prompts.templates import TEMPLATES
+from loralab.data.tokens import identity
+from loralab.data.tokens.identity import tokenizer_sha256
 from loralab.errors import DataError
 from loralab.progress import Reporter
 from support import tiny

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from loralab.config.schema import LoraConfig
-from loralab.data.prompter import Prompter
+from loralab.data.prompts.prompter import Prompter
 from loralab.evaluation.generate import Answer, GenerationSettings, generate_answers
 from loralab.evaluation.streaming import WholeText, stream_answer
 from loralab.models.adapters import build_adapter

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import DataConfig
-from loralab.data.contract import CONTRACT_FILE, build_contract
 from loralab.data.dataset import PreparedData, prepare_data
+from loralab.data.prompts.contract import CONTRACT_FILE, build_contract
 from loralab.errors import DataError, PromptContractError, RunFolderError
 from loralab.progress import Reporter
 from loralab.workflows.configure import load_run_config

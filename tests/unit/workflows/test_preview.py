@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from loralab.config.load import LoadedConfig
-from loralab.data.contract import CONTRACT_FILE, build_contract
 from loralab.data.dataset import prepare_data
+from loralab.data.prompts.contract import CONTRACT_FILE, build_contract
 from loralab.errors import DataError
 from loralab.layout.planner import Planner
 from loralab.models.load import load_tokenizer

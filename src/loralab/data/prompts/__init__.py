@@ -1,0 +1,1 @@
+"""From messages to prompts: templates, turns, stop tokens, the prompt contract."""

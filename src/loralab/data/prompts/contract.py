@@ -1,0 +1,159 @@
+"""The prompt contract: what an adapter was prompted with in training, and the check that it still is.
+
+Owns `prompt_contract.json`: its content, its check and the wording of a difference. Every command
+that prompts an adapter goes through `load_contracted`.
+"""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from transformers import PreTrainedTokenizerBase
+
+from loralab.data.example import Message
+from loralab.data.prompts.prompter import Prompter
+from loralab.errors import PromptContractError
+
+CONTRACT_FILE = "prompt_contract.json"
+CONTRACT_VERSION = 2
+_GOLDEN_PROMPTS = ("What is the capital of France?", "Sort these: 3, 1, 2.", "Grüße, 世界! 👋\n\nSecond line.")
+_LIBRARIES = ("loralab", "transformers", "tokenizers", "jinja2")
+_NEEDED = ("template", "stop_tokens", "stop_token_ids", "golden")
+_SPECIAL = ("bos_token", "eos_token")
+# Characters shown on either side of the first difference, and of ids around it.
+_AROUND, _AROUND_IDS = 24, 4
+
+
+def build_contract(prompter: Prompter) -> dict[str, Any]:
+    """Return the contract: template, special-token policy, system prompt, stop tokens, golden prompts, versions."""
+    template = str(prompter.tokenizer.chat_template)
+    return {
+        "version": CONTRACT_VERSION,
+        "template": template,
+        "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+        "special_tokens": {
+            "policy": "written by the template alone (add_special_tokens=False)",
+            **{name: getattr(prompter.tokenizer, name) for name in _SPECIAL},
+        },
+        "system_prompt": prompter.system_prompt,
+        "stop_token_ids": list(prompter.stop.ids),
+        "stop_tokens": list(prompter.stop.texts),
+        "golden": [{"prompt": text, "ids": _golden_ids(prompter, text)} for text in _GOLDEN_PROMPTS],
+        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+    }
+
+
+def _golden_ids(prompter: Prompter, text: str) -> list[int]:
+    system = [] if prompter.system_prompt is None else [Message("system", prompter.system_prompt)]
+    return prompter.encode_prompt([*system, Message("user", text)])
+
+
+def check_contract(prompter: Prompter, contract: Mapping[str, Any], *, where: str) -> None:
+    """Check that a prompter sends what a contract's golden prompts promise.
+
+    Args:
+        prompter: with the contract's system prompt.
+        contract: as `build_contract` made it, of this version or an older one.
+        where: the contract's file, for messages.
+
+    Raises:
+        PromptContractError: template, special tokens, stop tokens or golden ids differ.
+    """
+    template = str(prompter.tokenizer.chat_template)
+    if template != contract.get("template"):
+        _break(_template_difference(template, str(contract.get("template"))), where)
+    _check_special(prompter, contract.get("special_tokens"), where)
+    if list(prompter.stop.ids) != contract.get("stop_token_ids"):
+        trained, now = contract.get("stop_token_ids"), list(prompter.stop.ids)
+        _break(_two_sides("the stop tokens' ids differ", str(trained), str(now)), where)
+    golden = contract.get("golden")
+    for entry in golden if isinstance(golden, list) else [None]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+            _break(f"a golden prompt is damaged: {str(entry)[:60]}", where)
+        ids = _golden_ids(prompter, entry["prompt"])
+        if ids != entry.get("ids"):
+            _break(_golden_difference(prompter, entry["prompt"], ids, entry.get("ids")), where)
+
+
+def _check_special(prompter: Prompter, trained: object, where: str) -> None:
+    if not isinstance(trained, Mapping):  # version 1 had a sentence here
+        return
+    for name in _SPECIAL:
+        now = getattr(prompter.tokenizer, name)
+        if name in trained and now != trained[name]:
+            _break(_two_sides(f"the tokenizer's {name} differs", repr(trained[name]), repr(now)), where)
+
+
+def load_contracted(tokenizer: PreTrainedTokenizerBase, contract: Mapping[str, Any], *, where: str) -> Prompter:
+    """Return the prompter of an adapter's tokenizer, checked against the adapter's contract.
+
+    Raises:
+        PromptContractError: the contract is damaged, or the tokenizer does not keep it.
+    """
+    missing = [key for key in _NEEDED if not contract.get(key)]
+    if missing:
+        _break(f"the contract has no {', '.join(missing)}", where)
+    if not isinstance(contract["stop_tokens"], list) or not isinstance(contract["template"], str):
+        _break("the contract's template or stop_tokens are no text and list", where)
+    if not isinstance(tokenizer.chat_template, str):
+        _break("the tokenizer's chat template is missing", where)
+    if tokenizer.chat_template != contract["template"]:  # before it is rendered: a damaged one may not render
+        _break(_template_difference(tokenizer.chat_template, contract["template"]), where)
+    unknown = [token for token in contract["stop_tokens"] if token not in tokenizer.get_vocab()]
+    if unknown:
+        _break(f"the tokenizer has no {unknown[0]!r}", where)
+    system = contract.get("system_prompt")
+    if not isinstance(system, str | None):
+        _break(f"the contract's system_prompt is {type(system).__name__}, not text", where)
+    prompter = Prompter(tokenizer, contract["stop_tokens"], system_prompt=system)
+    check_contract(prompter, contract, where=where)
+    return prompter
+
+
+def _break(what: str, where: str) -> NoReturn:
+    raise PromptContractError(
+        f"prompt contract broken: {what}",
+        where=where,
+        fix="restore the adapter folder's tokenizer files, or train again with the new template",
+    )
+
+
+def _two_sides(what: str, trained: str, now: str) -> str:
+    return f"{what}: trained with {trained}, now {now}"
+
+
+def _template_difference(now: str, trained: str) -> str:
+    at = _first_difference(now, trained)
+    line, column = trained.count("\n", 0, at) + 1, at - (trained.rfind("\n", 0, at) + 1) + 1
+    return _two_sides(
+        f"the template differs at character {at + 1} (line {line} column {column})",
+        _around(trained, at),
+        _around(now, at),
+    )
+
+
+def _around(text: str, at: int) -> str:
+    start, end = max(at - _AROUND, 0), at + _AROUND
+    return f"{'...' if start else ''}{text[start:end]!r}{'...' if end < len(text) else ''}"
+
+
+def _golden_difference(prompter: Prompter, prompt: str, now: list[int], trained: object) -> str:
+    what = f"the golden prompt {prompt!r} gives other token ids"
+    if not isinstance(trained, list) or not all(isinstance(token, int) for token in trained):
+        return _two_sides(what, str(trained)[:80], str(now)[:80])
+    at = _first_difference(now, trained)
+    trained_ids, now_ids = (_ids_around(prompter, ids, at) for ids in (trained, now))
+    return _two_sides(f"{what}, from token {at + 1}", trained_ids, now_ids)
+
+
+def _ids_around(prompter: Prompter, ids: list[int], at: int) -> str:
+    start, end = max(at - _AROUND_IDS, 0), at + _AROUND_IDS
+    shown = ids[start:end]
+    known = [token for token in shown if 0 <= token < len(prompter.tokenizer)]
+    return f"{'...' if start else ''}{shown}{'...' if end < len(ids) else ''} {prompter.tokenizer.decode(known)!r}"
+
+
+def _first_difference(now: "str | list[int]", trained: "str | list[int]") -> int:
+    pairs = zip(now, trained, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(now), len(trained)))

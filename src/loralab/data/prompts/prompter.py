@@ -1,0 +1,288 @@
+"""The one place where prompts are made: messages to text to token ids.
+
+Owns the serving call and the stop tokens. Training takes its prompts from here too, so what is
+trained is what is sent. How a conversation becomes turns is `turns.py`'s, what travels with an
+adapter `contract.py`'s.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from transformers import PreTrainedTokenizerBase
+
+from loralab.data.example import Message
+from loralab.data.prompts.encoding import TextEncoder
+from loralab.data.prompts.template_text import explain_render_error, missing_end
+from loralab.data.prompts.templates import BOS_PREFIXES, RenderProbe, usable_templates
+from loralab.errors import DataError
+from loralab.lookup import suggest
+
+_PROBE = "loralab-probe-answer"
+_BEGINNINGS = ("Below is a text.", "a", "1 + 1")
+
+Tools: TypeAlias = Sequence[Mapping[str, Any]]
+Request: TypeAlias = tuple[Sequence[Message], Tools]
+
+
+@dataclass(frozen=True, slots=True)
+class StopTokens:
+    """Tokens that end an answer.
+
+    Attributes:
+        ids: token ids, the one that training writes first.
+        texts: the same tokens as text.
+        reason: where they come from.
+    """
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    reason: str
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the tokenizer starts plain text with its bos token."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def choose_bos_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the Jinja text that makes a rendered prompt begin as the tokenizer begins plain text."""
+    if not adds_bos(tokenizer):
+        return ""
+    plain = [tokenizer(text)["input_ids"] for text in _BEGINNINGS]
+    for blank, prefix in BOS_PREFIXES.items():
+        rendered = [f"{tokenizer.bos_token}{blank}{text}" for text in _BEGINNINGS]
+        if tokenizer(rendered, add_special_tokens=False)["input_ids"] == plain:
+            return prefix
+    return BOS_PREFIXES[""]
+
+
+def apply_stop_setting(tokenizer: PreTrainedTokenizerBase, setting: Sequence[str] | None) -> None:
+    """Make the first of `data.stop_tokens` the tokenizer's end token, so that templates write it.
+
+    Raises:
+        DataError: a stop token is not one token of the vocabulary.
+    """
+    if setting is None:
+        return
+    if not setting:
+        raise DataError("no stop token given", where="key data.stop_tokens", fix="list at least one, or remove the key")
+    vocabulary = tokenizer.get_vocab()
+    for text in setting:
+        if text not in vocabulary:
+            known = [*tokenizer.all_special_tokens] or list(vocabulary)[:8]
+            raise DataError(
+                f"not a token of this tokenizer: {text!r}", where="key data.stop_tokens", fix=suggest(text, known)
+            )
+    tokenizer.eos_token = setting[0]
+
+
+def render_with(tokenizer: PreTrainedTokenizerBase) -> RenderProbe:
+    """Return what renders a conversation under a tokenizer with a template that is not chosen yet."""
+
+    def render(template: str, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        try:
+            text = tokenizer.apply_chat_template(
+                [message.as_dict() for message in messages],
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:  # a template is a program: whatever it raises is its own
+            raise _refusal(messages, error) from error
+        return str(text)
+
+    return render
+
+
+def _refusal(messages: Sequence[Message], error: Exception) -> DataError:
+    return DataError(
+        f"the template cannot render {' > '.join(m.role for m in messages)}: {explain_render_error(error)}",
+        where="key data.template",
+        fix="choose another data.template, or mend the Jinja file",
+    )
+
+
+class Prompter:
+    """Makes prompts with one tokenizer and its chat template.
+
+    Args:
+        tokenizer: with `chat_template` set.
+        stop_setting: `data.stop_tokens`, already applied by `apply_stop_setting`.
+        system_prompt: system message that belongs before conversations without one of their own.
+
+    Attributes:
+        tokenizer: as given.
+        stop: tokens that end an answer.
+        system_prompt: as given, or what the rows turned out to have in common.
+        opens_answers: whether the template writes a generation prompt.
+
+    Raises:
+        DataError: the template cannot be rendered, or there is no stop token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_setting: Sequence[str] | None = None,
+        *,
+        system_prompt: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._encoder = TextEncoder(tokenizer)
+        self.system_prompt = system_prompt
+        self.stop = self._resolve_stop(stop_setting)
+        self._joint = self._choose_joint()
+        probe = [Message("user", _PROBE)]
+        prompt, plain = (self.render(probe, add_generation_prompt=wanted) for wanted in (True, False))
+        self.opens_answers = prompt != plain
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Tools = ()) -> str:
+        """Return the text that the template makes of `messages`.
+
+        Raises:
+            DataError: the template refuses them.
+        """
+        return self._apply([messages], add_generation_prompt, tools)[0]
+
+    def render_all(self, requests: Sequence[Request], *, add_generation_prompt: bool) -> list[str]:
+        """Return the text of each of many conversations; those without tools go through one call.
+
+        Raises:
+            DataError: the template refuses one.
+        """
+        plain = [index for index, (_, tools) in enumerate(requests) if not tools]
+        texts: dict[int, str] = {}
+        try:
+            made = self._apply([requests[index][0] for index in plain], add_generation_prompt) if plain else []
+            texts = dict(zip(plain, made, strict=True))
+        except DataError:
+            if len(requests) == 1:
+                raise
+        # One by one where a template refused one of many: the error then names it.
+        return [
+            texts[index]
+            if index in texts
+            else self.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+            for index, (messages, tools) in enumerate(requests)
+        ]
+
+    def _apply(
+        self, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool, tools: Tools = ()
+    ) -> list[str]:
+        try:
+            texts = self.tokenizer.apply_chat_template(
+                [[message.as_dict() for message in messages] for messages in conversations],
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:  # a template is a program: whatever it raises is its own
+            raise _refusal(conversations[0], error) from error
+        return [str(text) for text in texts]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of rendered texts; the template alone decides on special tokens."""
+        return self._encoder(texts)
+
+    def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of answers, as they continue a prompt.
+
+        SentencePiece-like tokenizers put a blank before every text; an answer behind a prompt has
+        none. A special token before it keeps the blank away and is taken off again.
+        """
+        if self._joint is None:
+            return self.encode(texts)
+        text, token = self._joint
+        encoded = self.encode([text + answer for answer in texts])
+        return [
+            ids[1:] if ids[:1] == [token] else self.encode([answer])[0]
+            for ids, answer in zip(encoded, texts, strict=True)
+        ]
+
+    def encode_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
+        """Return the ids of the serving call: the rendered messages and the generation prompt."""
+        return self.encode([self.render(messages, add_generation_prompt=True, tools=tools)])[0]
+
+    def serve(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
+        """Return the ids that a server with the tokenizer's files and nothing of loralab would send.
+
+        Raises:
+            DataError: the template refuses the messages.
+        """
+        try:
+            encoded: Any = self.tokenizer.apply_chat_template(
+                [message.as_dict() for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+            )
+        except Exception as error:  # as in `render`
+            raise _refusal(messages, error) from error
+        return [int(token) for token in encoded["input_ids"]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, without stop tokens at the end."""
+        kept = list(ids)
+        while kept and kept[-1] in self.stop.ids:
+            kept.pop()
+        return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+
+    def _choose_joint(self) -> tuple[str, int] | None:
+        """Return a special token that leaves the text behind it alone, or None."""
+        for token_id, token in self.tokenizer.added_tokens_decoder.items():
+            if token.special and not token.rstrip and not token.lstrip:
+                return str(token.content), int(token_id)
+        return None
+
+    def _no_stop(self) -> DataError:
+        example = (self.tokenizer.all_special_tokens or ["</s>"])[0]
+        return DataError(
+            "this tokenizer has no end token and the template writes none of its own",
+            where="key data.stop_tokens",
+            fix=f"name one, for example data.stop_tokens: [{example!r}]",
+        )
+
+    def _ids_of(self, tokens: Sequence[str]) -> tuple[int, ...]:
+        vocabulary = self.tokenizer.get_vocab()
+        return tuple(vocabulary[token] for token in tokens)
+
+    def _resolve_stop(self, setting: Sequence[str] | None) -> StopTokens:
+        tokenizer = self.tokenizer
+        if setting:
+            return StopTokens(self._ids_of(setting), tuple(setting), "set in data.stop_tokens")
+        if tokenizer.eos_token is None and "eos_token" in str(tokenizer.chat_template):
+            raise self._no_stop()
+        text = self.render([Message("user", "question"), Message("assistant", _PROBE)], add_generation_prompt=False)
+        behind = text.rpartition(_PROBE)[2].lstrip()
+        # Added tokens count whether they are marked as special or not: what the template writes there ends answers.
+        added = (str(token.content) for token in tokenizer.added_tokens_decoder.values())
+        known = {*tokenizer.all_special_tokens, *added}
+        written = [token for token in known if token and behind.startswith(token)]
+        if not written:
+            self._refuse_missing_end(behind)
+        stops = [max(written, key=len)] if written else []
+        reason = f"the template writes {stops[0]} after an answer" if stops else ""
+        if tokenizer.eos_token is not None and tokenizer.eos_token not in stops:
+            stops.append(tokenizer.eos_token)
+            ends = "the tokenizer's end token"
+            reason = f"{reason}; {ends} also stops" if reason else f"{ends} (the template writes none)"
+        if not stops:
+            raise self._no_stop()
+        return StopTokens(self._ids_of(stops), tuple(stops), reason)
+
+    def _refuse_missing_end(self, behind: str) -> None:
+        vocabulary = self.tokenizer.get_vocab()
+        missing = missing_end(behind, vocabulary)
+        if missing is None:
+            return
+        end = self.tokenizer.eos_token or (self.tokenizer.all_special_tokens or ["</s>"])[0]
+        raise DataError(
+            f"the template ends an answer with {missing!r}, which is no token of this tokenizer: "
+            "generation could not stop on it",
+            where="key data.template",
+            fix=f"choose a template that fits ({', '.join(usable_templates(vocabulary))}), or end answers with a token "
+            f"that there is: data.stop_tokens: [{end!r}]",
+        )

@@ -1,0 +1,1 @@
+"""What is proven and told of tokenized rows."""

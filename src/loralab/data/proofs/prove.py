@@ -1,0 +1,184 @@
+"""Proofs that stored tokens are what their rows say: read again, and checked by another way than they were made.
+
+Owns what is held against what: each stored span against the turn that the row says is trained.
+Shares no code with `turns.py` and `tokenize.py`. The checks themselves are `turn_proofs.py`'s and,
+for rows that no template touches, `untemplated_proofs.py`'s.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from loralab.data.example import Branch, Conversation, Document, Example, Message, Preformatted, Tokens
+from loralab.data.prompts.decoding import Decoder
+from loralab.data.prompts.prompter import Prompter
+from loralab.data.proofs.findings import Finding, Seen
+from loralab.data.proofs.turn_proofs import TrainedTurn, TurnProof
+from loralab.data.proofs.untemplated_proofs import UntemplatedProver
+from loralab.data.tokens.tokenize import TokenizeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRow:
+    """A row as its source has it, and what is stored of it.
+
+    Attributes:
+        source: name of the source.
+        row: number of the row there, from 1.
+        example: what the row means, made anew from its fields.
+        units: branches of each stored unit, in order.
+        twin: conversation that the row also holds beside tokens made elsewhere, or None.
+        longest: length of the longest row of the source, in tokens.
+    """
+
+    source: str
+    row: int
+    example: Example
+    units: tuple[tuple[Branch, ...], ...]
+    twin: Conversation | None = None
+    longest: int = 0
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches of all units."""
+        return tuple(branch for unit in self.units for branch in unit)
+
+
+class Prover:
+    """Proves stored rows.
+
+    Args:
+        prompter: that of training; its serving call and renderings are the measure.
+        settings: what decided on tokens.
+        own: prompter with the tokenizer's own template, for rows that were tokenized elsewhere;
+            None where it has none.
+    """
+
+    def __init__(self, prompter: Prompter, settings: TokenizeSettings, *, own: Prompter | None = None) -> None:
+        self._prompter = prompter
+        self._settings = settings
+        self._own = own
+        self._decoder = Decoder(prompter.tokenizer, prompter.stop.ids[0])
+        self._untemplated = UntemplatedProver(prompter, settings, self._decoder, own=own)
+        self.spans = 0
+
+    def prove(self, rows: Sequence[StoredRow]) -> list[Finding]:
+        """Return what is wrong or worth a look in some rows; a few hundred at a time are fastest."""
+        seen: list[tuple[int, Seen]] = []
+        cases: list[TrainedTurn] = []
+        twins: list[TrainedTurn] = []
+        for number, row in enumerate(rows):
+            self.spans += len(row.branches)
+            if isinstance(row.example, Conversation):
+                found, made = self._cases(number, row, row.example)
+                cases += made
+                seen += found
+                continue
+            seen += [(number, each) for each in self._prove_untemplated(row)]
+            found, made = self._twin_cases(number, row)
+            twins += made
+            seen += found
+        seen += self._prove_turns(cases, self._prompter)
+        seen += self._prove_turns(twins, self._own or self._prompter, template=self._own is not None)
+        return [
+            Finding(kind, rows[number].source, rows[number].row, what)
+            for number, (kind, what) in sorted(seen, key=lambda each: each[0])
+        ]
+
+    def _prove_untemplated(self, row: StoredRow) -> Iterator[Seen]:
+        if isinstance(row.example, Document):
+            yield from self._untemplated.prove_document(row.example, row.branches)
+        elif isinstance(row.example, Preformatted):
+            yield from self._untemplated.prove_segments(row.example, row.branches)
+        elif isinstance(row.example, Tokens):
+            yield from self._untemplated.prove_tokens(row.example, row.branches, longest=row.longest)
+
+    def _cases(
+        self, number: int, row: StoredRow, conversation: Conversation
+    ) -> tuple[list[tuple[int, Seen]], list[TrainedTurn]]:
+        system = self._settings.system
+        if system is not None and all(message.role != "system" for message in conversation.messages):
+            conversation = replace(conversation, messages=(Message("system", system), *conversation.messages))
+        turns = _trained_turns(conversation.messages, self._settings.train_on)
+        if len(turns) != len(row.branches):
+            what = f"{len(row.branches)} spans are stored, {len(turns)} turns are to be trained"
+            return [(number, ("turn_missing", what))], []
+        pairs = zip(turns, row.branches, strict=True)
+        return [], [
+            TrainedTurn(number, conversation, turn, branch.prompt_ids.tolist(), branch.answer_ids.tolist())
+            for turn, branch in pairs
+        ]
+
+    def _twin_cases(self, number: int, row: StoredRow) -> tuple[list[tuple[int, Seen]], list[TrainedTurn]]:
+        """Pair the spans of a row that was tokenized elsewhere with the answers of the conversation beside it."""
+        if row.twin is None:
+            return [], []
+        turns = _trained_turns(row.twin.messages, "response")
+        branches = row.branches
+        if len(branches) == 1:
+            turns = turns[-1:]
+        if len(turns) != len(branches):
+            what = f"labels cover {len(branches)} spans, the row's conversation has {len(turns)} answers"
+            return [(number, ("turn_missing", what))], []
+        return [], [
+            TrainedTurn(number, row.twin, turn, branch.prompt_ids.tolist(), branch.answer_ids.tolist(), made_here=False)
+            for turn, branch in zip(turns, branches, strict=True)
+        ]
+
+    def _prove_turns(
+        self, cases: Sequence[TrainedTurn], prompter: Prompter, *, template: bool = True
+    ) -> list[tuple[int, Seen]]:
+        if not cases:
+            return []
+        for case in cases:
+            case.before = case.conversation.messages[: case.turn]
+            if template and case.answered:
+                self._serve(case, prompter)
+        if template:
+            requests = [((*case.before, case.message), case.conversation.tools) for case in cases]
+            for case, text in zip(cases, prompter.render_all(requests, add_generation_prompt=False), strict=True):
+                case.whole = text
+            encoded = prompter.tokenizer([case.whole for case in cases], add_special_tokens=False, verbose=False)
+            encodings = encoded.encodings or [None] * len(cases)
+            for case, encoding in zip(cases, encodings, strict=True):
+                case.encoding = encoding
+        stops = set(prompter.stop.ids)
+        answers = self._decoder.texts([case.body(stops) for case in cases])
+        prompts = self._decoder.texts([case.prompt for case in cases])
+        return [
+            (case.number, seen)
+            for case, prompt, answer in zip(cases, prompts, answers, strict=True)
+            for seen in TurnProof(case, prompt, answer, prompter, self._decoder, self._settings).run()
+        ]
+
+    def _serve(self, case: TrainedTurn, prompter: Prompter) -> None:
+        """Set what serving sends before a turn; where oldest turns were left out, before what was kept."""
+        tools = case.conversation.tools
+        case.served = prompter.serve(case.before, tools)
+        if self._settings.train_on == "all" and case.made_here:
+            ids = [*case.prompt, *case.answer]
+            case.prompt, case.answer = ids[: len(case.served)], ids[len(case.served) :]
+        if case.prompt == case.served or self._settings.truncation != "left":
+            return
+        for kept in _newest_exchanges(case.before):
+            served = prompter.serve(kept, tools)
+            if case.prompt == served:
+                case.served, case.before = served, kept
+                return
+
+
+def _trained_turns(messages: Sequence[Message], train_on: object) -> list[int]:
+    """Return which turns must carry loss; of a conversation that is trained as a whole, its last answer."""
+    roles = {"assistant"} if isinstance(train_on, str) else set(train_on)  # type: ignore[call-overload]
+    turns = [
+        place
+        for place, message in enumerate(messages)
+        if message.train and message.role in roles and not (place == 0 and message.role == "assistant")
+    ]
+    return turns if train_on == "response" or not isinstance(train_on, str) else turns[-1:]
+
+
+def _newest_exchanges(before: Sequence[Message]) -> Iterator[tuple[Message, ...]]:
+    """Yield what is left of a prompt without its oldest exchanges; system messages stay."""
+    for start, message in enumerate(before):
+        if message.role == "user":
+            yield (*(other for other in before[:start] if other.role == "system"), *before[start:])

@@ -1,0 +1,1 @@
+"""From names to rows: files, Hub data and what stands in them."""

@@ -1,0 +1,1 @@
+"""From examples to tokens, and the cache that keeps them."""

@@ -1,0 +1,236 @@
+"""Tokenized rows on disk, mapped into memory: reading, and telling a whole store from a damaged one.
+
+Owns the layout of a store's folder: raw arrays, and a manifest with their sizes and hashes.
+Writing is `store_writer.py`'s.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from loralab.data.example import Branch, TokenIds, TokenizedExample
+from loralab.data.tokens.packing import BRANCH_COLUMNS, DROP_COLUMNS, EXAMPLE_COLUMNS, Integers, note_bit
+from loralab.run import file_sha256
+
+MANIFEST = "manifest.json"
+# File: type of its numbers, columns.
+ARRAYS: dict[str, tuple[str, int]] = {
+    "tokens.bin": ("<i4", 1),
+    "branches.bin": ("<i8", len(BRANCH_COLUMNS)),
+    "examples.bin": ("<i8", len(EXAMPLE_COLUMNS)),
+    "drops.bin": ("<i8", len(DROP_COLUMNS)),
+}
+_ROW, _SOURCE, _UNIT, _FIRST, _COUNT, _NOTES, _LENGTH, _SUPERVISED = range(len(EXAMPLE_COLUMNS))
+# Hashing goes through the store in blocks of this many examples and bytes, whatever its size.
+_BLOCK_EXAMPLES, _BLOCK_BYTES = 2**16, 2**20
+
+
+class TokenStore(Sequence[TokenizedExample]):
+    """The kept units of all sources, in order, read from a folder without copying it.
+
+    Args:
+        folder: written by `StoreWriter`.
+        indices: which examples this view holds; None for all.
+    """
+
+    def __init__(self, folder: Path, indices: Integers | None = None) -> None:
+        self.folder = folder
+        self._arrays = _Arrays(folder)
+        self._indices = np.arange(len(self._arrays.examples)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedExample]: ...
+    def __getitem__(self, index: int | slice) -> TokenizedExample | list[TokenizedExample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        values = self._arrays.examples[self._indices[index]].tolist()
+        first, count = values[_FIRST], values[_COUNT]
+        branches = tuple(self._branch(first + offset) for offset in range(count))
+        return TokenizedExample(values[_ROW], values[_SOURCE], branches)
+
+    def _branch(self, index: int) -> Branch:
+        start, prompt, answer = self._arrays.branches[index].tolist()
+        middle, tokens = start + prompt, self._arrays.tokens
+        return Branch(tokens[start:middle], tokens[middle : middle + answer])
+
+    @property
+    def units(self) -> Integers:
+        """Number of each example among all units, dropped ones counted."""
+        return self._column(_UNIT)
+
+    @property
+    def origins(self) -> Integers:
+        """Source and row of each example (examples, 2)."""
+        return np.column_stack([self._column(_SOURCE), self._column(_ROW)])
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of the whole store."""
+        return int(read_manifest(self.folder)["figures"]["largest_id"])
+
+    def count(self, note: str) -> int:
+        """Return the number of examples with a note of `tokenize.NOTES`."""
+        return len(self.noted(note))
+
+    def noted(self, note: str) -> Integers:
+        """Return the positions in this view of the examples with a note of `tokenize.NOTES`."""
+        return np.flatnonzero(self._column(_NOTES) & note_bit(note)).astype(np.int64)
+
+    def lengths(self) -> Integers:
+        """Return the length of each example's longest branch, in tokens."""
+        return self._column(_LENGTH)
+
+    def supervised(self) -> Integers:
+        """Return the number of supervised tokens of each example."""
+        return self._column(_SUPERVISED)
+
+    def _column(self, column: int) -> Integers:
+        # Ordinary reads: all that is read through the map counts as this process's memory.
+        whole = np.empty(len(self._arrays.examples), dtype=np.int64)
+        with (self.folder / "examples.bin").open("rb", buffering=0) as stream:
+            for start in range(0, len(whole), _BLOCK_EXAMPLES):
+                block = np.fromfile(stream, dtype="<i8", count=_BLOCK_EXAMPLES * len(EXAMPLE_COLUMNS))
+                whole[start : start + _BLOCK_EXAMPLES] = block.reshape(-1, len(EXAMPLE_COLUMNS))[:, column]
+        return whole[self._indices]
+
+    def content_sha256(self) -> str:
+        """Return a hash over ids, branch borders and order of the examples: everything that training sees of them."""
+        digest = hashlib.sha256(self._column(_COUNT).tobytes())
+        for _, branches in self.branch_blocks():
+            digest.update(np.ascontiguousarray(branches[:, 1:]).tobytes())
+        with (self.folder / "tokens.bin").open("rb", buffering=0) as stream:
+            for _, branches in self.branch_blocks():
+                starts, ends = branches[:, 0], branches.sum(axis=1)
+                # Branches that lie one behind the other are read in one piece.
+                breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+                pieces = zip(starts[[0, *breaks]].tolist(), ends[[*(breaks - 1), -1]].tolist(), strict=True)
+                for start, end in pieces:
+                    _hash_tokens(digest, stream, start, end)
+        return digest.hexdigest()
+
+    @property
+    def tokens(self) -> TokenIds:
+        """Ids of the whole store, mapped: prompt and answer of each branch, one branch behind the other."""
+        return self._arrays.tokens
+
+    def branch_blocks(self) -> Iterator[tuple[Integers, Integers]]:
+        """Yield blocks of examples: branches of each; start in `tokens`, prompt and answer length of each branch."""
+        firsts, counts = self._column(_FIRST), self._column(_COUNT)
+        for start in range(0, len(self), _BLOCK_EXAMPLES):
+            first, count = firsts[start : start + _BLOCK_EXAMPLES], counts[start : start + _BLOCK_EXAMPLES]
+            # The branches of all examples, in order: first, first + 1, ... for each example.
+            steps = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+            yield count, self._arrays.branches[np.repeat(first, count) + steps]
+
+    def select(self, positions: Integers) -> "TokenStore":
+        """Return a view of the examples at `positions` of this view."""
+        view = TokenStore.__new__(TokenStore)
+        # The same maps: what several of them map counts several times.
+        view.folder, view._arrays, view._indices = self.folder, self._arrays, self._indices[positions]
+        return view
+
+    def __getstate__(self) -> tuple[Path, Integers]:
+        return self.folder, self._indices
+
+    def __setstate__(self, state: tuple[Path, Integers]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+
+class _Arrays:
+    """The files of a store, mapped into memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokens = _open_array(folder, "tokens.bin").reshape(-1)
+        self.branches = _open_array(folder, "branches.bin")
+        self.examples = _open_array(folder, "examples.bin")
+
+
+def _open_array(folder: Path, name: str) -> npt.NDArray[Any]:
+    path, (kind, columns) = folder / name, ARRAYS[name]
+    if not path.stat().st_size:  # nothing to map
+        return np.zeros((0, columns), dtype=kind)
+    # A plain array over the map: slices of `np.memmap` carry a dictionary each.
+    return np.asarray(np.memmap(path, dtype=kind, mode="r")).reshape(-1, columns)
+
+
+def _hash_tokens(digest: "hashlib._Hash", stream: BinaryIO | Any, start: int, end: int) -> None:
+    position, last = 4 * start, 4 * end
+    stream.seek(position)
+    while position < last:
+        raw = stream.read(min(_BLOCK_BYTES, last - position))
+        if not raw:
+            raise OSError(None, "the file of tokens ends before its last token", str(stream.name))
+        digest.update(raw)
+        position += len(raw)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a store.
+
+    Returns:
+        files (bytes and SHA-256 of each), figures (largest_id, supervised_tokens, total_tokens),
+        key (what decided on the tokens, by name) and report.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+    text = (folder / MANIFEST).read_text(encoding="utf-8")
+    try:
+        whole = json.loads(text)
+        content = whole["content"]
+        if whole["sha256"] == content_hash(content) and all(content[part] is not None for part in _MANIFEST_PARTS):
+            return dict(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{MANIFEST} is damaged")
+
+
+_MANIFEST_PARTS = ("files", "figures", "key", "report")
+
+
+def content_hash(content: object) -> str:
+    """Return the hash of a JSON value, which a file holds beside it."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def find_damage(folder: Path) -> str | None:
+    """Read a whole store and return what is wrong with it, or None.
+
+    Raises:
+        PermissionError: somebody else keeps it from being read. Writing it anew would fail too,
+            with a reason that misleads.
+    """
+    try:
+        files: Mapping[str, Any] = read_manifest(folder)["files"]
+        for name in ARRAYS:
+            size = (folder / name).stat().st_size
+            if size != files[name]["bytes"]:
+                return f"{name} has {size:,} bytes, {files[name]['bytes']:,} were written"
+        changed = [name for name in ARRAYS if file_sha256(folder / name) != files[name]["sha256"]]
+        return f"{changed[0]} is not what was written" if changed else None
+    except PermissionError:
+        raise
+    except OSError as error:
+        return f"{Path(str(error.filename or folder)).name}: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError) as error:
+        return str(error)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Return the report of a whole store, its dropped units as [unit, source index, row, reason]."""
+    report = dict(read_manifest(folder)["report"])
+    reasons = report.pop("reasons")
+    drops = np.fromfile(folder / "drops.bin", dtype=ARRAYS["drops.bin"][0]).reshape(-1, len(DROP_COLUMNS))
+    report["dropped"] = [[unit, source, row, reasons[reason]] for unit, source, row, reason in drops.tolist()]
+    return report
