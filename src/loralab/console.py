@@ -82,10 +82,15 @@ _CONTROLS = {
 }
 
 
-def printable(text: str) -> str:
-    """Return text from elsewhere as stdout may show it: on a terminal, control characters as pictures."""
-    terminal = sys.stdout is not None and sys.stdout.isatty()
-    return text.translate(_CONTROLS) if terminal else text
+def printable(text: str, stream: TextIO | None = None) -> str:
+    """Return text from elsewhere as a stream may show it: on a terminal, control characters as pictures.
+
+    Args:
+        text: any.
+        stream: where it goes; None is stdout.
+    """
+    shown = sys.stdout if stream is None else stream
+    return text.translate(_CONTROLS) if shown is not None and shown.isatty() else text
 
 
 def speaks(error: LoralabError | None = None) -> bool:
@@ -113,7 +118,8 @@ class ConsoleReporter(Reporter):
 
     def say(self, text: str) -> None:
         """Print a line above the live one."""
-        self.console.print(escape(text), soft_wrap=True)
+        shown = text.translate(_CONTROLS) if self.console.is_terminal else text
+        self.console.print(escape(shown), soft_wrap=True)
 
     def progress(self, label: str, done: int, total: int | None, *, detail: str = "") -> None:
         """Show the state of a stage."""

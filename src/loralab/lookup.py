@@ -12,9 +12,9 @@ from loralab.errors import ConfigError
 Entry = TypeVar("Entry")
 
 
-def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name most like `name`, or None where none is near."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def nearest_name(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> str | None:
+    """Return the known name most like `name`, or None where none is as near as `cutoff` (1: equal)."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return close[0] if close else None
 
 

@@ -4,6 +4,7 @@ Owns paths, JSON and JSONL reading and writing (atomic: a reader never sees half
 not own what stands in the files; each writer does. No torch here: `report` must work without.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -101,7 +102,15 @@ def open_run(path: Path) -> RunFolder:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it there on success, remove it on failure."""
+    """Yield a temporary path beside `path`; move it there on success, remove it on failure.
+
+    Raises:
+        OSError: `path` cannot be written, or is a folder or device, whose place no file must take.
+    """
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise FileExistsError(errno.EEXIST, "neither a file nor a new name", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -143,7 +152,7 @@ def read_json(path: Path) -> Json:
     """Read a JSON object.
 
     Raises:
-        RunFolderError: the file is missing or holds no JSON object.
+        RunFolderError: the file is missing, cannot be read or holds no JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -151,7 +160,11 @@ def read_json(path: Path) -> Json:
         raise RunFolderError(
             f"missing file: {path.name}", where=str(path.parent), fix="is this a finished run folder?"
         ) from None
-    except ValueError as error:
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot read {path.name}: {error.strerror}", where=str(path), fix="allow yourself to read that file"
+        ) from None
+    except (ValueError, RecursionError) as error:
         raise RunFolderError(
             f"not valid JSON: {error}", where=str(path), fix="restore the file from a backup"
         ) from None

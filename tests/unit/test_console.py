@@ -5,6 +5,7 @@ import os
 import sys
 
 import pytest
+from rich.console import Console
 
 from loralab import console
 from loralab.console import ClosedOutput, ConsoleReporter, ResultConsole, nobody_reads, speaks, tolerate_characters
@@ -39,6 +40,19 @@ def test_bar_is_plain_where_blocks_cannot_be_shown(monkeypatch: pytest.MonkeyPat
     reporter = ConsoleReporter()
     reporter.progress("train", 2, 2)
     assert written(err) == f"train {'#' * 24} 2/2\n"
+
+
+def test_a_terminal_obeys_no_text_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    err = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", err)
+    reporter = ConsoleReporter()
+    reporter.say("answer: \x1b]52;c;aGk=\x07")
+    assert "\x1b" in err.getvalue()  # a file keeps what was said
+    reporter.console = Console(file=err, force_terminal=True, color_system=None)
+    err.truncate(0)
+    reporter.say("answer: \x1b]52;c;aGk=\x07\x9b")
+    assert "\x1b" not in err.getvalue()
+    assert "answer: \u241b]52;c;aGk=\u2407\ufffd" in err.getvalue()
 
 
 def test_rows_without_a_total_are_shown_with_their_rate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The run folder: atomic writes, and reading what a kill or a hand has damaged."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,12 @@ def test_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "missing file: a.json"), ("{", "not valid JSON"), ("[1]", "expected a JSON object, got list")],
+    [
+        (None, "missing file: a.json"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[1]", "expected a JSON object, got list"),
+    ],
 )
 def test_read_json_errors(content: str | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
@@ -42,6 +48,26 @@ def test_read_json_errors(content: str | None, message: str, tmp_path: Path) -> 
     with pytest.raises(RunFolderError, match=message) as caught:
         read_json(path)
     assert str(tmp_path) in caught.value.problems[0].where
+
+
+def test_no_file_takes_the_place_of_a_device_or_folder(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, tmp_path / "link"):
+        with pytest.raises(FileExistsError, match="neither a file nor a new name"):
+            write_text(path, "new")
+    for path in (tmp_path, Path()):
+        with pytest.raises(IsADirectoryError):
+            write_text(path, "new")
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
+
+
+def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(RunFolderError, match=r"cannot read a\.json: Is a directory"):
+        read_json(tmp_path / "a.json")
 
 
 def test_metrics_leave_out_a_last_line_that_was_cut(tmp_path: Path) -> None:

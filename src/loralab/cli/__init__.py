@@ -8,9 +8,9 @@ import logging
 import sys
 from collections.abc import Callable
 
-from loralab.cli import asking, data, measuring, previewing, start, training
+from loralab.cli import asking, data, environment, measuring, previewing, start, training
 from loralab.cli.application import app
-from loralab.console import ClosedOutput, ConsoleReporter, discard, speaks, tolerate_characters
+from loralab.console import ClosedOutput, ConsoleReporter, discard, printable, speaks, tolerate_characters
 from loralab.errors import LoralabError
 
 # What a shell gives for a process that ended because nobody reads its output (128 + SIGPIPE).
@@ -19,6 +19,7 @@ CLOSED_OUTPUT_CODE = 141
 # The commands under their headings, in the order that `--help` shows.
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Start": {"demo": start.demo, "recipes": start.recipes, "init": start.init, "schema": start.schema},
+    "Look": {"doctor": environment.doctor, "inspect": environment.inspect},
     "Data": {"preview": previewing.preview, "prepare": data.prepare},
     "Train": {"train": training.train, "replay": training.replay},
     "Measure": {"eval": measuring.evaluate, "report": measuring.report},
@@ -40,7 +41,7 @@ def main() -> None:
     except LoralabError as error:
         ConsoleReporter.close()
         if speaks(error):
-            print(error, file=sys.stderr)
+            print(printable(str(error), sys.stderr), file=sys.stderr)
         sys.exit(error.exit_code)
     except ClosedOutput:
         ConsoleReporter.close()

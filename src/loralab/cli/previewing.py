@@ -37,8 +37,7 @@ def preview(
     if (config / "config.yaml").is_file():  # a run folder, which may have been moved or copied
         source, adapter = config / "config.yaml", config / "adapter"
     loaded = load_run_config(source, chosen)
-    from loralab.data.proofs.findings import check_findings
-    from loralab.workflows.preview import PreviewRequest
+    from loralab.workflows.preview import PreviewRequest, check_preview
     from loralab.workflows.preview import preview as run_preview
 
     reporter = ConsoleReporter()
@@ -52,4 +51,4 @@ def preview(
         print_json(result)
     else:
         print_preview(ResultConsole(highlight=False), result)
-    check_findings(result["findings"])
+    check_preview(result, loaded.config)

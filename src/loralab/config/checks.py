@@ -30,6 +30,9 @@ ADAM_TERMS = {
     "adam_epsilon": (math.ulp(0.0), math.inf, "a number above 0"),
 }
 
+# Optimizers whose moments a GPU may page out, and the same ones without.
+UNPAGED = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
+
 # What `lr_scheduler_kwargs` may hold for each schedule; the others take nothing.
 SCHEDULE_TERMS: dict[str, dict[str, tuple[float, float, str]]] = {
     "cosine": {"num_cycles": (math.ulp(0.0), math.inf, "a number above 0")},
@@ -169,6 +172,25 @@ def _check_precision(config: Config) -> list[Finding]:
     return []
 
 
+def _check_quantization(config: Config) -> list[Finding]:
+    model, findings = config.model, []
+    if model.quantization == "int8" and model.chosen("double_quantization"):
+        what = "double_quantization false with quantization int8, whose scales are never quantized"
+        findings.append(Finding("model.double_quantization", what, "remove it, or set model.quantization: nf4"))
+    if model.quantization != "none" and model.device == "mps":
+        what = f"quantization {model.quantization} on mps: it is offered on cuda and cpu"
+        findings.append(Finding("model.quantization", what, "set model.quantization: none, or model.device: cpu"))
+    return findings
+
+
+def _check_optimizer(config: Config) -> list[Finding]:
+    optim = config.training.optim
+    if not optim.startswith("paged_") or config.model.device not in ("cpu", "mps"):
+        return []
+    what = f"{optim} on {config.model.device}: only the memory of a CUDA device is paged"
+    return [Finding("training.optim", what, f"set training.optim: {UNPAGED[optim]}")]
+
+
 def _check_warmup(config: Config) -> list[Finding]:
     training = config.training
     if training.lr_scheduler_type == "constant" and (training.warmup_ratio > 0 or training.warmup_steps > 0):
@@ -248,7 +270,7 @@ def _check_trainer_args(config: Config) -> list[Finding]:
 
 def _check_adam_term(optim: str, name: str, value: object) -> list[Finding]:
     key = f"advanced.trainer_args.{name}"
-    if not optim.startswith("adamw"):
+    if "adamw" not in optim:
         fix = "remove it, or set training.optim: adamw_torch"
         return [Finding(key, f"{name} with optim {optim}, which has no such term", fix)]
     return _check_term(key, value, ADAM_TERMS[name])
@@ -326,6 +348,8 @@ RULES: tuple[Rule, ...] = (
     _check_train_on,
     _check_effect,
     _check_precision,
+    _check_quantization,
+    _check_optimizer,
     _check_warmup,
     _check_validation_needs,
     _check_early_stopping_metric,

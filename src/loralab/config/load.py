@@ -309,7 +309,8 @@ def _suggest_key(key: str) -> str:
         return f"did you mean {same_name[0]!r}?"
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
     near = nearest_name(name, siblings or list(Config.model_fields))
-    anywhere = nearest_name(name, [*Config.model_fields, *(k.rpartition(".")[2] for k in known)])
+    # A key of another section has to be more alike than one beside it.
+    anywhere = nearest_name(name, [*Config.model_fields, *(k.rpartition(".")[2] for k in known)], cutoff=0.75)
     if anywhere and anywhere != near and anywhere not in Config.model_fields:
         return f"did you mean {next(k for k in known if k.endswith('.' + anywhere))!r}?"
     if near:

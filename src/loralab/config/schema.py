@@ -46,8 +46,13 @@ class ModelConfig(Section):
         description="Storage and compute type of the frozen weights; auto takes bfloat16 where "
         "the hardware multiplies it, else float32.",
     )
-    quantization: Literal["none"] = Field(
-        "none", description="Quantization of the frozen weights; this version loads them as they are."
+    quantization: Literal["none", "nf4", "fp4", "int8"] = Field(
+        "none",
+        description="How the weights of the frozen linear layers are held: none (as they are stored), nf4 or fp4 "
+        "(4 bits), or int8; products are those of the dequantized weights.",
+    )
+    double_quantization: bool = Field(
+        True, description="Quantize the scales of nf4 and fp4 too: 4.13 bits per weight instead of 4.5."
     )
     attn_implementation: Literal["auto", "eager", "sdpa"] = Field(
         "auto", description="Attention of the base model; auto takes sdpa where the model has it."
@@ -217,8 +222,19 @@ class TrainingConfig(Section):
     max_grad_norm: NonNegativeFloat = Field(
         1.0, description="Gradients are scaled down to this norm, after normalisation; 0 never clips."
     )
-    optim: Literal["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"] = Field(
-        "adamw_torch", description="Optimizer, by its transformers name."
+    optim: Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "sgd",
+        "adafactor",
+        "adamw_8bit",
+        "adamw_bnb_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+    ] = Field(
+        "adamw_torch",
+        description="Optimizer, by its transformers name; those with 8bit hold their moments in 8 bits, paged ones "
+        "move theirs to main memory when a GPU's runs out.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time, same gradients."

@@ -4,7 +4,7 @@ Owns how the names in the data section become sources with format, columns and w
 own what a name leads to (`sources.py`) nor how rows are divided (`splits.py`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loralab.config.paths import local_path
@@ -59,7 +59,7 @@ class Pool:
         return " + ".join(self.parts)
 
 
-def resolve_pools(data: DataConfig, split: str | None) -> list[Pool]:
+def resolve_pools(data: DataConfig, split: str | None, *, fixed: Collection[str] = ()) -> list[Pool]:
     """Find the sources of every split and the format of each.
 
     A split that is an amount of rows of `data.train` is a part of that pool.
@@ -67,6 +67,7 @@ def resolve_pools(data: DataConfig, split: str | None) -> list[Pool]:
     Args:
         data: the data section.
         split: named split of `data.train` to read, where it has splits.
+        fixed: keys of the section that somebody else than the rows' owner has set, and that rows may not know.
 
     Raises:
         DataError: a name leads nowhere, a source is in two splits, or no format fits.
@@ -82,7 +83,7 @@ def resolve_pools(data: DataConfig, split: str | None) -> list[Pool]:
     _refuse_shared(pools)
     for pool in pools:
         for member in pool.members:
-            _check_settings(data, member.format)
+            _check_settings(data, member.format, fixed)
     return pools
 
 
@@ -114,13 +115,13 @@ def _resolve(names: str | list[str | DataSource], where: str, split: str | None)
 def _refuse_twice(members: Sequence[Member], where: str) -> None:
     seen: dict[str, str] = {}
     for member in members:
-        first = seen.setdefault(member.source.fingerprint, member.source.name)
-        if [other.source.fingerprint for other in members].count(member.source.fingerprint) > 1:
+        if member.source.fingerprint in seen:
             raise DataError(
-                f"{first!r} is given more than once",
+                f"{seen[member.source.fingerprint]!r} is given more than once",
                 where=where,
                 fix="name each source once; to see its rows more often, give it a weight of 2",
             )
+        seen[member.source.fingerprint] = member.source.name
 
 
 def _member(source: Source, section: DataSource, data: DataConfig) -> Member:
@@ -146,10 +147,10 @@ def _refuse_shared(pools: Sequence[Pool]) -> None:
         seen |= here
 
 
-def _check_settings(data: DataConfig, name: str) -> None:
+def _check_settings(data: DataConfig, name: str, fixed: Collection[str]) -> None:
     for key, harmless in FORMATS[name].meaningless.items():
         value = getattr(data, key)
-        if data.chosen(key) and value not in harmless:
+        if key not in fixed and data.chosen(key) and value not in harmless:
             raise DataError(
                 f"data.{key} has no meaning for format {name}, got {value!r}",
                 where="section data",
@@ -166,7 +167,7 @@ def prompted_format(pools: Sequence[Pool]) -> str:
     names = list(dict.fromkeys(member.format for pool in pools for member in pool.members))
     prompted = [name for name in names if FORMATS[name].template is not None]
     if not prompted:
-        return names[0]
+        return next((name for name in names if FORMATS[name].own_template_first), names[0])
     first, wanted = prompted[0], _wanted_template(prompted[0])
     other = next((name for name in prompted if _wanted_template(name) != wanted), None)
     if other is not None:

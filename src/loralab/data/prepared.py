@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from loralab.config.schema import DataConfig
 from loralab.data.pools import Pool
 from loralab.data.prompts.contract import CONTRACT_FILE, load_contracted
-from loralab.data.prompts.prompter import Prompter
-from loralab.errors import DataError
+from loralab.data.prompts.prompter import Prompter, apply_stop_setting
+from loralab.errors import DataError, PromptContractError
 from loralab.run import Json, read_json
 
 _FIXED = ("template", "template_kwargs", "stop_tokens", "system")
+_SEVERAL_SPLITS = "dataset_dict.json"  # how `datasets` marks a folder of several
 
 
 def open_prepared(data: DataConfig, pools: Sequence[Pool], tokenizer: PreTrainedTokenizerBase) -> Prompter | None:
@@ -52,10 +53,36 @@ def open_prepared(data: DataConfig, pools: Sequence[Pool], tokenizer: PreTrained
     return _prompter(tokenizer, contract, where=str(first))
 
 
+def check_prepared(pools: Sequence[Pool], template: str) -> None:
+    """Check that prepared folders were tokenized under an adapter's template.
+
+    Args:
+        pools: the sources of all splits.
+        template: the adapter's.
+
+    Raises:
+        PromptContractError: one was not; what is measured on its rows would say little of the adapter.
+    """
+    for path in _contract_files(pools):
+        if read_json(path).get("template") != template:
+            raise PromptContractError(
+                "rows that were prepared under another template than the adapter's",
+                where=str(path),
+                fix="prepare them with the adapter's configuration, or name the rows that they were made of",
+            )
+
+
 def _contract_files(pools: Sequence[Pool]) -> list[Path]:
     members = [member for pool in pools for member in pool.members if member.format == "tokenized"]
-    folders = [Path(member.source.name.partition("#")[0]).expanduser() for member in members]
+    folders = [_prepared_folder(member.source.name) for member in members]
     return [folder / CONTRACT_FILE for folder in folders if (folder / CONTRACT_FILE).is_file()]
+
+
+def _prepared_folder(name: str) -> Path:
+    """Return the folder that `prepare` wrote: of `FOLDER#SPLIT`, or of the folder of one split."""
+    whole = Path(name).expanduser()
+    folder = whole if whole.is_dir() or "#" not in name else Path(name.rpartition("#")[0]).expanduser()
+    return folder.parent if folder.is_dir() and (folder.parent / _SEVERAL_SPLITS).is_file() else folder
 
 
 def _promise(contract: Json) -> Json:
@@ -66,7 +93,7 @@ def _prompter(tokenizer: PreTrainedTokenizerBase, contract: Json, *, where: str)
     special = contract.get("special_tokens")
     end = special.get("eos_token") if isinstance(special, dict) else None
     if isinstance(end, str) and end in tokenizer.get_vocab():  # data.stop_tokens had changed it
-        tokenizer.eos_token = end
+        apply_stop_setting(tokenizer, [end])
     template = contract.get("template")
     if isinstance(template, str):
         tokenizer.chat_template = template

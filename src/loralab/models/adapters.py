@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 # PEFT refuses these by name: Mamba's kernels take the weights and never call the layers.
-_FUSED_FAMILIES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+FUSED_FAMILIES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 _FUSED_LAYERS = frozenset({"out_proj", "conv1d"})
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)(\.|$)")
 
@@ -70,7 +70,9 @@ def _wrap(base: PreTrainedModel, config: PeftConfig) -> SupervisedPeftModel:
 
 def _build_lora(lora: LoraConfig, base: PreTrainedModel, targets: list[str]) -> PeftLoraConfig:
     endings = tuple(f".{target}" for target in targets)
-    conv = any(isinstance(module, Conv1D) for name, module in base.named_modules() if f".{name}".endswith(endings))
+    targeted = [module for name, module in base.named_modules() if f".{name}".endswith(endings)]
+    # A quantized layer holds its weight as nn.Linear does; on the unquantized base the adapter meets the original.
+    conv = any(isinstance(m, Conv1D) or getattr(m, "source_cls", None) is Conv1D for m in targeted)
     return PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
@@ -130,7 +132,7 @@ def resolve_target_modules(base: PreTrainedModel, lora: LoraConfig) -> Resolved[
 
 def _fused_names(base: PreTrainedModel) -> frozenset[str]:
     """Return the layers whose weights a model's kernels read by themselves, so that an adapter has no effect."""
-    return _FUSED_LAYERS if base.config.model_type in _FUSED_FAMILIES else frozenset()
+    return _FUSED_LAYERS if base.config.model_type in FUSED_FAMILIES else frozenset()
 
 
 def _check_named(base: PreTrainedModel, names: Sequence[str], fused: frozenset[str]) -> None:
@@ -206,7 +208,7 @@ def read_adapter_config(folder: Path, *, where: str = "argument RUN") -> PeftCon
         )
     try:
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
         raise ModelError(f"cannot read {CONFIG_FILE}: {error}", where=str(folder), fix="restore the file") from error
     return config
 

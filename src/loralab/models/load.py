@@ -28,7 +28,12 @@ from loralab.config.schema import ModelConfig
 from loralab.errors import ModelError, excerpt
 from loralab.lookup import nearest_name
 from loralab.models.precision import Resolved
+from loralab.models.quantization import BITSANDBYTES, resolve_quantization, stored_quantization
 from loralab.run import file_sha256
+
+if BITSANDBYTES:
+    from loralab.models.quantized import describe_quantization, weight_sizes
+    from loralab.models.quantized_loading import adopt_layers, loading_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +83,12 @@ def model_source(name: str) -> str:
     return str(path.resolve()) if path.is_dir() else name
 
 
-def _explain(error: Exception, model: ModelConfig, what: str) -> ModelError:
+def _explain(error: Exception, model: ModelConfig, what: str, *, folder: Path | None = None) -> ModelError:
     said = excerpt(error)
+    if folder is not None:
+        return ModelError(
+            f"cannot load the {what} in {str(folder)!r}: {said}", where=str(folder), fix="restore the files there"
+        )
     if "trust_remote_code" in str(error):
         fix = "set model.trust_remote_code: true if you trust the code that comes with it"
     elif Path(model.name).expanduser().is_dir():
@@ -103,8 +112,8 @@ def load_tokenizer(model: ModelConfig, *, folder: Path | None = None) -> PreTrai
             revision=None if folder is not None else model.revision,
             trust_remote_code=model.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise _explain(error, model, "tokenizer") from error
+    except Exception as error:  # libraries read these files as code of theirs: what fails there is any of its kinds
+        raise _explain(error, model, "tokenizer", folder=folder) from error
     return tokenizer
 
 
@@ -112,7 +121,7 @@ def load_model_config(model: ModelConfig) -> PreTrainedConfig:
     """Load the base model's configuration, without weights.
 
     Raises:
-        ModelError: there is none, or it cannot be read.
+        ModelError: there is none, it cannot be read, or its weights are stored in a format that is not trained on.
     """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
@@ -120,6 +129,7 @@ def load_model_config(model: ModelConfig) -> PreTrainedConfig:
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise _explain(error, model, "configuration") from error
+    stored_quantization(config, model.name)
     return config
 
 
@@ -174,6 +184,8 @@ def load_base_model(
     dropout = _set_dropout(config, model)
     router = _drop_router_loss(config)
     attention = resolve_attention(model, config)
+    quantization = resolve_quantization(model, config, device)
+    quantized = quantization.value is not None
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # progress is the reporter's
     try:
@@ -186,6 +198,7 @@ def load_base_model(
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
+            **(loading_arguments(quantization.value, device) if quantization.value is not None else {}),
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise _explain(error, model, "weights") from error
@@ -195,14 +208,26 @@ def load_base_model(
     base: PreTrainedModel
     base, info = loaded
     _check_complete(base, info, model)
+    if quantized:
+        adopt_layers(base, model.name)
     # What a base recommends for sampling (penalties, beams) is no part of a comparison.
     base.generation_config = GenerationConfig()
     base.requires_grad_(False)
     base.to(device)  # type: ignore[arg-type]
     base.config.use_cache = False
-    held: str = model.quantization
-    quantization = Resolved(held, "set in model.quantization or by default")
-    return base, {"base_dropout": dropout, "attn_implementation": attention, "quantization": quantization, **router}
+    held = Resolved(str(quantization.value or "none"), quantization.reason + _quantized_share(base))
+    choices = {"base_dropout": dropout, "attn_implementation": attention, "quantization": held, **router}
+    return base, choices
+
+
+def _quantized_share(base: PreTrainedModel) -> str:
+    facts = describe_quantization(base) if BITSANDBYTES else None
+    if facts is None:
+        return ""
+    share = facts["weights"] / (facts["weights"] + facts["weights_not_quantized"])
+    error = facts["error"]
+    changed = f", changed by {error['relative']:.1%} of their size" if error else ""
+    return f" ({facts['layers']} layers with {share:.0%} of the weights{changed}; products of dequantized weights)"
 
 
 def _check_complete(base: PreTrainedModel, info: Mapping[str, Any], model: ModelConfig) -> None:
@@ -261,16 +286,19 @@ def model_sha256(name: str) -> str | None:
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
     """Return the number of all parameters and of trainable ones."""
-    sizes: list[tuple[int, bool]] = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    plain = ((p.numel(), p.requires_grad) for p in module.parameters())
+    sizes = list(weight_sizes(module) if BITSANDBYTES else plain)
     return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 
 
 def describe_model(model: ModelConfig, base: PreTrainedModel) -> dict[str, Any]:
     """Return what the record of a run says of the base model."""
     revision = model.revision or getattr(base.config, "_commit_hash", None)
-    return {
+    facts = {
         "name": model.name,
         "revision": revision,
         "architecture": type(base).__name__,
         "sha256": model_sha256(model.name),
     }
+    quantized = describe_quantization(base) if BITSANDBYTES else None
+    return facts if quantized is None else facts | {"quantization": quantized}

@@ -4,6 +4,7 @@ Owns the translation, and what must not be left to Trainer: accumulation, rotati
 filters and progress bars.
 """
 
+import importlib.util
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,12 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from loralab.config.checks import UNPAGED
 from loralab.config.schema import EvaluationConfig, TrainingConfig
+from loralab.errors import ConfigError
+
+_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+_NEEDS_BITSANDBYTES = {*UNPAGED, "adamw_8bit", "adamw_bnb_8bit"}
 
 
 def build_arguments(
@@ -35,7 +41,11 @@ def build_arguments(
         steps_per_epoch: optimizer steps of an epoch.
         device: where to compute.
         further: `advanced.trainer_args`, by its allow-list.
+
+    Raises:
+        ConfigError: the optimizer does not run on this device.
     """
+    check_optimizer(training.optim, device)
     total = count_steps(training, steps_per_epoch)
     return TrainingArguments(
         output_dir=str(staging),
@@ -65,6 +75,27 @@ def build_arguments(
         report_to=[],
         **further,
     )
+
+
+def check_optimizer(optim: str, device: torch.device) -> None:
+    """Check that an optimizer runs on a device.
+
+    Args:
+        optim: `training.optim`.
+        device: where the adapter's weights are.
+
+    Raises:
+        ConfigError: it does not; the nearest one that does is named.
+    """
+    if optim in UNPAGED and device.type != "cuda":
+        what, other = f"{optim} on {device.type}: only the memory of a CUDA device is paged", UNPAGED[optim]
+    elif optim in _NEEDS_BITSANDBYTES and not _BITSANDBYTES:
+        what, other = f"{optim} needs the package bitsandbytes, which is not installed", "adamw_torch"
+    elif optim in _NEEDS_BITSANDBYTES and device.type not in ("cuda", "cpu"):
+        what, other = f"{optim} on {device.type}: bitsandbytes has it for cuda and cpu", "adamw_torch"
+    else:
+        return
+    raise ConfigError(what, where="key training.optim", fix=f"set training.optim: {other}")
 
 
 def count_steps(training: TrainingConfig, steps_per_epoch: int) -> int:

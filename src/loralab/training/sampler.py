@@ -30,7 +30,7 @@ class StepSampler(Sampler[list[int]]):
         seed: of the order.
         groups: rows that should meet in a step, or None for a random order of rows.
         shares: rows of each source and passes over them in one epoch, or None for one pass over all.
-            Of 0.5 passes, each epoch draws another half.
+            Of 0.5 passes, an epoch takes the half that the one before left.
         rank: this process.
         world_size: number of processes (D).
     """
@@ -54,7 +54,7 @@ class StepSampler(Sampler[list[int]]):
             return self.rows
         return sum(_taken(weight, len(rows)) for rows, weight in self.shares)
 
-    def _passes(self, generator: torch.Generator) -> list[list[int]]:
+    def _passes(self) -> list[list[int]]:
         """Return the rows of an epoch as passes in which each occurs at most once."""
         if self.shares is None:
             return [list(range(self.rows))]
@@ -64,8 +64,10 @@ class StepSampler(Sampler[list[int]]):
             whole, rest = divmod(_taken(weight, len(rows)), max(len(rows), 1))
             for number in range(whole):
                 passes.setdefault(number, []).extend(rows)
-            if rest:
-                passes.setdefault(whole, []).extend(sorted(_shuffled(rows, generator)[:rest]))
+            if rest:  # in turn and not drawn anew, so that epochs leave no row out while others come again
+                circle = _shuffled(rows, torch.Generator().manual_seed(self.seed)) * 2
+                start = self.epoch * rest % len(rows)
+                passes.setdefault(whole, []).extend(sorted(circle[start : start + rest]))
         return [passes[number] for number in sorted(passes)]
 
     def set_epoch(self, epoch: int) -> None:
@@ -81,7 +83,7 @@ class StepSampler(Sampler[list[int]]):
     def steps(self) -> list[list[int]]:
         """Return the rows of every step of the epoch, over all ranks."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        passes = self._passes(generator)
+        passes = self._passes()
         if self.groups is None:
             order = _shuffled([row for each in passes for row in each], generator)
         else:

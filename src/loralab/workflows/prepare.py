@@ -15,12 +15,13 @@ from typing import Any
 import datasets
 
 from loralab.config.load import LoadedConfig
+from loralab.config.schema import DataConfig, DataSource
 from loralab.data.dataset import PreparedData, prepare_data
 from loralab.data.example import Branch
 from loralab.data.prompts.contract import CONTRACT_FILE, build_contract
 from loralab.data.tokens.store import TokenStore
 from loralab.data.tokens.tokenize import IGNORED
-from loralab.errors import RunFolderError, StorageError
+from loralab.errors import ConfigError, RunFolderError, StorageError
 from loralab.models.load import load_tokenizer
 from loralab.progress import Reporter
 
@@ -47,11 +48,14 @@ def prepare(loaded: LoadedConfig, output: Path | None, *, overwrite: bool, repor
         `path`, and for each split `rows`, `tokens` and `supervised_tokens` as written.
 
     Raises:
+        ConfigError: a source has a weight, which no row of tokens can carry.
         RunFolderError: something is in the way.
         UserError: the data cannot be used.
     """
-    folder = output or Path("prepared") / loaded.name
+    named = output or Path("prepared") / loaded.name
+    folder = named.resolve()  # what a link leads to, not the link, is replaced
     _check_folder(folder, overwrite=overwrite)
+    _refuse_weights(loaded.config.data)
     data = prepare_data(loaded.config.data, load_tokenizer(loaded.config.model), reporter=reporter)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -69,10 +73,16 @@ def prepare(loaded: LoadedConfig, output: Path | None, *, overwrite: bool, repor
             where=str(folder),
             fix="free space there, or name another folder with --output",
         ) from error
-    return {"path": str(folder), "splits": facts}
+    return {"path": str(named), "splits": facts}
 
 
 def _check_folder(folder: Path, *, overwrite: bool) -> None:
+    if Path.cwd().is_relative_to(folder):
+        raise RunFolderError(
+            f"{str(folder)!r} is the folder of this process, and would be replaced under it",
+            where="option --output",
+            fix="name a folder in it, or call loralab from outside",
+        )
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     ours = folder.is_dir() and all((folder / name).is_file() for name in (CONTRACT_FILE, DATA_FILE))
@@ -83,6 +93,17 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
         where="option --output",
         fix="replace it with --overwrite" if ours else "name another folder: this one holds other files",
     )
+
+
+def _refuse_weights(data: DataConfig) -> None:
+    sections = [source for source in data.train if isinstance(source, DataSource)]
+    weighted = next((source for source in sections if source.chosen("weight")), None)
+    if weighted is not None:
+        raise ConfigError(
+            f"weight {weighted.weight} of {weighted.path!r}: a folder of tokens holds each row once",
+            where="key data.train",
+            fix="prepare each source on its own, and give the folders the weights: {path: FOLDER, weight: ...}",
+        )
 
 
 def _write(staging: Path, data: PreparedData, reporter: Reporter) -> dict[str, Any]:

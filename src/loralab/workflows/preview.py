@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
 from loralab.data.dataset import PreparedData, prepare_data
 from loralab.data.prompts.contract import CONTRACT_FILE, build_contract, check_contract, load_contracted
-from loralab.data.prompts.prompter import Prompter
+from loralab.data.prompts.prompter import Prompter, own_template
 from loralab.data.proofs.answer_survey import AnswerSurvey
-from loralab.data.proofs.findings import Finding, Findings
+from loralab.data.proofs.findings import Finding, Findings, check_findings
 from loralab.data.proofs.prove import Prover
 from loralab.data.proofs.reread import count_stored_rows, read_stored_rows
 from loralab.data.proofs.survey import SplitHashes, find_overlaps, find_repeated_answer, hash_split, survey_split
+from loralab.data.split_report import check_dropped
+from loralab.data.tokens.store import TokenStore
 from loralab.errors import DataError, PromptContractError
 from loralab.layout.planner import Planner
 from loralab.models.load import load_tokenizer
@@ -74,7 +77,9 @@ def preview(
         MaskError: what would carry loss is not the answer, as tokenizing found out.
     """
     config = loaded.config
-    data = prepare_data(config.data, load_tokenizer(config.model), reporter=reporter)
+    # Too many dropped rows are something to look at: `check_preview` refuses them, after they were shown.
+    section = config.data.model_copy(update={"max_dropped_fraction": 1.0})
+    data = prepare_data(section, load_tokenizer(config.model), reporter=reporter)
     viewer = RowViewer(data)
     if request.named:
         rows = [row for name in request.named for row in viewer.named_row(name)]
@@ -85,6 +90,22 @@ def preview(
     proofs = _prove(config, data, findings, request=request, reporter=reporter)
     report = _describe(config, data, findings, reporter)
     return {"name": loaded.name, "rows": rows, "report": report, "proofs": proofs, "findings": findings.as_list()}
+
+
+def check_preview(result: dict[str, Any], config: Config) -> None:
+    """Check that training would take what the preview showed.
+
+    Args:
+        result: of `preview`.
+        config: its configuration.
+
+    Raises:
+        MaskError: a proof failed.
+        DataError: more rows of a split were dropped than may be.
+    """
+    check_findings(result["findings"])
+    for name, facts in result["report"]["splits"].items():
+        check_dropped(name, facts, config.data)
 
 
 def _prove_contract(config: Config, data: PreparedData, adapter: Path | None) -> list[Finding]:
@@ -145,9 +166,11 @@ def _own_prompter(config: Config, data: PreparedData, reporter: Reporter) -> Pro
     if data.template.name == "prepared":
         return data.prompter
     tokenizer = load_tokenizer(config.model)
-    if not isinstance(tokenizer.chat_template, str):
+    own = own_template(tokenizer)
+    if own is None:
         reporter.say("the tokenizer has no chat template: of rows tokenized elsewhere, roles cannot be proven")
         return None
+    tokenizer.chat_template = own
     try:
         return Prompter(tokenizer)
     except DataError as error:
@@ -200,17 +223,26 @@ def _describe_epoch(config: Config, data: PreparedData, reporter: Reporter) -> d
         reporter.progress("lay out", done, len(places))
     reporter.finish("lay out")
     order = np.fromiter((row for step in steps for row in step), dtype=np.int64)
-    # What was not laid out has as many tokens as what was, row by row.
-    scale = len(order) / max(sum(len(steps[place]) for place in places.tolist()), 1)
+    every = int(_tokens_alone(train)[order].sum())
     return {
         "rows": len(order),
         "rows_per_step": sampler.rows_per_step,
         "steps": len(steps),
         "total_steps": count_steps(config.training, len(steps)),
         "supervised_tokens": int(train.supervised()[order].sum()),
-        "tokens_without_sharing": round(alone * scale),
-        "tokens_with_sharing": round(shared * scale),
+        "tokens_without_sharing": every,
+        # What was not laid out shares as much as what was.
+        "tokens_with_sharing": round(every * shared / max(alone, 1)),
         "laid_out_steps": len(places),
         "token_budget": planner.token_budget,
         "sampling": config.training.sampling,
     }
+
+
+def _tokens_alone(train: TokenStore) -> npt.NDArray[np.int64]:
+    """Return the tokens that go through the model for each example by itself: all of a branch but its last."""
+    tokens = [
+        np.add.reduceat(branches[:, 1:].sum(axis=1) - 1, np.cumsum(count) - count)
+        for count, branches in train.branch_blocks()
+    ]
+    return np.concatenate(tokens)

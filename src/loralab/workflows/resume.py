@@ -47,11 +47,13 @@ def resume_contract(
     A part is its value, or a mapping of `is` (what is compared) and `shown` (what a message says).
     """
     training = config.training
+    held = str(choices["quantization"].value) if "quantization" in choices else "none"
     return {
         **{f"data.{name}": value for name, value in data.identity.items()},
         "data.template": {"is": data.identity["template"], "shown": data.template.name},
         "model weights": model["sha256"] or f"{model['name']}@{model['revision']}",
         "model.precision": str(choices["precision"].value).removeprefix("torch."),
+        **({} if held == "none" else {"model.quantization": held}),
         "model.attn_implementation": str(choices["attn_implementation"].value),
         "model.device": device.type,
         # How steps are laid out changes no maths, but the order of sums: bit-equal or refused.

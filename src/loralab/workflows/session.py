@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
 from loralab.data.prompts.contract import CONTRACT_FILE, load_contracted
-from loralab.data.prompts.prompter import Prompter, apply_stop_setting, choose_bos_prefix, render_with
+from loralab.data.prompts.prompter import Prompter, apply_stop_setting, choose_bos_prefix, own_template, render_with
 from loralab.data.prompts.templates import prepare_template, resolve_template
 from loralab.errors import ConfigError, Problem
 from loralab.models.adapters import load_adapter, read_adapter_config
@@ -179,9 +179,12 @@ def open_prompter(target: Target, config: Config, reporter: Reporter) -> Prompte
     if contract_file.is_file():
         return load_contracted(tokenizer, read_json(contract_file), where=str(contract_file))
     apply_stop_setting(tokenizer, config.data.stop_tokens)
-    known = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     template = resolve_template(
-        config.data.template, own=known, fallback="none", own_first=True, bos_prefix=choose_bos_prefix(tokenizer)
+        config.data.template,
+        own=own_template(tokenizer),
+        fallback="none",
+        own_first=True,
+        bos_prefix=choose_bos_prefix(tokenizer),
     )
     template = prepare_template(
         template,

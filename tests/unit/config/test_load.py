@@ -70,6 +70,7 @@ def test_duplicate_key_and_invalid_yaml_stop_the_reading(path: Path) -> None:
         ("lora:\n  alhpa: 3\n", 6, "lora.alhpa", "did you mean 'alpha'?"),
         ("lora:\n  learning_rate: 3\n", 6, "lora.learning_rate", "did you mean 'training.learning_rate'?"),
         ("output:\n  learning_rte: 3\n", 6, "output.learning_rte", "did you mean 'training.learning_rate'?"),
+        ("output:\n  overwrite: true\n", 6, "output.overwrite", "known in output: dir"),
         ("\nlroa:\n  r: 3\n", 6, "lroa", "did you mean 'lora'?"),
         ("learning_rate: 3\n", 5, "learning_rate", "did you mean 'training.learning_rate'?"),
         ("output:\n  zzzzz: 3\n", 6, "output.zzzzz", "known in output: dir"),

@@ -200,6 +200,44 @@ def test_own_template_of_the_tokenizer_goes_first(path: Path, notes: Notes) -> N
     assert prepare(path, notes, own=CHATML, template_text=TEMPLATES["none"]).template.name == "adapter"
 
 
+SEGMENTS = {"segments": [{"text": "a", "train": False}, {"text": " b<|end|>", "train": True}]}
+TOKENS = {"input_ids": [1, 2], "labels": [-100, 2]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "own", "chosen", "name"),
+    [
+        ([TOKENS], CHATML, {}, "tokenizer"),
+        ([SEGMENTS], CHATML, {}, "tokenizer"),
+        ([TOKENS], None, {}, "none"),
+        ([TOKENS], CHATML, {"template": "alpaca"}, "alpaca"),
+        ([{"text": "a b"}], CHATML, {}, "none"),
+        ([{"text": "a b"}, TOKENS], CHATML, {}, "tokenizer"),
+    ],
+)
+def test_rows_that_no_template_renders_leave_an_adapter_to_be_prompted(
+    path: Path, notes: Notes, rows: list[dict[str, Any]], own: str | None, chosen: dict[str, Any], name: str
+) -> None:
+    files = [tiny.write_rows(path.with_name(f"{number}.json"), [row]) for number, row in enumerate(rows)]
+    prepared = prepare(path, notes, own=own, train=[str(file) for file in files], **chosen)
+    assert prepared.template.name == name
+
+
+def test_default_of_several_own_templates(path: Path, notes: Notes) -> None:
+    several: Any = {"default": CHATML, "tool_use": "{{ tools }}"}
+    prepared = prepare(path, notes, own=several)
+    assert (prepared.template.name, prepared.template.text) == ("tokenizer", CHATML)
+
+
+@pytest.mark.parametrize("row", [{"text": "a b"}, {"input_ids": [1, 2], "labels": [1, 2]}])
+def test_what_an_adapter_fixes_is_no_mistake_of_rows_without_prompts(
+    path: Path, notes: Notes, row: dict[str, Any]
+) -> None:
+    tiny.write_rows(path, [row])
+    chosen = {"system": "be kind", "template": "alpaca", "template_kwargs": {"a": 1}}
+    assert len(prepare(path, notes, template_text=CHATML, **chosen).splits["train"]) == 1
+
+
 def test_text_is_split_into_windows(path: Path, notes: Notes) -> None:
     tiny.write_rows(path, [{"text": "red blue " * 20}, {"text": "cat"}])
     prepared = prepare(path, notes, max_length=8)
@@ -214,7 +252,7 @@ def test_text_is_split_into_windows(path: Path, notes: Notes) -> None:
         ({"instruction": "a", "output": "b"}, {"long_text": "truncate"}, "long_text"),
         ({"text": "a b"}, {"template": "alpaca"}, "template"),
         ({"text": "a b"}, {"train_on": "last_response"}, "train_on"),
-        ({"input_ids": [1, 2], "labels": [1, 2]}, {"template": "alpaca"}, "template"),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, {"system": "be kind"}, "system"),
     ],
 )
 def test_setting_without_meaning_for_the_detected_format(

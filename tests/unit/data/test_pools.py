@@ -61,7 +61,7 @@ def test_weights_become_shares_of_the_training_rows(tmp_path: Path, alpaca: str,
     owner = prepared.splits["train"].origins[:, 0]
     assert set(owner[first]) == {0}
     assert set(owner[second]) == {1}
-    assert prepared.identity["weights"] == "0.5, 2"
+    assert prepared.identity["weights"] == "0.5, 2.0"
 
 
 def test_weights_are_part_of_the_fingerprint(tmp_path: Path, alpaca: str) -> None:

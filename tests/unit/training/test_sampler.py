@@ -1,5 +1,6 @@
 """The order of rows: a function of seed, epoch and ranks alone."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -149,8 +150,19 @@ def test_weights_are_passes_over_a_source(grouped: bool) -> None:
         assert [counts[row] for row in range(10, 14)] == [2] * 4
         assert sorted(counts[row] for row in range(14, 20)) == [1, 1, 1, 2, 2, 2]
         drawn.append(frozenset(row for row in range(10) if counts[row]))
-    assert len(set(drawn)) > 10  # another half each epoch
-    assert frozenset().union(*drawn) == set(range(10))
+    assert all(before | after == set(range(10)) for before, after in itertools.pairwise(drawn))  # the other half
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.3, 0.7, 1.3])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_no_row_falls_behind_the_others_of_its_source(weight: float, seed: int) -> None:
+    sampler = StepSampler(15, 4, seed, shares=_shares((range(10), weight), (range(10, 15), 1.0)))
+    counts = Counter(dict.fromkeys(range(10), 0))
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        counts.update(row for step in sampler.steps() for row in step if row < 10)
+        assert max(counts.values()) - min(counts.values()) <= 1
+    assert sum(counts.values()) == 20 * round(10 * weight)
 
 
 def test_small_source_is_never_left_out() -> None:

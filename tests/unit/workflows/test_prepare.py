@@ -12,7 +12,7 @@ from loralab.config.load import LoadedConfig
 from loralab.config.schema import DataConfig
 from loralab.data.dataset import PreparedData, prepare_data
 from loralab.data.prompts.contract import CONTRACT_FILE, build_contract
-from loralab.errors import DataError, PromptContractError, RunFolderError
+from loralab.errors import ConfigError, DataError, PromptContractError, RunFolderError
 from loralab.progress import Reporter
 from loralab.workflows.configure import load_run_config
 from loralab.workflows.prepare import prepare
@@ -96,6 +96,46 @@ def test_settings_that_the_folder_fixes_are_refused(tmp_path: Path) -> None:
             take_up(tmp_path, tmp_path / "made", **chosen)
 
 
+@pytest.mark.parametrize("folder", ["made", "a#b"])
+def test_contract_holds_for_the_folders_of_single_splits_too(tmp_path: Path, folder: str) -> None:
+    made = tmp_path / folder
+    prepare(configure(tmp_path), made, overwrite=False, reporter=Reporter())
+    parts = {"train": str(made / "train"), "validation": str(made / "validation")}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.chat_template = None
+    single = prepare_data(DataConfig(**parts, cache_dir=str(tmp_path / "cache")), tokenizer, reporter=Reporter())
+    for prepared in (single, take_up(tmp_path, made)):
+        assert prepared.template.name == "prepared"
+        assert prepared.prompter.system_prompt == "be kind"
+
+
+def test_a_contract_beside_a_file_of_tokens_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(configure(tmp_path), tmp_path / "made", overwrite=False, reporter=Reporter())
+    monkeypatch.chdir(tmp_path / "made")
+    tiny.write_rows(tmp_path / "made" / "rows.json", [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}])
+    prepared = prepare_data(
+        DataConfig(train="rows.json", cache_dir=str(tmp_path / "cache")), build_tokenizer(CHATML), reporter=Reporter()
+    )
+    assert prepared.template.name != "prepared"
+
+
+def test_rows_of_another_template_do_not_measure_an_adapter(tmp_path: Path) -> None:
+    prepare(configure(tmp_path), tmp_path / "made", overwrite=False, reporter=Reporter())
+    section = DataConfig(train=str(tmp_path / "made"), cache_dir=str(tmp_path / "cache"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    assert prepare_data(section, tokenizer, template=CHATML, reporter=Reporter()).template.name == "adapter"
+    with pytest.raises(PromptContractError, match="prepared under another template"):
+        prepare_data(section, tokenizer, template=CHATML + " ", reporter=Reporter())
+
+
+def test_weights_are_refused_where_they_would_be_lost(tmp_path: Path) -> None:
+    rows = str(tiny.write_rows(tmp_path / "more.json", ROWS))
+    loaded = configure(tmp_path, train=[{"path": rows, "weight": 2}])
+    with pytest.raises(ConfigError, match="weight 2"):
+        prepare(loaded, tmp_path / "made", overwrite=False, reporter=Reporter())
+    assert not (tmp_path / "made").exists()
+
+
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     prepare(configure(tmp_path), tmp_path / "made", overwrite=False, reporter=Reporter())
     tokenizer = build_tokenizer(CHATML)
@@ -125,3 +165,24 @@ def test_folder_in_the_way(tmp_path: Path) -> None:
         prepare(loaded, foreign, overwrite=True, reporter=Reporter())
     assert (foreign / "notes.txt").is_file()
     assert json.loads((folder / CONTRACT_FILE).read_text(encoding="utf-8"))["system_prompt"] == "be kind"
+
+
+def test_folder_of_this_process_is_not_replaced_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = configure(tmp_path)
+    prepare(loaded, tmp_path / "tokens", overwrite=False, reporter=Reporter())
+    before = sorted(path.name for path in (tmp_path / "tokens").iterdir())
+    monkeypatch.chdir(tmp_path / "tokens")
+    with pytest.raises(RunFolderError, match="the folder of this process"):
+        prepare(loaded, Path(), overwrite=True, reporter=Reporter())
+    assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == before
+
+
+def test_link_to_a_prepared_folder_stays_and_leads_to_the_new_one(tmp_path: Path) -> None:
+    loaded = configure(tmp_path)
+    prepare(loaded, tmp_path / "tokens", overwrite=False, reporter=Reporter())
+    (tmp_path / "link").symlink_to("tokens")
+    (tmp_path / "tokens" / "old").touch()
+    prepare(loaded, tmp_path / "link", overwrite=True, reporter=Reporter())
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "tokens" / CONTRACT_FILE).is_file()
+    assert not (tmp_path / "tokens" / "old").exists()

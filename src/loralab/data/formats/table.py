@@ -50,8 +50,9 @@ class Format:
         recognise: whether the values of the first row, whose required fields are there, show this
             format, and what was seen.
         template: template that `data.template: auto` takes when the tokenizer has none;
-            None where the rows are no conversations.
-        own_template_first: whether a tokenizer's own template goes before `template`.
+            None where no template renders the rows.
+        own_template_first: whether a tokenizer's own template goes before `template`; of tokens and
+            segments made elsewhere, it is the likeliest one.
         meaningless: keys of the data section that rows of this format do not know, each with the
             values that do no harm besides the default.
     """
@@ -236,9 +237,9 @@ def _recognise_yes_no(row: Fields) -> Seen:
     return yes_no_word(row["answer"]) is not None, f"the first answer is {show(row['answer'])}"
 
 
-_NO_TEMPLATE: dict[str, Collection[object]] = {"template": ("auto",), "system": (None,), "template_kwargs": ({},)}
+# Their template renders none of these rows; it says how the adapter is prompted.
 _NO_TURNS: dict[str, Collection[object]] = {
-    **_NO_TEMPLATE,
+    "system": (None,),
     "train_on": ("response",),
     "truncation": ("right", "drop", "error"),
     "long_text": ("split",),
@@ -304,6 +305,13 @@ FORMATS: dict[str, Format] = {
     "text": Format(
         build_text,
         ("text",),
-        meaningless={**_NO_TEMPLATE, "train_on": ("response", "all"), "truncation": ("right",)},
+        own_template_first=False,
+        meaningless={
+            "template": ("auto",),
+            "template_kwargs": ({},),
+            "system": (None,),
+            "train_on": ("response", "all"),
+            "truncation": ("right",),
+        },
     ),
 }

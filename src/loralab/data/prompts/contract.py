@@ -4,6 +4,7 @@ Owns `prompt_contract.json`: its content, its check and the wording of a differe
 that prompts an adapter goes through `load_contracted`.
 """
 
+import copy
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ CONTRACT_FILE = "prompt_contract.json"
 CONTRACT_VERSION = 2
 _GOLDEN_PROMPTS = ("What is the capital of France?", "Sort these: 3, 1, 2.", "Grüße, 世界! 👋\n\nSecond line.")
 _LIBRARIES = ("loralab", "transformers", "tokenizers", "jinja2")
+_SERIALISERS = ("transformers", "tokenizers")
 _NEEDED = ("template", "stop_tokens", "stop_token_ids", "golden")
 _SPECIAL = ("bos_token", "eos_token")
 # Characters shown on either side of the first difference, and of ids around it.
@@ -36,12 +38,29 @@ def build_contract(prompter: Prompter) -> dict[str, Any]:
             "policy": "written by the template alone (add_special_tokens=False)",
             **{name: getattr(prompter.tokenizer, name) for name in _SPECIAL},
         },
+        "tokenizer": _describe_tokenizer(prompter.tokenizer),
         "system_prompt": prompter.system_prompt,
         "stop_token_ids": list(prompter.stop.ids),
         "stop_tokens": list(prompter.stop.texts),
         "golden": [{"prompt": text, "ids": _golden_ids(prompter, text)} for text in _GOLDEN_PROMPTS],
-        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
+
+
+def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """Return size and hash of a tokenizer's vocabulary and rules, or None where a class of its own holds them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    if backend.padding is not None or backend.truncation is not None:  # how it was called last, not what it is
+        backend = copy.deepcopy(backend)
+        backend.no_padding()
+        backend.no_truncation()
+    return {"tokens": len(tokenizer), "sha256": hashlib.sha256(backend.to_str().encode()).hexdigest()}
 
 
 def _golden_ids(prompter: Prompter, text: str) -> list[int]:
@@ -58,7 +77,7 @@ def check_contract(prompter: Prompter, contract: Mapping[str, Any], *, where: st
         where: the contract's file, for messages.
 
     Raises:
-        PromptContractError: template, special tokens, stop tokens or golden ids differ.
+        PromptContractError: template, special tokens, stop tokens, golden ids or tokenizer differ.
     """
     template = str(prompter.tokenizer.chat_template)
     if template != contract.get("template"):
@@ -74,6 +93,18 @@ def check_contract(prompter: Prompter, contract: Mapping[str, Any], *, where: st
         ids = _golden_ids(prompter, entry["prompt"])
         if ids != entry.get("ids"):
             _break(_golden_difference(prompter, entry["prompt"], ids, entry.get("ids")), where)
+    _check_tokenizer(prompter.tokenizer, contract, where)
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, contract: Mapping[str, Any], where: str) -> None:
+    """Check what the golden prompts do not show, such as a token that was added since."""
+    trained, versions = contract.get("tokenizer"), contract.get("versions")
+    same = isinstance(versions, Mapping) and all(versions.get(name) == _versions()[name] for name in _SERIALISERS)
+    if trained is None or not same:  # other versions of these libraries may write the same rules in other words
+        return
+    now = _describe_tokenizer(tokenizer)
+    if trained != now:
+        _break(_two_sides("the tokenizer's vocabulary or rules differ", str(trained)[:80], str(now)[:80]), where)
 
 
 def _check_special(prompter: Prompter, trained: object, where: str) -> None:
@@ -89,26 +120,45 @@ def load_contracted(tokenizer: PreTrainedTokenizerBase, contract: Mapping[str, A
     """Return the prompter of an adapter's tokenizer, checked against the adapter's contract.
 
     Raises:
-        PromptContractError: the contract is damaged, or the tokenizer does not keep it.
+        PromptContractError: the contract is damaged or of a later version, or the tokenizer does not keep it.
     """
+    _check_whole(contract, where)
+    if not isinstance(tokenizer.chat_template, str):
+        _break("the tokenizer's chat template is missing", where)
+    if tokenizer.chat_template != contract["template"]:  # before it is rendered: a damaged one may not render
+        _break(_template_difference(tokenizer.chat_template, contract["template"]), where)
+    vocabulary = tokenizer.get_vocab()
+    unknown = [token for token in contract["stop_tokens"] if not isinstance(token, str) or token not in vocabulary]
+    if unknown:
+        _break(f"the tokenizer has no {unknown[0]!r}", where)
+    prompter = Prompter(tokenizer, contract["stop_tokens"], system_prompt=contract.get("system_prompt"))
+    check_contract(prompter, contract, where=where)
+    return prompter
+
+
+def _check_whole(contract: Mapping[str, Any], where: str) -> None:
+    """Refuse a contract that is damaged, before anything is held against it."""
+    version, special, system = (contract.get(key) for key in ("version", "special_tokens", "system_prompt"))
+    if isinstance(version, int) and version > CONTRACT_VERSION:
+        raise PromptContractError(
+            f"the prompt contract is of version {version}, and this loralab knows them up to {CONTRACT_VERSION}",
+            where=where,
+            fix="install the loralab that wrote it, or a later one",
+        )
     missing = [key for key in _NEEDED if not contract.get(key)]
     if missing:
         _break(f"the contract has no {', '.join(missing)}", where)
     if not isinstance(contract["stop_tokens"], list) or not isinstance(contract["template"], str):
         _break("the contract's template or stop_tokens are no text and list", where)
-    if not isinstance(tokenizer.chat_template, str):
-        _break("the tokenizer's chat template is missing", where)
-    if tokenizer.chat_template != contract["template"]:  # before it is rendered: a damaged one may not render
-        _break(_template_difference(tokenizer.chat_template, contract["template"]), where)
-    unknown = [token for token in contract["stop_tokens"] if token not in tokenizer.get_vocab()]
-    if unknown:
-        _break(f"the tokenizer has no {unknown[0]!r}", where)
-    system = contract.get("system_prompt")
+    digest = hashlib.sha256(contract["template"].encode("utf-8", "replace")).hexdigest()
+    if contract.get("template_sha256") != digest:
+        _break("the contract's template is not the one whose hash it holds", where)
+    if not isinstance(version, int) or version < 1:
+        _break(f"the contract's version is {str(version)[:60]!r}, not a number from 1", where)
+    if version > 1 and not (isinstance(special, dict) and all(name in special for name in _SPECIAL)):
+        _break(f"the contract's special_tokens are damaged: {str(special)[:60]!r}", where)
     if not isinstance(system, str | None):
         _break(f"the contract's system_prompt is {type(system).__name__}, not text", where)
-    prompter = Prompter(tokenizer, contract["stop_tokens"], system_prompt=system)
-    check_contract(prompter, contract, where=where)
-    return prompter
 
 
 def _break(what: str, where: str) -> NoReturn:

@@ -76,6 +76,17 @@ def apply_stop_setting(tokenizer: PreTrainedTokenizerBase, setting: Sequence[str
                 f"not a token of this tokenizer: {text!r}", where="key data.stop_tokens", fix=suggest(text, known)
             )
     tokenizer.eos_token = setting[0]
+    if vocabulary[setting[0]] not in tokenizer.added_tokens_decoder:
+        # As loading the saved tokenizer would make it; else serving would read the same text as other tokens.
+        tokenizer.add_special_tokens({"eos_token": setting[0]})
+
+
+def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the tokenizer's own chat template, of several named ones the default, or None."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    return own if isinstance(own, str) else None
 
 
 def render_with(tokenizer: PreTrainedTokenizerBase) -> RenderProbe:
@@ -89,11 +100,23 @@ def render_with(tokenizer: PreTrainedTokenizerBase) -> RenderProbe:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
+            return _writable(text)
         except Exception as error:  # a template is a program: whatever it raises is its own
             raise _refusal(messages, error) from error
-        return str(text)
 
     return render
+
+
+def _writable(text: object) -> str:
+    """Return what a template made, which may hold characters that UTF-8, and with it every tokenizer, cannot write.
+
+    Raises:
+        UnicodeEncodeError: it does.
+    """
+    made = str(text)
+    if not made.isascii():
+        made.encode()
+    return made
 
 
 def _refusal(messages: Sequence[Message], error: Exception) -> DataError:
@@ -178,9 +201,9 @@ class Prompter:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
+            return [_writable(text) for text in texts]
         except Exception as error:  # a template is a program: whatever it raises is its own
             raise _refusal(conversations[0], error) from error
-        return [str(text) for text in texts]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of rendered texts; the template alone decides on special tokens."""

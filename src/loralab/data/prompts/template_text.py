@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, TemplateSyntaxError, UndefinedError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from loralab.errors import DataError, excerpt
 from loralab.lookup import suggest
@@ -46,11 +47,12 @@ class _GenerationBlock(Extension):
 
 
 # As every renderer of chat templates sets it: a line break behind a block, and blanks before one, are layout.
-_ENVIRONMENT = Environment(  # noqa: S701 (prompts are no HTML, and nothing is rendered here)
+# Sandboxed, because folding constants computes what a template from elsewhere wrote.
+_ENVIRONMENT = ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
 )
 # Its tokens are the whole text, blanks between tags included.
-_VERBATIM = Environment(keep_trailing_newline=True)  # noqa: S701
+_VERBATIM = Environment(keep_trailing_newline=True)  # noqa: S701 (prompts are no HTML, and nothing is rendered here)
 
 
 def parse_template(text: str, *, where: str) -> nodes.Template:

@@ -80,7 +80,7 @@ def resolve_template(
     Args:
         setting: `data.template`.
         own: the tokenizer's own chat template, if it has one.
-        fallback: the format's template for `auto`; None for rows that are not prompted.
+        fallback: the format's template for `auto`; None for rows that no template renders.
         own_first: whether `auto` prefers `own` to `fallback`.
         bos_prefix: Jinja text that writes the bos token, or "" where there is none to write.
 
@@ -88,7 +88,7 @@ def resolve_template(
         DataError: `tokenizer` without a template, or a file that cannot be read.
     """
     if setting == "auto":
-        if own and own_first and fallback is not None:
+        if own and own_first:
             return Template(TOKENIZERS_OWN, own, "the tokenizer has a chat template of its own")
         name = fallback or "none"
         why = "rows of this format are used as they stand" if name == "none" else "the tokenizer has no chat template"

@@ -152,18 +152,21 @@ class Prover:
 
     def _serve(self, case: TrainedTurn, prompter: Prompter) -> None:
         """Set what serving sends before a turn; where oldest turns were left out, before what was kept."""
-        tools = case.conversation.tools
-        case.served = prompter.serve(case.before, tools)
-        if self._settings.train_on == "all" and case.made_here:
-            ids = [*case.prompt, *case.answer]
-            case.prompt, case.answer = ids[: len(case.served)], ids[len(case.served) :]
-        if case.prompt == case.served or self._settings.truncation != "left":
+        tools, ids, given = case.conversation.tools, [*case.prompt, *case.answer], len(case.prompt)
+        everything = self._settings.train_on == "all" and case.made_here  # what is sent carries loss too
+        served = prompter.serve(case.before, tools)
+        if everything and len(served) >= len(ids) == self._settings.max_length:
+            case.prompt, case.answer = ids, []  # cut before the answer begins: the whole conversation is the measure
             return
-        for kept in _newest_exchanges(case.before):
-            served = prompter.serve(kept, tools)
-            if case.prompt == served:
-                case.served, case.before = served, kept
+        for kept in (case.before, *(_newest_exchanges(case.before) if self._settings.truncation == "left" else ())):
+            sent = prompter.serve(kept, tools)
+            border = len(sent) if everything else given
+            if ids[:border] == sent:
+                case.served, case.before = sent, kept
+                case.prompt, case.answer = ids[:border], ids[border:]
                 return
+        border = len(served) if everything else given
+        case.served, case.prompt, case.answer = served, ids[:border], ids[border:]
 
 
 def _trained_turns(messages: Sequence[Message], train_on: object) -> list[int]:

@@ -59,7 +59,7 @@ class Unit:
         branches: prompts and answers; empty when dropped.
         dropped: why the unit was left out, or None.
         notes: what it has been through, of `NOTES`.
-        system: system message of the conversation, or None.
+        system: system message that the conversation begins with, or None.
     """
 
     branches: list[Branch] = field(default_factory=list)
@@ -131,7 +131,8 @@ def _conversation_unit(
     prompter: Prompter,
     settings: TokenizeSettings,
 ) -> Unit:
-    unit = Unit(system=next((message.content for message in example.messages if message.role == "system"), None))
+    first = example.messages[0]
+    unit = Unit(system=first.content if first.role == "system" else None)
     if not turns:
         return Unit(dropped="no_assistant_turn" if isinstance(settings.train_on, str) else "no_trained_turn")
     for encoded, place in zip(turns, places, strict=True):
@@ -157,17 +158,26 @@ def _length(encoded: _Encoded, prompter: Prompter) -> int:
 
 
 def _drop_oldest(example: Conversation, place: int, prompter: Prompter, settings: TokenizeSettings) -> _Encoded | None:
-    """Return the turn behind as many of the newest whole exchanges as fit, system messages kept; None if none does."""
+    """Return the turn behind as many of the newest whole exchanges as fit, system messages kept; None if none does.
+
+    By halving, since fewer exchanges are shorter: a long conversation has too many starts to render each.
+    """
     messages = example.messages
     system = [index for index in range(place) if messages[index].role == "system"]
-    starts = [index for index in range(place) if messages[index].role == "user"]
-    for start in starts[1:]:
+    starts = [index for index in range(place) if messages[index].role == "user"][1:]
+    fitting: _Encoded | None = None
+    low, high = 0, len(starts)
+    while low < high:
+        middle = (low + high) // 2
+        start = starts[middle]
         kept = (*(messages[index] for index in system if index < start), *messages[start : place + 1])
         (turn,) = split_turns([(Conversation(kept, example.tools), len(kept) - 1)], prompter)
         (encoded,) = _encode([turn], prompter)
         if _length(encoded, prompter) <= settings.max_length:
-            return encoded
-    return None
+            fitting, high = encoded, middle
+        else:
+            low = middle + 1
+    return fitting
 
 
 def _add_turn(unit: Unit, encoded: _Encoded, prompter: Prompter, settings: TokenizeSettings) -> str | None:
@@ -192,7 +202,7 @@ def _add_turn(unit: Unit, encoded: _Encoded, prompter: Prompter, settings: Token
             return dropped
         answer = answer[: settings.max_length - len(prompt)]
         unit.notes.add("truncated")
-    _refuse_doubled_bos(prompt, prompter)
+    _refuse_doubled_bos([*prompt[:2], *answer[:1]], prompter)  # of `all`, the prompt is one token
     unit.branches.append(_branch(prompt, answer))
     return None
 

@@ -489,7 +489,8 @@ def test_what_a_format_does_not_know_are_keys_of_the_data_section(name: str) -> 
     assert form.template is None or form.template in TEMPLATES
     # A default that a format refused could not be left out.
     assert all(not allowed or getattr(defaults, key) in allowed for key, allowed in form.meaningless.items())
-    assert ("template" in form.meaningless) == ("system" in form.meaningless) == (form.template is None)
+    assert ("system" in form.meaningless) == (form.template is None)
+    assert ("template" in form.meaningless) == ("template_kwargs" in form.meaningless) == (name == "text")
 
 
 def test_oldest_turns_are_left_out_of_conversations_only() -> None:

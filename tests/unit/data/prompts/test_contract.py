@@ -136,13 +136,45 @@ def test_golden_difference_shows_ids_and_text_from_the_first_one() -> None:
         ({"golden": [{"prompt": "a", "ids": "b"}]}, "gives other token ids"),
         ({"stop_tokens": "text"}, "no text and list"),
         ({"stop_tokens": ["<|unknown|>"]}, "the tokenizer has no '<|unknown|>'"),
+        ({"stop_tokens": [["<|stop|>"]]}, "the tokenizer has no"),
         ({"template": 7}, "no text and list"),
         ({"system_prompt": 7}, "system_prompt is int"),
+        ({"template_sha256": "0" * 64}, "not the one whose hash it holds"),
+        ({"template": CHATML + "{# #}"}, "not the one whose hash it holds"),
+        ({"special_tokens": "text"}, "special_tokens are damaged"),
+        ({"special_tokens": {"eos_token": "<|end|>"}}, "special_tokens are damaged"),
+        ({"version": None}, "version is 'None'"),
+        ({"version": 0}, "version is '0'"),
     ],
 )
 def test_damaged_contract_is_refused(damage: dict[str, Any], part: str) -> None:
     with pytest.raises(PromptContractError, match=part):
         load_contracted(build_tokenizer(CHATML), _saved() | damage, where="w")
+
+
+def test_token_that_no_golden_prompt_holds_breaks_the_contract() -> None:
+    tokenizer = build_tokenizer(CHATML)
+    tokenizer.add_tokens(["zebra"])
+    with pytest.raises(PromptContractError, match=r"vocabulary or rules differ: trained with .*, now ") as caught:
+        load_contracted(tokenizer, _saved(), where="w")
+    assert str(len(tokenizer)) in caught.value.problems[0].what
+    # Other versions of the libraries may write the same tokenizer in other words.
+    contract = _saved()
+    load_contracted(tokenizer, contract | {"versions": contract["versions"] | {"tokenizers": "0.1"}}, where="w")
+    load_contracted(tokenizer, {name: held for name, held in contract.items() if name != "tokenizer"}, where="w")
+
+
+def test_padding_of_an_earlier_call_is_no_difference() -> None:
+    prompter = build_prompter(CHATML)
+    prompter.tokenizer.backend_tokenizer.enable_padding()
+    prompter.tokenizer.backend_tokenizer.enable_truncation(2)
+    assert build_contract(prompter) == _saved()
+
+
+def test_contract_of_a_later_version_is_refused() -> None:
+    with pytest.raises(PromptContractError, match=r"of version 3, and this loralab knows them up to 2") as caught:
+        load_contracted(build_tokenizer(CHATML), {"version": 3, "what": "comes"}, where="w")
+    assert "install" in caught.value.problems[0].fix
 
 
 def test_tokenizer_without_a_template_is_refused() -> None:

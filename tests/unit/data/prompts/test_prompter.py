@@ -1,6 +1,9 @@
 """The one place that prompts: serving ids and stop tokens."""
 
+from pathlib import Path
+
 import pytest
+from transformers import AutoTokenizer
 
 from loralab.data.prompts.prompter import Prompter, apply_stop_setting
 from loralab.data.prompts.templates import SHIPPED, TEMPLATES
@@ -109,7 +112,27 @@ def test_unusable_stop_setting(setting: list[str], message: str, fix: str) -> No
     assert fix in caught.value.problems[0].fix
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% for %}", "{{ nothing.at.all }}"])
+def test_word_as_stop_token_is_read_as_the_saved_tokenizer_reads_it(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(TEMPLATES["alpaca"])
+    apply_stop_setting(tokenizer, ["Ġhouse"])
+    tokenizer.save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    text = "a house, two houses, a Ġhouse"
+    assert tokenizer(text)["input_ids"] == saved(text)["input_ids"]
+    # What the template writes behind an answer is that one token.
+    prompter = Prompter(tokenizer, ["Ġhouse"])
+    assert prompter.encode_answers(["blue" + prompter.stop.texts[0]])[0][-1] == prompter.stop.ids[0]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no') }}",
+        "{% for %}",
+        "{{ nothing.at.all }}",
+        "{{ '%c' | format(55296) }}",  # half of a surrogate pair, which no tokenizer takes
+    ],
+)
 def test_template_that_fails_is_a_data_error(template: str) -> None:
     with pytest.raises(DataError, match="the template cannot render user > assistant: ") as caught:
         build_prompter(template)

@@ -296,6 +296,31 @@ def test_left_truncation_leaves_out_whole_oldest_exchanges_but_never_the_system_
     )
 
 
+def test_left_truncation_keeps_as_many_exchanges_as_fit_in_few_renderings(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [turn for number in range(64) for turn in (f"user: a {number}", "assistant: one two")]
+    example = conversation(*turns)
+    renderings: list[int] = []
+    render_all = Prompter.render_all
+
+    def counted(self: Prompter, requests: Any, **options: Any) -> Any:
+        renderings.append(len(requests))
+        return render_all(self, requests, **options)
+
+    monkeypatch.setattr(Prompter, "render_all", counted)
+    for length in (40, 100, 300):
+        renderings.clear()
+        unit = unit_of(example, prompter=CHAT, train_on="last_response", truncation="left", max_length=length)
+        assert len(renderings) < 20
+        ((prompt, answer),) = pairs(unit)
+        kept = text_of(CHAT, prompt).count("<|start|>user")
+        more = conversation(*turns[-2 * (kept + 1) :])
+        assert len(prompt) + len(answer) <= length < sum(map(len, pairs(unit_of(more, prompter=CHAT))[-1]))
+
+
+def test_system_message_in_the_middle_is_none_that_a_conversation_begins_with() -> None:
+    assert unit_of(conversation("user: a", "system: s", "assistant: b"), prompter=CHAT).system is None
+
+
 def test_left_truncation_keeps_early_turns_that_fit() -> None:
     whole = pairs(unit_of(THREE, prompter=CHAT))
     unit = unit_of(THREE, prompter=CHAT, truncation="left", max_length=max(sum(map(len, pair)) for pair in whole) - 1)
@@ -354,8 +379,9 @@ def test_row_that_begins_with_two_bos_tokens_is_refused(bos: bool) -> None:
     if not bos:
         assert unit_of(example, prompter=prompter).dropped is None
         return
-    with pytest.raises(MaskError, match="begins with two bos tokens"):
-        unit_of(example, prompter=prompter)
+    for train_on in ("response", "all"):
+        with pytest.raises(MaskError, match="begins with two bos tokens"):
+            unit_of(example, prompter=prompter, train_on=train_on)
     bos_id = prompter.tokenizer.bos_token_id
     with pytest.raises(MaskError, match="begins with two bos tokens"):
         unit_of(Tokens((bos_id, bos_id, 7), (X, X, 7)), prompter=prompter)
