@@ -4,6 +4,7 @@
       UserError              exit 2: the user can mend it
         ConfigError            a value, key or combination in the configuration
         DataError              a file, row or split that cannot be used
+          TemplateError          a prompt template that refuses a conversation, or that training cannot use
         ModelError             a base model, tokenizer or adapter that cannot be loaded
         RunFolderError         an output folder in the way, or not a run folder
         StorageError           a disk that is full or not writable
@@ -91,6 +92,10 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A file, row or split that cannot be used."""
+
+
+class TemplateError(DataError):
+    """A prompt template that refuses a conversation, or that training cannot use."""
 
 
 class ModelError(UserError):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -189,6 +190,26 @@ def read_metrics(path: Path) -> list[Json]:
                 break
             raise RunFolderError(f"line {number} is not valid JSON", where=str(path), fix="remove that line") from None
     return rows
+
+
+def replace_folder(made: Path, folder: Path) -> None:
+    """Move a folder to where an older one may be; a kill in between leaves the older one beside it, never half of one.
+
+    Args:
+        made: the new folder, beside `folder`.
+        folder: its place.
+    """
+    aside = folder.with_name(f".{folder.name}-before-{os.getpid()}")
+    there = folder.exists()
+    if there:
+        folder.rename(aside)
+    try:
+        made.rename(folder)
+    except OSError:
+        if there:
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def file_sha256(path: Path) -> str:

@@ -19,6 +19,7 @@ from loralab.errors import (
     RunFolderError,
     StoppedBySignal,
     StorageError,
+    TemplateError,
     TrainingDivergedError,
     UserError,
     WorkerError,
@@ -36,6 +37,7 @@ EXIT_CODES = {
     WorkerError: 2,
     OutOfMemoryError: 2,
     ProofError: 3,
+    TemplateError: 2,
     MaskError: 3,
     PromptContractError: 3,
 }

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from loralab.errors import RunFolderError
-from loralab.run import RunFolder, file_sha256, open_run, read_json, read_metrics, replacing, write_json, write_text
+from loralab.run import (
+    RunFolder,
+    file_sha256,
+    open_run,
+    read_json,
+    read_metrics,
+    replace_folder,
+    replacing,
+    write_json,
+    write_text,
+)
 
 
 def test_json_round_trip_keeps_unicode_readable(tmp_path: Path) -> None:
@@ -105,3 +115,25 @@ def test_file_sha256_is_of_the_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"\x00\xffabc")
     assert file_sha256(path) == hashlib.sha256(b"\x00\xffabc").hexdigest()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_folder_is_replaced_as_a_whole(tmp_path: Path, there: bool) -> None:
+    folder, made = tmp_path / "folder", tmp_path / ".made"
+    if there:
+        folder.mkdir()
+        (folder / "old").write_text("old", encoding="utf-8")
+    made.mkdir()
+    (made / "new").write_text("new", encoding="utf-8")
+    replace_folder(made, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert [path.name for path in folder.iterdir()] == ["new"]
+
+
+def test_folder_that_cannot_be_replaced_is_still_there(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").write_text("old", encoding="utf-8")
+    with pytest.raises(FileNotFoundError):
+        replace_folder(tmp_path / "missing", folder)
+    assert (folder / "old").is_file()

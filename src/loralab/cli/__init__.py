@@ -18,11 +18,16 @@ CLOSED_OUTPUT_CODE = 141
 
 # The commands under their headings, in the order that `--help` shows.
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
-    "Start": {"demo": start.demo, "recipes": start.recipes, "init": start.init, "schema": start.schema},
-    "Look": {"doctor": environment.doctor, "inspect": environment.inspect},
+    "Start": {
+        "demo": start.demo,
+        "doctor": environment.doctor,
+        "recipes": start.recipes,
+        "init": start.init,
+        "schema": start.schema,
+    },
     "Data": {"preview": previewing.preview, "prepare": data.prepare},
     "Train": {"train": training.train, "replay": training.replay},
-    "Measure": {"eval": measuring.evaluate, "report": measuring.report},
+    "Measure": {"inspect": environment.inspect, "eval": measuring.evaluate, "report": measuring.report},
     "Ask": {"generate": asking.generate, "chat": asking.chat},
 }
 for _heading, _commands in COMMANDS.items():

@@ -24,6 +24,8 @@ _PERCENTILES = (0, 50, 90, 99, 100)
 _SPOKEN = {
     "truncated": "cut at max_length {count} (these do not learn to stop)",
     "turns_dropped": "oldest turns left out {count}",
+    "turns_cut": "later turns left out at max_length {count}",
+    "end_left_out": "messages behind the last answer left out {count}",
     "answer_altered": "answers that the template alters {count}",
     "reasoning_left_out": "reasoning that the template leaves out {count}",
     "system_left_out": "system messages that the template leaves out {count}",

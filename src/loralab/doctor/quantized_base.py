@@ -1,5 +1,7 @@
 """The tiny base with 4-bit weights, for the QLoRA step; needs bitsandbytes."""
 
+from typing import Any, cast
+
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor
@@ -7,6 +9,8 @@ from transformers import LlamaForCausalLM
 
 from loralab.models.adapters import linear_layers
 from loralab.models.quantized import QuantizedLinear4bit
+
+_Linear4bit: Any = Linear4bit  # its constructor has no types
 
 
 def place_quantized(base: LlamaForCausalLM, device: torch.device) -> dict[str, Tensor]:
@@ -20,13 +24,13 @@ def place_quantized(base: LlamaForCausalLM, device: torch.device) -> dict[str, T
         The weights of the quantized layers by name, float64, on the CPU.
     """
     stands_for = {}
+    layer: Any
     for name, layer in linear_layers(base).items():
-        outputs, inputs = layer.weight.shape
-        stored = Linear4bit(inputs, outputs, bias=False, quant_type="nf4")
+        stored: Any = _Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4")
         stored.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=stored)
         quantized = QuantizedLinear4bit.adopt(stored.to(device))
         base.set_submodule(name, quantized)
         stands_for[f"{name}.weight"] = quantized.dequantized(layer.weight.dtype).double().cpu()
-    base.is_loaded_in_4bit = True  # by which PEFT knows
+    cast(Any, base).is_loaded_in_4bit = True  # by which PEFT knows
     base.to(device)  # type: ignore[arg-type]
     return stands_for

@@ -112,7 +112,10 @@ def _build_base(dtype: torch.dtype) -> LlamaForCausalLM:
         initializer_range=0.1,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).requires_grad_(False).to(dtype)  # type: ignore[arg-type]
+    base = LlamaForCausalLM(config)
+    base.requires_grad_(False)
+    base.to(dtype)  # type: ignore[arg-type]
+    return base
 
 
 def _add_adapter(base: LlamaForCausalLM) -> SupervisedPeftModel:
@@ -186,7 +189,7 @@ class Kind:
     """A kind of step.
 
     Attributes:
-        place: puts the base on a device, and returns the weights that now differ from those it was given (float64, CPU).
+        place: puts the base on a device, and returns the weights that are now others (float64, on the CPU).
         devices: types of devices that it runs on.
     """
 

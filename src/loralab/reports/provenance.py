@@ -28,6 +28,8 @@ COUNTED = {
 # What rows may have been through, besides the two that are counted above.
 NOTED = {
     "turns_dropped": "Oldest turns left out",
+    "turns_cut": "Later turns left out at max_length",
+    "end_left_out": "Messages behind the last answer left out",
     "answer_altered": "Answers altered by the template",
     "reasoning_left_out": "Reasoning left out by the template",
     "no_stop": "Answers without a stop token",

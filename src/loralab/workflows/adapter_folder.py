@@ -14,10 +14,11 @@ from transformers import GenerationConfig
 from loralab.data.prompts.contract import CONTRACT_FILE, build_contract
 from loralab.data.prompts.prompter import Prompter
 from loralab.models.supervised import SupervisedPeftModel
+from loralab.run import replace_folder
 
 
 def save_adapter(folder: Path, model: SupervisedPeftModel, prompter: Prompter) -> None:
-    """Write an adapter folder; an older one there is replaced by one rename.
+    """Write an adapter folder; an older one there is replaced when the new one is whole.
 
     Args:
         folder: the adapter folder; its parent exists.
@@ -34,8 +35,7 @@ def save_adapter(folder: Path, model: SupervisedPeftModel, prompter: Prompter) -
         staging.chmod(0o755)
         for path in staging.iterdir():
             path.chmod(0o644)  # temporary folders and safetensors make theirs private
-        shutil.rmtree(folder, ignore_errors=True)
-        staging.rename(folder)
+        replace_folder(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

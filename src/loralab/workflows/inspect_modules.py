@@ -114,11 +114,16 @@ def _ends(module: str, name: str) -> bool:
 
 
 def _wrong_rank(config: Config, tensor: StoredTensor) -> str | None:
-    if tensor.part not in ("lora_A", "lora_B") or config.get("target_parameters"):
+    if tensor.part not in ("lora_A", "lora_B") or not _has_fixed_rank(config):
         return None
     rank, _ = rank_and_scale(config, tensor.module)
     stored = tensor.shape[0 if tensor.part == "lora_A" else 1] if len(tensor.shape) > 1 else None
     return None if stored == rank else f"its rank is {stored}, the configuration says {rank}"
+
+
+def _has_fixed_rank(config: Config) -> bool:
+    """Return whether a layer's update is scale * B A with the configured rank; AdaLoRA's and experts' are not."""
+    return str(config.get("peft_type")).upper() == "LORA" and not config.get("target_parameters")
 
 
 def by_kind(config: Config, tensors: Iterable[StoredTensor]) -> list[dict[str, Any]]:
@@ -176,10 +181,11 @@ def _update(config: Config, module: str, parts: Mapping[str, StoredTensor]) -> f
     """Return the norm of the change that a LoRA layer makes to its weight: scale * ||B A||."""
     rank, scale = rank_and_scale(config, module)
     first, second = parts.get("lora_A"), parts.get("lora_B")
-    if first is None or second is None or scale is None or first.shape[:1] != (rank,):
+    fixed = _has_fixed_rank(config) and scale is not None
+    if first is None or second is None or not fixed or first.shape[:1] != (rank,):
         return None
     norm = product_norm(first, second)
-    return None if norm is None else scale * norm
+    return None if norm is None or scale is None else scale * norm
 
 
 def is_untrained(config: Config, parts: Mapping[str, StoredTensor]) -> bool:
@@ -187,5 +193,6 @@ def is_untrained(config: Config, parts: Mapping[str, StoredTensor]) -> bool:
     start = config.get("init_lora_weights", True)
     if start is False or (isinstance(start, str) and start.lower().startswith(_OTHER_STARTS)):
         return False
-    telling = [tensor for part, tensor in parts.items() if part in UNTRAINED and tensor.values is not None]
+    names = ("lora_E",) if "lora_E" in parts else tuple(UNTRAINED)  # AdaLoRA's B does not begin at zero
+    telling = [tensor for part, tensor in parts.items() if part in names and tensor.values is not None]
     return bool(telling) and all(bool((t.values == UNTRAINED[t.part]).all()) for t in telling if t.values is not None)

@@ -24,6 +24,7 @@ from loralab.data.tokens.tokenize import IGNORED
 from loralab.errors import ConfigError, RunFolderError, StorageError
 from loralab.models.load import load_tokenizer
 from loralab.progress import Reporter
+from loralab.run import replace_folder
 
 DATA_FILE = "data.json"
 _FEATURES = datasets.Features(
@@ -62,9 +63,8 @@ def prepare(loaded: LoadedConfig, output: Path | None, *, overwrite: bool, repor
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             facts = _write(staging, data, reporter)
-            shutil.rmtree(folder, ignore_errors=True)
             staging.chmod(0o755)
-            staging.rename(folder)
+            replace_folder(staging, folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
@@ -119,6 +119,7 @@ def _write(staging: Path, data: PreparedData, reporter: Reporter) -> dict[str, A
             )
             facts[name] = _describe(name, store, parts[name].num_rows, reporter)
         parts.save_to_disk(str(staging))
+        del parts  # it maps files in the cache, which some systems then refuse to remove
     finally:
         if not quiet:
             datasets.enable_progress_bars()

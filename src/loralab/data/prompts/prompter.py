@@ -15,7 +15,7 @@ from loralab.data.example import Message
 from loralab.data.prompts.encoding import TextEncoder
 from loralab.data.prompts.template_text import explain_render_error, missing_end
 from loralab.data.prompts.templates import BOS_PREFIXES, RenderProbe, usable_templates
-from loralab.errors import DataError
+from loralab.errors import DataError, TemplateError
 from loralab.lookup import suggest
 
 _PROBE = "loralab-probe-answer"
@@ -119,8 +119,8 @@ def _writable(text: object) -> str:
     return made
 
 
-def _refusal(messages: Sequence[Message], error: Exception) -> DataError:
-    return DataError(
+def _refusal(messages: Sequence[Message], error: Exception) -> TemplateError:
+    return TemplateError(
         f"the template cannot render {' > '.join(m.role for m in messages)}: {explain_render_error(error)}",
         where="key data.template",
         fix="choose another data.template, or mend the Jinja file",
@@ -165,7 +165,7 @@ class Prompter:
         """Return the text that the template makes of `messages`.
 
         Raises:
-            DataError: the template refuses them.
+            TemplateError: the template refuses them.
         """
         return self._apply([messages], add_generation_prompt, tools)[0]
 
@@ -173,14 +173,14 @@ class Prompter:
         """Return the text of each of many conversations; those without tools go through one call.
 
         Raises:
-            DataError: the template refuses one.
+            TemplateError: the template refuses one.
         """
         plain = [index for index, (_, tools) in enumerate(requests) if not tools]
         texts: dict[int, str] = {}
         try:
             made = self._apply([requests[index][0] for index in plain], add_generation_prompt) if plain else []
             texts = dict(zip(plain, made, strict=True))
-        except DataError:
+        except TemplateError:
             if len(requests) == 1:
                 raise
         # One by one where a template refused one of many: the error then names it.
@@ -232,7 +232,7 @@ class Prompter:
         """Return the ids that a server with the tokenizer's files and nothing of loralab would send.
 
         Raises:
-            DataError: the template refuses the messages.
+            TemplateError: the template refuses the messages.
         """
         try:
             encoded: Any = self.tokenizer.apply_chat_template(
@@ -302,7 +302,7 @@ class Prompter:
         if missing is None:
             return
         end = self.tokenizer.eos_token or (self.tokenizer.all_special_tokens or ["</s>"])[0]
-        raise DataError(
+        raise TemplateError(
             f"the template ends an answer with {missing!r}, which is no token of this tokenizer: "
             "generation could not stop on it",
             where="key data.template",

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from loralab.data.example import Conversation, Message
 from loralab.data.prompts.prompter import Prompter
-from loralab.errors import DataError, MaskError
+from loralab.errors import DataError, MaskError, TemplateError
 
 TrainOn: TypeAlias = Literal["response", "last_response", "all"] | Sequence[str]
 # Stands where the content of a turn begins; what is before it is the turn's header.
@@ -68,7 +68,7 @@ def split_turns(requests: Sequence[tuple[Conversation, int]], prompter: Prompter
         prompter: renders.
 
     Raises:
-        DataError: the template refuses a conversation, or does not extend its own prompt.
+        TemplateError: the template refuses a conversation, or does not extend its own prompt.
         MaskError: what would carry loss is not the answer.
     """
     answers = [(c, turn) for c, turn in requests if c.messages[turn].role == "assistant"]
@@ -88,7 +88,7 @@ def split_turns(requests: Sequence[tuple[Conversation, int]], prompter: Prompter
 def _split_answer(conversation: Conversation, turn: int, prompter: Prompter, prompt: str, whole: str) -> Turn:
     message = conversation.messages[turn]
     if not whole.startswith(prompt):
-        raise DataError(
+        raise TemplateError(
             f"the template does not extend its own prompt at turn {turn + 1} ({message.role})",
             where="key data.template",
             fix="choose another data.template: with this one, training would not see what serving sends",
@@ -134,7 +134,7 @@ def _check_calls(rest: str, message: Message, turn: int, notes: set[str]) -> int
     end = 0
     for call in message.tool_calls:
         if call.name not in rest:
-            raise DataError(
+            raise TemplateError(
                 f"the template writes nothing of the tool call {call.name!r} of turn {turn + 1}",
                 where="key data.template",
                 fix="choose a template that writes tool calls, such as qwen, or set data.on_bad_row: drop",
@@ -176,7 +176,7 @@ def _split_other(conversation: Conversation, turn: int, prompter: Prompter) -> T
     head, found, _ = with_mark.rpartition(_CONTENT_MARK)
     content = next((text for text in (message.content, message.content.strip()) if whole.startswith(head + text)), None)
     if not found or content is None:
-        raise DataError(
+        raise TemplateError(
             f"cannot tell where the content of turn {turn + 1} ({message.role}) begins: the template rewrites it",
             where="key data.template",
             fix=f"take {message.role!r} out of data.train_on, or choose another data.template",

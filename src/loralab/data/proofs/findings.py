@@ -225,6 +225,11 @@ KINDS: dict[str, Kind] = {
         "an answer or text was cut, and does not learn to stop",
         "raise data.max_length, or set data.truncation: drop",
     ),
+    "turns_cut": Kind(
+        "warning",
+        "later turns were left out: the prompt before them fills max_length",
+        "raise data.max_length, or set data.truncation: left",
+    ),
     "turns_dropped": Kind("warning", "oldest turns were left out of a prompt", "raise data.max_length"),
     "empty_answer": Kind(
         "warning",

@@ -99,14 +99,24 @@ class Prover:
         if system is not None and all(message.role != "system" for message in conversation.messages):
             conversation = replace(conversation, messages=(Message("system", system), *conversation.messages))
         turns = _trained_turns(conversation.messages, self._settings.train_on)
+        seen: list[tuple[int, Seen]] = []
         if len(turns) != len(row.branches):
             what = f"{len(row.branches)} spans are stored, {len(turns)} turns are to be trained"
-            return [(number, ("turn_missing", what))], []
-        pairs = zip(turns, row.branches, strict=True)
-        return [], [
+            if not self._is_cut(conversation, turns[len(row.branches) :]):
+                return [(number, ("turn_missing", what))], []
+            seen = [(number, ("turns_cut", what))]
+        pairs = zip(turns, row.branches, strict=False)
+        return seen, [
             TrainedTurn(number, conversation, turn, branch.prompt_ids.tolist(), branch.answer_ids.tolist())
             for turn, branch in pairs
         ]
+
+    def _is_cut(self, conversation: Conversation, missing: Sequence[int]) -> bool:
+        """Return whether the prompt of the first missing turn leaves no room for an answer."""
+        if not missing or self._settings.truncation != "right":
+            return False
+        prompt = self._prompter.serve(conversation.messages[: missing[0]], conversation.tools)
+        return len(prompt) >= self._settings.max_length
 
     def _twin_cases(self, number: int, row: StoredRow) -> tuple[list[tuple[int, Seen]], list[TrainedTurn]]:
         """Pair the spans of a row that was tokenized elsewhere with the answers of the conversation beside it."""
@@ -155,7 +165,7 @@ class Prover:
         tools, ids, given = case.conversation.tools, [*case.prompt, *case.answer], len(case.prompt)
         everything = self._settings.train_on == "all" and case.made_here  # what is sent carries loss too
         served = prompter.serve(case.before, tools)
-        if everything and len(served) >= len(ids) == self._settings.max_length:
+        if everything and self._settings.truncation == "right" and len(served) >= len(ids) == self._settings.max_length:
             case.prompt, case.answer = ids, []  # cut before the answer begins: the whole conversation is the measure
             return
         for kept in (case.before, *(_newest_exchanges(case.before) if self._settings.truncation == "left" else ())):

@@ -26,7 +26,7 @@ from loralab.data.reading.rows import JsonLine, Row, UnparsedRow
 from loralab.data.reading.sources import Source
 from loralab.data.tokens.packing import PackedRows, RowUnits, pack_rows
 from loralab.data.tokens.tokenize import TokenizeSettings, Unit, tokenize_examples
-from loralab.errors import DataError, MaskError, WorkerError
+from loralab.errors import DataError, MaskError, TemplateError, WorkerError
 
 # A chunk is what a process gets at a time: at most so many rows and, more or less, bytes.
 CHUNK_ROWS, CHUNK_BYTES = 256, 2**20
@@ -97,10 +97,10 @@ class RowTokenizer:
             (units,) = tokenize_examples([example], prompter=self.prompter, settings=self.settings)
             return units
         except (DataError, MaskError) as error:
-            problem = error.problems[0]
             # Not what another setting refuses, and never a proof that failed.
-            if self.on_bad_row == "drop" and isinstance(error, DataError) and problem.where == "key data.template":
+            if self.on_bad_row == "drop" and isinstance(error, TemplateError):
                 return [Unit(dropped="template_refused")]
+            problem = error.problems[0]
             where = f"{row.describe()}, {problem.where}"
             raise type(error)(problem.what, where=where, fix=problem.fix) from error
 

@@ -29,7 +29,11 @@ NOTES = (
     "system_left_out",  # the template writes nothing of a system message
     "question_altered",  # the question before an answer is not in its prompt as the row has it
     "tools_left_out",  # the template writes nothing of the tools that may be called
+    "turns_cut",  # a turn whose prompt fills max_length is left out, and those behind it
+    "end_left_out",  # of train_on: all, messages behind the last answer
 )
+# Of a long conversation, so many turns are rendered at a time: those behind one that does not fit are not needed.
+_TURNS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +84,22 @@ def tokenize_examples(
         MaskError: what would carry loss is not the answer.
     """
     examples = [_with_system(example, settings) for example in examples]
-    requests = [
-        [(example, turn) for turn in trained_turns(example.messages, settings.train_on)]
-        if isinstance(example, Conversation)
-        else []
+    places = [
+        trained_turns(example.messages, settings.train_on) if isinstance(example, Conversation) else []
         for example in examples
     ]
-    turns = split_turns([request for of_one in requests for request in of_one], prompter)
+    requests = [
+        (example, place)
+        for example, own in zip(examples, places, strict=True)
+        if isinstance(example, Conversation)
+        for place in own[:_TURNS_AT_ONCE]
+    ]
     documents = iter(prompter.encode([example.text for example in examples if isinstance(example, Document)]))
-    encoded = iter(_encode(turns, prompter))
-    for example, asked in zip(examples, requests, strict=True):
+    encoded = iter(_encode(split_turns(requests, prompter), prompter))
+    for example, own in zip(examples, places, strict=True):
         if isinstance(example, Conversation):
-            own = list(itertools.islice(encoded, len(asked)))
-            yield [_conversation_unit(example, own, [turn for _, turn in asked], prompter, settings)]
+            first = list(itertools.islice(encoded, min(len(own), _TURNS_AT_ONCE)))
+            yield [_conversation_unit(_Talk(example, own, first), prompter, settings)]
         elif isinstance(example, Document):
             yield _document_units(next(documents), prompter, settings)
         elif isinstance(example, Preformatted):
@@ -124,27 +131,64 @@ def _encode(turns: Sequence[Turn], prompter: Prompter) -> list[_Encoded]:
     return [_Encoded(*each) for each in zip(turns, prompts, answers, strict=True)]
 
 
-def _conversation_unit(
-    example: Conversation,
-    turns: Sequence[_Encoded],
-    places: Sequence[int],
-    prompter: Prompter,
-    settings: TokenizeSettings,
-) -> Unit:
-    first = example.messages[0]
-    unit = Unit(system=first.content if first.role == "system" else None)
-    if not turns:
+@dataclass(frozen=True, slots=True)
+class _Talk:
+    """A conversation with its trained turns, the first of which are tokens already."""
+
+    example: Conversation
+    places: Sequence[int]
+    first: Sequence[_Encoded]
+
+
+def _conversation_unit(talk: _Talk, prompter: Prompter, settings: TokenizeSettings) -> Unit:
+    messages, unit = talk.example.messages, Unit()
+    if not talk.places:
         return Unit(dropped="no_assistant_turn" if isinstance(settings.train_on, str) else "no_trained_turn")
-    for encoded, place in zip(turns, places, strict=True):
-        fitting = encoded
-        if settings.truncation == "left" and _length(encoded, prompter) > settings.max_length:
-            fitting = _drop_oldest(example, place, prompter, settings) or encoded
-        dropped = _add_turn(unit, fitting, prompter, settings)
+    if messages[0].role == "system":
+        unit.system = messages[0].content
+    if settings.train_on == "all" and talk.places[-1] < len(messages) - 1:
+        unit.notes.add("end_left_out")
+    turns = _newest_parts(talk, prompter, settings) if settings.truncation == "left" else _whole_turns(talk, prompter)
+    for encoded, shortened in turns:
+        dropped = _add_turn(unit, encoded, prompter, settings)
+        if dropped == "prompt_too_long" and unit.branches:
+            unit.notes.add("turns_cut")
+            break
         if dropped is not None:
             return Unit(dropped=dropped)
-        if fitting is not encoded:
+        if shortened:
             unit.notes.add("turns_dropped")
     return unit
+
+
+def _whole_turns(talk: _Talk, prompter: Prompter) -> Iterator[tuple[_Encoded, bool]]:
+    """Yield each turn behind everything that was said before it."""
+    yield from ((encoded, False) for encoded in talk.first)
+    for start in range(len(talk.first), len(talk.places), _TURNS_AT_ONCE):
+        requests = [(talk.example, place) for place in talk.places[start : start + _TURNS_AT_ONCE]]
+        yield from ((encoded, False) for encoded in _encode(split_turns(requests, prompter), prompter))
+
+
+def _newest_parts(talk: _Talk, prompter: Prompter, settings: TokenizeSettings) -> Iterator[tuple[_Encoded, bool]]:
+    """Yield each turn behind as much of what was said before it as fits, and whether something was left out."""
+    start = 0  # what had no room before an earlier turn has none before a later one
+    for number, place in enumerate(talk.places):
+        if not start and number < len(talk.first):
+            encoded = talk.first[number]
+        else:
+            encoded = _encode_from(talk.example, start, place, prompter)
+        if _length(encoded, prompter) > settings.max_length:
+            encoded, start = _drop_oldest(talk.example, start, place, prompter, settings.max_length) or (encoded, start)
+        yield encoded, start > 0
+
+
+def _encode_from(example: Conversation, start: int, place: int, prompter: Prompter) -> _Encoded:
+    """Return a turn without the messages before `start`, but for system messages."""
+    messages = example.messages
+    kept = (*(m for m in messages[:start] if m.role == "system"), *messages[start : place + 1])
+    (turn,) = split_turns([(Conversation(kept, example.tools), len(kept) - 1)], prompter)
+    (encoded,) = _encode([turn], prompter)
+    return encoded
 
 
 def _ended(encoded: _Encoded, stops: Sequence[int]) -> list[int]:
@@ -157,24 +201,26 @@ def _length(encoded: _Encoded, prompter: Prompter) -> int:
     return len(encoded.prompt) + len(_ended(encoded, prompter.stop.ids))
 
 
-def _drop_oldest(example: Conversation, place: int, prompter: Prompter, settings: TokenizeSettings) -> _Encoded | None:
-    """Return the turn behind as many of the newest whole exchanges as fit, system messages kept; None if none does.
+def _drop_oldest(
+    example: Conversation, start: int, place: int, prompter: Prompter, max_length: int
+) -> tuple[_Encoded, int] | None:
+    """Return a turn behind as many of the newest whole exchanges as fit, and where they begin; None if none does.
 
     By halving, since fewer exchanges are shorter: a long conversation has too many starts to render each.
     """
     messages = example.messages
-    system = [index for index in range(place) if messages[index].role == "system"]
-    starts = [index for index in range(place) if messages[index].role == "user"][1:]
-    fitting: _Encoded | None = None
+    starts = [
+        index
+        for index in range(start + 1, place)
+        if messages[index].role == "user" and any(message.role != "system" for message in messages[:index])
+    ]
+    fitting: tuple[_Encoded, int] | None = None
     low, high = 0, len(starts)
     while low < high:
         middle = (low + high) // 2
-        start = starts[middle]
-        kept = (*(messages[index] for index in system if index < start), *messages[start : place + 1])
-        (turn,) = split_turns([(Conversation(kept, example.tools), len(kept) - 1)], prompter)
-        (encoded,) = _encode([turn], prompter)
-        if _length(encoded, prompter) <= settings.max_length:
-            fitting, high = encoded, middle
+        encoded = _encode_from(example, starts[middle], place, prompter)
+        if _length(encoded, prompter) <= max_length:
+            fitting, high = (encoded, starts[middle]), middle
         else:
             low = middle + 1
     return fitting

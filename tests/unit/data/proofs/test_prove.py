@@ -1,5 +1,6 @@
 """Proofs of stored rows: silent on what is right, and by name, row and fix on each way of being wrong."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,7 +76,17 @@ def test_cut_rows_are_proven_and_told(max_length: int, truncation: str) -> None:
     if units[0].dropped is not None:
         return
     found = kinds(prove(stored(TWO_TURNS, CHAT, **chosen), **chosen))
-    assert found == [{"truncated": "cut"}.get(note, note) for note in sorted(units[0].notes)]
+    assert sorted(found) == sorted({"truncated": "cut"}.get(note, note) for note in units[0].notes)
+
+
+def test_turns_may_be_missing_only_where_their_prompt_leaves_no_room() -> None:
+    row = stored(TWO_TURNS, CHAT)
+    shorter = replace(row, units=((row.branches[0],),))
+    assert kinds(prove(shorter)) == ["turn_missing"]
+    prompt = len(row.branches[1].prompt_ids)
+    assert kinds(prove(shorter, max_length=prompt)) == ["turns_cut"]
+    assert kinds(prove(shorter, max_length=prompt + 1)) == ["turn_missing"]
+    assert kinds(prove(shorter, max_length=prompt, truncation="left")) == ["turn_missing"]
 
 
 def test_a_system_message_of_the_configuration_is_a_part_of_the_prompt() -> None:

@@ -385,3 +385,69 @@ def test_row_that_begins_with_two_bos_tokens_is_refused(bos: bool) -> None:
     bos_id = prompter.tokenizer.bos_token_id
     with pytest.raises(MaskError, match="begins with two bos tokens"):
         unit_of(Tokens((bos_id, bos_id, 7), (X, X, 7)), prompter=prompter)
+
+
+def long_talk(turns: int) -> Conversation:
+    return conversation(
+        "system: s", *(text for i in range(turns) for text in (f"user: red {i}", f"assistant: blue {i}"))
+    )
+
+
+@pytest.mark.parametrize("turns", [1, 7, 8, 9, 16, 17, 30])
+def test_long_conversations_give_the_branches_of_their_turns_one_by_one(turns: int) -> None:
+    talk = long_talk(turns)
+    branches = pairs(unit_of(talk, prompter=CHAT, max_length=10_000))
+    alone = [
+        pairs(
+            unit_of(
+                Conversation(talk.messages[: 3 + 2 * turn]), prompter=CHAT, train_on="last_response", max_length=10_000
+            )
+        )
+        for turn in range(turns)
+    ]
+    assert [[branch] for branch in branches] == alone
+
+
+@pytest.mark.parametrize("kept", [1, 5, 8, 12, 20])
+def test_right_truncation_keeps_the_turns_that_fit(kept: int) -> None:
+    whole = pairs(unit_of(long_talk(20), prompter=CHAT, max_length=10_000))
+    room = sum(map(len, whole[kept - 1]))
+    unit = unit_of(long_talk(20), prompter=CHAT, max_length=room)
+    assert pairs(unit)[:kept] == whole[:kept]
+    assert unit.dropped is None
+    assert ("turns_cut" in unit.notes) == (kept < 20)
+    assert unit_of(long_talk(20), prompter=CHAT, max_length=len(whole[0][0])).dropped == "prompt_too_long"
+
+
+def test_left_truncation_of_long_conversations_keeps_as_much_as_fits_and_every_answer() -> None:
+    talk = long_talk(30)
+    unit = unit_of(talk, prompter=CHAT, truncation="left", max_length=70)
+    whole = pairs(unit_of(talk, prompter=CHAT, max_length=10_000))
+    assert [answer for _, answer in pairs(unit)] == [answer for _, answer in whole]
+    assert unit.notes == {"turns_dropped"}
+    for turn, (prompt, answer) in enumerate(pairs(unit)):
+        starts = range(1, 2 + 2 * turn, 2)
+        served = [CHAT.encode_prompt((talk.messages[0], *talk.messages[start : 2 + 2 * turn])) for start in starts]
+        assert prompt == next(ids for ids in served if len(ids) + len(answer) <= 70)
+
+
+def test_system_message_stays_where_the_assistant_speaks_first() -> None:
+    talk = conversation(
+        "system: s", "assistant: hello there", "user: a b c", "assistant: one", "user: x", "assistant: two"
+    )
+    for kept in (
+        Conversation((talk.messages[0], *talk.messages[2:])),
+        Conversation((talk.messages[0], *talk.messages[4:])),
+    ):
+        expected = pairs(unit_of(kept, prompter=CHAT, train_on="last_response"))
+        room = sum(map(len, expected[0]))
+        unit = unit_of(talk, prompter=CHAT, truncation="left", train_on="last_response", max_length=room)
+        assert pairs(unit) == expected
+
+
+def test_of_all_what_comes_behind_the_last_answer_is_noted() -> None:
+    assert unit_of(TWO_TURNS, prompter=CHAT, train_on="all").notes == set()
+    open_end = Conversation((*TWO_TURNS.messages, Message("user", "and?")))
+    unit = unit_of(open_end, prompter=CHAT, train_on="all")
+    assert unit.notes == {"end_left_out"}
+    assert pairs(unit) == pairs(unit_of(TWO_TURNS, prompter=CHAT, train_on="all"))
