@@ -25,6 +25,7 @@ def test_prepare_writes_what_train_takes(tmp_path: Path) -> None:
     again = run_here(*command, "--overwrite")
     assert again.code == 0, again.err
     assert again.out.endswith(f"{tmp_path / 'tokens'}\n")
+    assert f"train on it with data.train={tmp_path / 'tokens'} data.validation=validation data.max_length=" in again.err
     for name, split in result["splits"].items():
         (line,) = [line for line in again.out.splitlines() if name in line and "tokens" not in line]
         assert all(f"{number:,}" in line for number in split.values())

@@ -128,12 +128,28 @@ def test_json_is_one_document_with_everything(world: World) -> None:
 def test_named_rows_are_shown_kept_or_dropped(world: World) -> None:
     rows = [*GOOD, chat("a " * 80, "x")]
     answer = world.preview(
-        rows, "--row", "4", "--row", "2", "--json", data={"max_length": 60, "max_dropped_fraction": 0.5}
+        rows,
+        "--row",
+        "4",
+        "--row",
+        "rows.jsonl:2",
+        "--json",
+        data={"max_length": 60, "max_dropped_fraction": 0.5},
     )
     dropped, kept = json.loads(answer.out)["rows"]
     assert (dropped["row"], dropped["status"], dropped["reason"]) == (4, "dropped", "prompt_too_long")
     assert "a a a" in dropped["fields"]["messages"]
     assert (kept["row"], kept["status"], kept["split"]) == (2, "kept", "train")
+
+
+def test_too_many_dropped_rows_are_shown_and_then_refused(world: World) -> None:
+    page = world.folder / "page.html"
+    answer = world.preview([*GOOD, chat("a " * 80, "x")], "--row", "4", "--html", str(page), data={"max_length": 60})
+    assert answer.code == 2
+    assert "1 of 4 train rows dropped (at most 5% may be" in answer.err
+    for words in ("rows.jsonl row 4: dropped, prompt_too_long", "rows kept", "no proof failed"):
+        assert words in answer.out, words
+    assert "prompt_too_long" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

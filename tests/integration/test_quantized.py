@@ -167,6 +167,13 @@ def test_the_curve_is_a_plain_loops_on_the_dequantized_weights(
     assert len(curve) == 8
 
 
+def tensors_in(state: Any) -> list[torch.Tensor]:
+    """Return the tensors of nested dictionaries."""
+    if isinstance(state, dict):
+        return [tensor for part in state.values() for tensor in tensors_in(part)]
+    return [state] if torch.is_tensor(state) else []
+
+
 @pytest.mark.parametrize(("kind", "optim"), [("nf4", "adamw_torch"), ("int8", "adamw_8bit")])
 def test_a_killed_run_resumes_to_the_same_adapter(
     bases: dict[str, Path], tmp_path: Path, kind: str, optim: str
@@ -176,6 +183,9 @@ def test_a_killed_run_resumes_to_the_same_adapter(
     sections: dict[str, Any] = {"model": quantized.KINDS[kind], "training": saving, "lora": {"r": 128}}
     config = run_config(bases["qwen2, with bias"], tmp_path, "whole", **sections)
     whole = loralab.train(config)
+    state = torch.load(whole.path / "checkpoints" / "checkpoint-8" / "optimizer.pt", weights_only=True)["state"]
+    moments = {tensor.dtype for tensor in tensors_in(state)}
+    assert (torch.uint8 in moments) is (optim == "adamw_8bit")
     cut = Path(shutil.copytree(whole.path, tmp_path / "cut"))
     for step in (6, 8):
         shutil.rmtree(cut / "checkpoints" / f"checkpoint-{step}")

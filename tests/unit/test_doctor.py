@@ -126,6 +126,7 @@ def test_second_version_of_control_groups(tmp_path: Path) -> None:
     write(root / "user/memory.current", f"{GIB}\n")
     assert read_limits(root, member) == Limits(2, 1.5, 8 * GIB, GIB)
     write(root / "user/job/memory.max", f"{4 * GIB}\n")  # the tightest counts
+    write(root / "user/job/cpu.max", "400000 100000\n")
     assert read_limits(root, member) == Limits(2, 1.5, 4 * GIB, None)
 
 

@@ -28,7 +28,8 @@ def prepare(
     loaded = load_run_config(config, overrides or [])
     from loralab.workflows.prepare import prepare as run_preparation
 
-    result = run_preparation(loaded, output, overwrite=overwrite, reporter=ConsoleReporter())
+    reporter = ConsoleReporter()
+    result = run_preparation(loaded, output, overwrite=overwrite, reporter=reporter)
     if as_json:
         print_json(result)
         return
@@ -36,4 +37,9 @@ def prepare(
     for name, facts in result["splits"].items():
         table.add_row(name, *(f"{facts[key]:,}" for key in ("rows", "tokens", "supervised_tokens")))
     ResultConsole().print(table)
+    settings = [
+        f"data.train={result['path']}",
+        *(f"data.{name}={name}" for name in result["splits"] if name != "train"),
+    ]
+    reporter.say(f"train on it with {' '.join([*settings, f'data.max_length={loaded.config.data.max_length}'])}")
     print(result["path"])

@@ -138,7 +138,7 @@ class DataConfig(Section):
         Field(
             "response",
             description="Which tokens carry loss: every answer (response), last_response, all, or the turns of the "
-            "roles in a list; text is always all.",
+            "roles in a list ([system, user, assistant, tool] or some of them); text is always all.",
         )
     )
     max_length: PositiveInt = Field(512, description="Longest example, in tokens, prompt and answer together.")

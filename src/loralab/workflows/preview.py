@@ -89,6 +89,7 @@ def preview(
     findings.add(_prove_contract(config, data, adapter))
     proofs = _prove(config, data, findings, request=request, reporter=reporter)
     report = _describe(config, data, findings, reporter)
+    proofs |= {"errors": findings.count("error"), "warnings": findings.count("warning")}
     return {"name": loaded.name, "rows": rows, "report": report, "proofs": proofs, "findings": findings.as_list()}
 
 
@@ -154,8 +155,7 @@ def _prove(
         reporter.progress("prove", done, wanted, detail=f"{done / max(time.monotonic() - started, 1e-3):,.0f} rows/s")
     reporter.finish("prove")
     rate = round(done / max(time.monotonic() - started, 1e-3))
-    facts = {"rows": done, "stored_rows": total, "spans": prover.spans, "rows_per_second": rate}
-    return facts | {"errors": findings.count("error"), "warnings": findings.count("warning")}
+    return {"rows": done, "stored_rows": total, "spans": prover.spans, "rows_per_second": rate}
 
 
 def _own_prompter(config: Config, data: PreparedData, reporter: Reporter) -> Prompter | None:

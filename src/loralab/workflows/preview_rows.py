@@ -59,7 +59,7 @@ class RowViewer:
         """Return everything that is stored of one row, or why there is nothing.
 
         Args:
-            name: number of the row, or source and number: `FILE:NUMBER`.
+            name: number of the row, or source and number: `FILE:NUMBER`, where the end of a path will do.
 
         Raises:
             DataError: there is no such row.
@@ -71,11 +71,12 @@ class RowViewer:
             )
         number, found = int(text), []
         sources = [source.name for pool in self._data.pools for source in pool.sources]
-        if source_name and source_name not in sources:
+        meant = [source for source in sources if _is_named(source, source_name)]
+        if not meant:
             raise DataError(f"no such source: {source_name!r}", where="option --row", fix=suggest(source_name, sources))
         for pool in self._data.pools:
             for index, (source, worker) in enumerate(zip(pool.sources, pool.workers, strict=True)):
-                if source_name in ("", source.name):
+                if source.name in meant:
                     found += self._stored(pool, index, number) or self._dropped(source, worker, number)
         if not found:
             raise DataError(
@@ -150,6 +151,11 @@ class RowViewer:
                 )
         facts = {"prompt_tokens": len(prompt), "answer_tokens": len(answer), "seen_tokens": seen}
         return facts | {"text": "".join(token["text"] for token in tokens), "tokens": tokens}, [*prompt, *answer]
+
+
+def _is_named(source: str, name: str) -> bool:
+    """Whether a source is the one named: every one by no name, else by its whole path or the end of it."""
+    return name in ("", source) or source.endswith(f"/{name}")
 
 
 def _facts(split: str | None, source: str, row: int) -> dict[str, Any]:

@@ -30,6 +30,24 @@ BROKEN: list[tuple[str, Values, list[str], str]] = [
     ("_check_train_on", {"data": {"train_on": []}}, ["data.train_on"], "names no role"),
     ("_check_train_on", {"data": {"train_on": ["user", "tool", "user"]}}, ["data.train_on"], "names 'user' twice"),
     ("_check_precision", {"model": {"precision": "float16", "device": "cpu"}}, ["model.precision"], "bfloat16"),
+    (
+        "_check_quantization",
+        {"model": {"quantization": "int8", "double_quantization": False}},
+        ["model.double_quantization"],
+        "int8, whose scales are never quantized",
+    ),
+    (
+        "_check_quantization",
+        {"model": {"quantization": "nf4", "device": "mps"}},
+        ["model.quantization"],
+        "nf4 on mps: it is offered on cuda and cpu",
+    ),
+    (
+        "_check_optimizer",
+        {"model": {"device": "cpu"}, "training": {"optim": "paged_adamw_8bit"}},
+        ["training.optim"],
+        "only the memory of a CUDA device is paged set training.optim: adamw_8bit",
+    ),
     ("_check_warmup", {"training": {"warmup_ratio": 0.1, "warmup_steps": 5}}, ["training.warmup_steps"], "0.1"),
     (
         "_check_warmup",

@@ -183,10 +183,13 @@ def test_variant_that_was_never_trained(name: str, tmp_path: Path) -> None:
     assert finding[1].startswith("the adapter was never trained")
 
 
-def test_start_that_is_not_zero_says_nothing_about_training(tmp_path: Path) -> None:
-    result = look(save(tmp_path, lora(init_lora_weights="pissa"), train=False))
+@pytest.mark.parametrize("start", ["pissa", "olora", "orthogonal"])
+def test_start_that_is_not_zero_says_nothing_about_training(start: str, tmp_path: Path) -> None:
+    folder = save(tmp_path, lora(init_lora_weights=start), train=False)
+    rewrite(folder, lambda tensors: {n: t * 0 if "lora_B" in n else t for n, t in tensors.items()})
+    result = look(folder)
     assert said(result) == []
-    assert result["variant"] == "pissa"
+    assert result["variant"] == start
 
 
 def test_layers_saved_whole_and_new_tokens(tmp_path: Path) -> None:

@@ -71,6 +71,19 @@ def test_sampled_steps_are_scaled_to_the_epoch(tmp_path: Path, monkeypatch: pyte
     assert some["tokens_without_sharing"] == every["tokens_without_sharing"]
 
 
+def test_tokens_without_sharing_are_counted_not_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"instruction": "red " * length, "output": "cat"} for length in range(1, 21)]
+    monkeypatch.setattr(workflow, "_SAMPLED_STEPS", 1)
+    report = show(load(tmp_path, rows, training={"per_device_train_batch_size": 1}))["report"]
+    assert report["epoch"]["tokens_without_sharing"] == report["splits"]["train"]["total_tokens"] - len(rows)
+
+
+def test_the_verdict_counts_what_the_whole_split_shows(tmp_path: Path) -> None:
+    result = show(load(tmp_path, [{"instruction": f"red {n}", "output": "cat"} for n in range(30)]))
+    assert [group["kind"] for group in result["findings"]] == ["repeated_answer"]
+    assert (result["proofs"]["errors"], result["proofs"]["warnings"]) == (0, 1)
+
+
 def test_weights_count_rows_as_often_as_they_are_taken(tmp_path: Path) -> None:
     tiny.write_rows(tmp_path / "more.json", tiny.alpaca_rows(10, seed=1))
     loaded = load(tmp_path)

@@ -5,12 +5,13 @@ Shares no code with `turns.py` and `tokenize.py`. The checks themselves are `tur
 for rows that no template touches, `untemplated_proofs.py`'s.
 """
 
+import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from loralab.data.example import Branch, Conversation, Document, Example, Message, Preformatted, Tokens
 from loralab.data.prompts.decoding import Decoder
-from loralab.data.prompts.prompter import Prompter
+from loralab.data.prompts.prompter import Prompter, Tools
 from loralab.data.proofs.findings import Finding, Seen
 from loralab.data.proofs.turn_proofs import TrainedTurn, TurnProof
 from loralab.data.proofs.untemplated_proofs import UntemplatedProver
@@ -115,8 +116,12 @@ class Prover:
         """Return whether the prompt of the first missing turn leaves no room for an answer."""
         if not missing or self._settings.truncation != "right":
             return False
-        prompt = self._prompter.serve(conversation.messages[: missing[0]], conversation.tools)
-        return len(prompt) >= self._settings.max_length
+        first, tools = missing[0], conversation.tools
+        if conversation.messages[first].role == "assistant":
+            return len(self._prompter.serve(conversation.messages[:first], tools)) >= self._settings.max_length
+        # Nobody prompts other roles: what stands before their content is no call, but a part of the rendering.
+        whole = self._prompter.render(conversation.messages[: first + 1], add_generation_prompt=False, tools=tools)
+        return len(self._prompter.encode([whole])[0]) >= self._settings.max_length
 
     def _twin_cases(self, number: int, row: StoredRow) -> tuple[list[tuple[int, Seen]], list[TrainedTurn]]:
         """Pair the spans of a row that was tokenized elsewhere with the answers of the conversation beside it."""
@@ -168,7 +173,7 @@ class Prover:
         if everything and self._settings.truncation == "right" and len(served) >= len(ids) == self._settings.max_length:
             case.prompt, case.answer = ids, []  # cut before the answer begins: the whole conversation is the measure
             return
-        for kept in (case.before, *(_newest_exchanges(case.before) if self._settings.truncation == "left" else ())):
+        for kept in self._kept(case.before, prompter, tools, None if everything else given):
             sent = prompter.serve(kept, tools)
             border = len(sent) if everything else given
             if ids[:border] == sent:
@@ -177,6 +182,30 @@ class Prover:
                 return
         border = len(served) if everything else given
         case.served, case.prompt, case.answer = served, ids[:border], ids[border:]
+
+    def _kept(
+        self, before: Sequence[Message], prompter: Prompter, tools: Tools, length: int | None
+    ) -> Iterator[tuple[Message, ...]]:
+        """Yield what a prompt may be made of: all before its turn, or the newest exchanges, the likeliest first.
+
+        Args:
+            before: the messages before the turn.
+            prompter: renders.
+            tools: of the conversation.
+            length: of the stored prompt, in tokens, where it is known.
+        """
+        yield tuple(before)
+        if self._settings.truncation != "left":
+            return
+        starts = [place for place, message in enumerate(before) if message.role == "user"]
+        # Fewer exchanges are shorter: trying each start of a long conversation at each of its turns would take hours.
+        if length is not None and starts:
+            nearest = bisect.bisect_left(
+                starts, -length, key=lambda start: -len(prompter.serve(_newest(before, start), tools))
+            )
+            yield _newest(before, starts[min(nearest, len(starts) - 1)])
+        for start in starts:
+            yield _newest(before, start)
 
 
 def _trained_turns(messages: Sequence[Message], train_on: object) -> list[int]:
@@ -190,8 +219,6 @@ def _trained_turns(messages: Sequence[Message], train_on: object) -> list[int]:
     return turns if train_on == "response" or not isinstance(train_on, str) else turns[-1:]
 
 
-def _newest_exchanges(before: Sequence[Message]) -> Iterator[tuple[Message, ...]]:
-    """Yield what is left of a prompt without its oldest exchanges; system messages stay."""
-    for start, message in enumerate(before):
-        if message.role == "user":
-            yield (*(other for other in before[:start] if other.role == "system"), *before[start:])
+def _newest(before: Sequence[Message], start: int) -> tuple[Message, ...]:
+    """Return a prompt's messages from `start` on, behind the system messages before; these stay."""
+    return (*(message for message in before[:start] if message.role == "system"), *before[start:])

@@ -89,6 +89,52 @@ def test_turns_may_be_missing_only_where_their_prompt_leaves_no_room() -> None:
     assert kinds(prove(shorter, max_length=prompt, truncation="left")) == ["turn_missing"]
 
 
+@pytest.mark.parametrize("name", ["alpaca", "vicuna", "none"])
+@pytest.mark.parametrize("truncation", ["right", "left"])
+def test_whole_conversations_that_were_cut_or_lost_turns_are_no_failures(name: str, truncation: str) -> None:
+    prompter = build_prompter(TEMPLATES[name])
+    talk = conversation("system: s", "user: q 0", "assistant: a", "user: r", "assistant: b", "user: t", "assistant: c")
+    proven = 0
+    for length in range(2, 90):
+        chosen = {"train_on": "all", "truncation": truncation, "max_length": length}
+        (units,) = tokenize_examples([talk], prompter=prompter, settings=settings(**chosen))
+        if units[0].dropped is None:
+            proven += 1
+            told = kinds(prove(stored(talk, prompter, **chosen), prompter, **chosen))
+            assert set(told) <= {"cut", "turns_dropped"}, (length, told)
+    assert proven > 20
+
+
+@pytest.mark.parametrize("train_on", [["user"], ["user", "assistant"]])
+def test_turns_of_other_roles_that_were_cut_off_are_no_failures(train_on: Any) -> None:
+    prompter = build_prompter(TEMPLATES["alpaca"])
+    talk = conversation("system: s", "user: q 0", "assistant: a", "user: r", "assistant: b")
+    told: set[str] = set()
+    for length in range(2, 90):
+        chosen = {"train_on": train_on, "max_length": length}
+        (units,) = tokenize_examples([talk], prompter=prompter, settings=settings(**chosen))
+        if units[0].dropped is None:
+            told |= set(kinds(prove(stored(talk, prompter, **chosen), prompter, **chosen)))
+    assert told == {"cut", "turns_cut"}
+
+
+def test_proof_of_a_long_conversation_without_its_oldest_turns_is_not_cubic() -> None:
+    prompter = build_prompter(CHATML)
+    rendered = 0
+
+    class Counting(Prompter):
+        def serve(self, *given: Any) -> list[int]:
+            nonlocal rendered
+            rendered += 1
+            return super().serve(*given)
+
+    turns = 120
+    talk = conversation(*(f"{('user', 'assistant')[place % 2]}: red {place}" for place in range(turns)))
+    row = stored(talk, prompter, truncation="left", max_length=80)
+    assert set(kinds(prove(row, Counting(prompter.tokenizer), truncation="left", max_length=80))) == {"turns_dropped"}
+    assert rendered < turns * 8
+
+
 def test_a_system_message_of_the_configuration_is_a_part_of_the_prompt() -> None:
     row = stored(conversation("user: a", "assistant: b"), CHAT, system="be blue")
     assert prove(row, system="be blue") == []
