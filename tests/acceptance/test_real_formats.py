@@ -133,7 +133,7 @@ NO_HEADER = f"{PRICE}/human_guesses_250.csv"
 def load(path: Path, columns: dict[str, str]) -> tuple[str, list[Any]]:
     """Return the format and the examples of a file, as the product reads them."""
     (source,) = resolve_sources(str(path), where="test")
-    rows = list(source.rows())
+    rows = list(source.by_number(list(columns.values())).rows())
     name, reason = resolve_format("auto", columns, first=rows[0].fields, where=source.name)
     assert reason.startswith("the column")
     return name, [build_example(name, row.fields, columns) for row in rows]
@@ -219,16 +219,14 @@ def csv_rows(path: Path) -> Iterator[list[str]]:
         yield from csv.reader(stream)
 
 
-def test_csv_without_a_header_is_refused_and_read_with_one(data_folder: Path, tmp_path: Path) -> None:
-    """human_guesses_250.csv begins with a row; the message says what to write above it, and then every row is read."""
+def test_csv_without_a_header_is_read_by_number(data_folder: Path) -> None:
+    """human_guesses_250.csv begins with a row; without a mapping the message says what to do."""
     path = data_folder / NO_HEADER
     with pytest.raises(DataError) as caught:
         load(path, {})
     fix = caught.value.problems[0].fix
     assert fix.startswith('write a header line, such as prompt,completion, above "How much does this cost')
-    mended = tmp_path / "human_guesses.csv"
-    mended.write_bytes(b"prompt,completion\n" + path.read_bytes())
-    found, examples = load(mended, {})
+    found, examples = load(path, {"prompt": "1", "completion": "2"})
     assert found == "prompt_completion"
     expected = [pair_messages({"prompt": prompt, "completion": guess}) for prompt, guess in csv_rows(path)]
     assert len(examples) == len(expected) == 250

@@ -80,8 +80,9 @@ class DataSource(Section):
     )
     weight: PositiveFloat = Field(
         1.0,
+        le=1000,
         description="Passes over this training source in one epoch: 0.5 takes another half of its rows each epoch, 2 "
-        "takes each row twice.",
+        "takes each row twice; at most 1000.",
     )
 
 

@@ -126,6 +126,7 @@ def _refuse_twice(members: Sequence[Member], where: str) -> None:
 
 def _member(source: Source, section: DataSource, data: DataConfig) -> Member:
     columns = dict(section.columns if section.columns is not None else data.columns)
+    source = source.by_number(list(columns.values()))
     first = next(iter(source.rows()))
     name, reason = resolve_format(section.format or data.format, columns, first=first.fields, where=source.name)
     return Member(source, name, reason, columns, section.weight)

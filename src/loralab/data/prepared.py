@@ -97,4 +97,11 @@ def _prompter(tokenizer: PreTrainedTokenizerBase, contract: Json, *, where: str)
     template = contract.get("template")
     if isinstance(template, str):
         tokenizer.chat_template = template
-    return load_contracted(tokenizer, contract, where=where)
+    try:
+        return load_contracted(tokenizer, contract, where=where)
+    except PromptContractError as error:
+        raise PromptContractError(
+            error.problems[0].what,
+            where=where,
+            fix="set model.name to the base that the rows were prepared for, or prepare them again for this one",
+        ) from error

@@ -92,6 +92,8 @@ def check_dropped(name: str, report: dict[str, Any], data: DataConfig) -> None:
     limit = "" if not kept else f" (at most {data.max_dropped_fraction:.0%} may be, data.max_dropped_fraction)"
     too_long = any("too_long" in reason for reason in report["dropped"])
     fix = f"raise data.max_length (now {data.max_length})" if too_long else "mend these rows"
+    if "prompt_too_long" in report["dropped"]:
+        fix += ", let conversations lose their oldest turns (data.truncation: left)"
     raise DataError(
         f"{read - kept} of {read} {name} rows dropped{limit}: {reasons}",
         where=f"split {name}{listed}",

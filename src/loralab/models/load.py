@@ -227,7 +227,7 @@ def _quantized_share(base: PreTrainedModel) -> str:
     share = facts["weights"] / (facts["weights"] + facts["weights_not_quantized"])
     error = facts["error"]
     changed = f", changed by {error['relative']:.1%} of their size" if error else ""
-    return f" ({facts['layers']} layers with {share:.0%} of the weights{changed}; products of dequantized weights)"
+    return f": {facts['layers']} layers with {share:.0%} of the weights{changed}; products of dequantized weights"
 
 
 def _check_complete(base: PreTrainedModel, info: Mapping[str, Any], model: ModelConfig) -> None:

@@ -142,7 +142,9 @@ def open_session(
         if line:
             reporter.say(line.replace("torch.", ""))
     prompter = open_prompter(target, config, reporter)
-    base, _ = load_base_model(config.model, dtype=precision.value, device=device.value)
+    base, choices = load_base_model(config.model, dtype=precision.value, device=device.value)
+    if choices["quantization"].value != "none":
+        reporter.say(f"quantization {choices['quantization'].value} ({choices['quantization'].reason})")
     model = load_adapter(base, target.adapter)
     model.to(device.value)
     template = str(prompter.tokenizer.chat_template) if contracted else None

@@ -32,6 +32,7 @@ from loralab.models.load import (
 from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
 from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json, write_json
+from loralab.training.arguments import check_optimizer
 from loralab.training.callbacks import StopRequest, catching_signals
 from loralab.training.checkpoint import find_checkpoint, read_checkpoint
 from loralab.training.distributed import Processes, joined, naming_losses
@@ -194,6 +195,7 @@ def _prepare(loaded: LoadedConfig, folder: RunFolder, *, reporter: Reporter, pro
     if processes.count > 1:
         device = replace(device, reason=f"each of {processes.count} processes takes its own")
     precision = resolve_precision(config.model, device.value)
+    check_optimizer(config.training.optim, device.value)
     choices: dict[str, Resolved[Any]] = {"device": device, "precision": precision}
     if note:
         reporter.say(note)

@@ -115,3 +115,25 @@ def test_noted_rows_are_listed(tmp_path: Path) -> None:
     report = prepared.report["splits"]["train"]
     assert report["notes"] == {"answer_altered": 1}
     assert report["noted_rows"] == {"answer_altered": [{"source": path, "row": 7}]}
+
+
+def test_columns_of_a_file_without_a_header_go_by_number(tmp_path: Path) -> None:
+    file = tmp_path / "bare.csv"
+    file.write_text('"red\ncat",blue\n"one, two",three\n', encoding="utf-8")
+    section = {"path": str(file), "columns": {"prompt": "1", "completion": "2"}}
+    prepared = prepare(tmp_path, train=[section])
+    texts = [
+        prepared.prompter.decode([*row.branches[0].prompt_ids, *row.branches[0].answer_ids])
+        for row in prepared.splits["train"]
+    ]
+    assert texts == ["red\ncatblue", "one, twothree"]
+    with pytest.raises(DataError, match="'3'"):
+        prepare(tmp_path, train=[{**section, "columns": {"prompt": "1", "completion": "3"}}])
+
+
+def test_columns_that_are_named_by_numbers_are_taken_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "named.csv"
+    file.write_text("2,1\nred,blue\n", encoding="utf-8")
+    prepared = prepare(tmp_path, train=[{"path": str(file), "columns": {"prompt": "1", "completion": "2"}}])
+    (row,) = prepared.splits["train"]
+    assert prepared.prompter.decode(list(row.branches[0].prompt_ids)) == "blue"

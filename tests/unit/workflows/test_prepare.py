@@ -141,8 +141,9 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     tokenizer = build_tokenizer(CHATML)
     tokenizer.add_tokens(["capital"])
     section = DataConfig(train=str(tmp_path / "made"), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(PromptContractError):
+    with pytest.raises(PromptContractError) as caught:
         prepare_data(section, tokenizer, reporter=Reporter())
+    assert "set model.name to the base that the rows were prepared for" in caught.value.problems[0].fix
 
 
 def test_stop_setting_of_the_folder_holds_again(tmp_path: Path) -> None:

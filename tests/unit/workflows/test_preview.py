@@ -79,7 +79,9 @@ def test_tokens_without_sharing_are_counted_not_estimated(tmp_path: Path, monkey
 
 
 def test_the_verdict_counts_what_the_whole_split_shows(tmp_path: Path) -> None:
-    result = show(load(tmp_path, [{"instruction": f"red {n}", "output": "cat"} for n in range(30)]))
+    result = show(
+        load(tmp_path, [{"instruction": f"red {n}", "output": "cat" if n < 30 else f"{n}"} for n in range(60)])
+    )
     assert [group["kind"] for group in result["findings"]] == ["repeated_answer"]
     assert (result["proofs"]["errors"], result["proofs"]["warnings"]) == (0, 1)
 

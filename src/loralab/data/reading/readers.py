@@ -36,13 +36,14 @@ def data_suffix(name: str) -> str:
     return Path(lower.removesuffix(packed)).suffix + packed
 
 
-def read_rows(path: Path, name: str, start: int = 0) -> Iterator[UnparsedRow]:
+def read_rows(path: Path, name: str, start: int = 0, *, numbered: bool = False) -> Iterator[UnparsedRow]:
     """Yield the rows of a file with a suffix of `READERS`, streaming where its format allows it.
 
     Args:
         path: the file.
         name: the file as the user named it, for messages.
         start: rows to leave out at the beginning.
+        numbered: whether columns go by number, as in a file of `NUMBERED` without a header.
 
     Raises:
         DataError: the file cannot be read, holds something else than its suffix says, or no row.
@@ -50,7 +51,7 @@ def read_rows(path: Path, name: str, start: int = 0) -> Iterator[UnparsedRow]:
     suffix, empty = data_suffix(path.name), not start
     try:
         with gzip.open(path, "rb") if suffix.endswith(".gz") else path.open("rb") as stream:
-            for row in READERS[suffix](stream, name, start):
+            for row in (NUMBERED if numbered else READERS)[suffix](stream, name, start):
                 empty = False
                 yield row
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -69,7 +70,9 @@ def unreadable(error: OSError, *, name: str, where: str | None = None) -> DataEr
     return DataError(f"cannot read {excerpt(name)}: {error.strerror or error}", where=where or name, fix=fix)
 
 
-def read_csv(stream: io.BufferedIOBase, name: str, start: int = 0, *, delimiter: str = ",") -> Iterator[Row]:
+def read_csv(
+    stream: io.BufferedIOBase, name: str, start: int = 0, *, delimiter: str = ",", header: bool = True
+) -> Iterator[Row]:
     """Yield one row per record below the header; every value is a string.
 
     Raises the field limit of Python's csv module for the whole process, which knows no other.
@@ -79,23 +82,29 @@ def read_csv(stream: io.BufferedIOBase, name: str, start: int = 0, *, delimiter:
         name: the file, for messages.
         start: rows to leave out at the beginning.
         delimiter: what stands between fields.
+        header: whether the first record names the columns; else they are "1", "2", ...
 
     Raises:
         DataError: the file is no UTF-8, a quote is out of place, or header and records do not fit.
     """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_CSV_FIELD_CHARACTERS))
     records = _csv_records(stream, name, delimiter)
-    line, header = next(records, (1, []))
-    _check_header(header, f"{name} line {line}")
+    line, columns = next(records, (1, []))
+    if header:
+        _check_header(columns, f"{name} line {line}")
+    else:
+        records = itertools.chain([(line, columns)] if columns else [], records)
+        columns = [str(number) for number in range(1, len(columns) + 1)]
     for number, (line, values) in enumerate(records, 1):
-        if len(values) != len(header):
+        if len(values) != len(columns):
             raise DataError(
-                f"{len(values)} fields where the header has {len(header)}: {excerpt(values)}",
+                f"{len(values)} fields where the {'header' if header else 'first record'} has {len(columns)}: "
+                f"{excerpt(values)}",
                 where=Row({}, number, name, line).describe(),
                 fix="put a field that holds the separator or a line break between double quotes",
             )
         if number > start:
-            yield Row(dict(zip(header, values, strict=True)), number, name, line)
+            yield Row(dict(zip(columns, values, strict=True)), number, name, line)
 
 
 def _csv_records(stream: io.BufferedIOBase, name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -204,3 +213,7 @@ READERS: dict[str, Reader] = {
     **{f"{suffix}.gz": reader for suffix, reader in _PLAIN_READERS.items()},
     ".parquet": read_parquet,
 }
+# The same files without a header line: their columns are "1", "2", ...
+_BARE_CSV = functools.partial(read_csv, header=False)
+_BARE_TSV = functools.partial(read_csv, header=False, delimiter="\t")
+NUMBERED: dict[str, Reader] = {".csv": _BARE_CSV, ".csv.gz": _BARE_CSV, ".tsv": _BARE_TSV, ".tsv.gz": _BARE_TSV}

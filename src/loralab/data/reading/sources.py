@@ -9,8 +9,8 @@ import glob
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loralab.data.reading.hub import (
@@ -22,7 +22,7 @@ from loralab.data.reading.hub import (
     parse_hub_id,
 )
 from loralab.data.reading.json_rows import parse_row
-from loralab.data.reading.readers import READERS, data_suffix, read_rows, read_text, unreadable
+from loralab.data.reading.readers import NUMBERED, READERS, data_suffix, read_rows, read_text, unreadable
 from loralab.data.reading.rows import Row, UnparsedRow, excerpt
 from loralab.errors import DataError, Problem
 from loralab.lookup import nearest_name
@@ -42,11 +42,22 @@ class Source:
         name: path as the user wrote it, or Hub id with its split.
         fingerprint: SHA-256 of the content, in hexadecimal.
         read: begins a new pass over the rows, of which it leaves out as many as it is told.
+        is_unchanged: whether it is still what the fingerprint was made of, as far as that costs nothing.
+        read_numbered: as `read`, for a file whose columns may have no names; None for others.
     """
 
     name: str
     fingerprint: str
     read: Callable[[int], Iterator[UnparsedRow]]
+    is_unchanged: Callable[[], bool] = lambda: True
+    read_numbered: Callable[[int], Iterator[UnparsedRow]] | None = None
+
+    def by_number(self, columns: Collection[str]) -> "Source":
+        """Return the source with its columns by number, where `columns` are numbers and none is named so."""
+        if self.read_numbered is None or not columns or not all(column.isdecimal() for column in columns):
+            return self
+        header = next(iter(replace(self, read=self.read_numbered).rows())).fields.values()
+        return self if set(columns) & set(map(str, header)) else replace(self, read=self.read_numbered)
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         """Yield the rows behind the first `start`; may be called again.
@@ -180,7 +191,24 @@ def _find_file(name: str, path: Path, where: str, split: str | None) -> _Found:
 
 
 def _load_file(name: str, path: Path) -> Source:
-    return Source(name, file_sha256(path), functools.partial(read_rows, path, name))
+    state = _state(path)  # before it is hashed: what changes meanwhile is seen too
+    numbered = functools.partial(read_rows, path, name, numbered=True) if data_suffix(path.name) in NUMBERED else None
+    return Source(
+        name,
+        file_sha256(path),
+        functools.partial(read_rows, path, name),
+        is_unchanged=lambda: _state(path) == state,
+        read_numbered=numbered,
+    )
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Return what differs after a file was written or replaced, or None where it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _find_folder(name: str, path: Path, where: str, split: str | None) -> _Found:

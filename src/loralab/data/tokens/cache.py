@@ -149,6 +149,7 @@ def _tokenize(
     try:
         _say_start(writer, sources, label, reporter)
         _write_rows(writer, pipeline, label, reporter)
+        _refuse_changed(sources)
         writer.finish(parts)
     except BaseException as error:
         writer.close()
@@ -158,6 +159,15 @@ def _tokenize(
         raise
     finally:
         reporter.finish(label)
+
+
+def _refuse_changed(sources: Sequence[Source]) -> None:
+    """Refuse rows of a file that was written to: they would be kept under the name of what it held before."""
+    for source in sources:
+        if not source.is_unchanged():
+            raise DataError(
+                "the file changed while it was read", where=source.name, fix="start again once nothing writes to it"
+            )
 
 
 def _say_start(writer: StoreWriter, sources: Sequence[Source], label: str, reporter: Reporter) -> None:

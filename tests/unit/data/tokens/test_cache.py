@@ -372,6 +372,28 @@ def test_rows_that_cannot_be_used_leave_nothing(path: Path) -> None:
     assert entries(path) == []
 
 
+def test_file_that_changes_before_it_is_read_is_not_kept_under_its_old_name(path: Path) -> None:
+    before = path.read_bytes()
+
+    class Changing(Reporter):
+        def say(self, text: str) -> None:
+            if "cache miss" in text:
+                tiny.write_rows(path, tiny.alpaca_rows(ROWS, seed=1))
+
+    with pytest.raises(DataError, match="the file changed while it was read"):
+        load(path, Changing())
+    assert entries(path) == []
+    path.write_bytes(before)
+    notes = Notes()
+    load(path, notes)
+    assert notes.lines[0] == "cache miss: nothing is cached yet for these rows"
+
+
+def test_file_that_is_gone_after_it_was_read_is_no_source(path: Path) -> None:
+    with pytest.raises(DataError, match="the file changed while it was read"):
+        load(path, Notes(lambda _: path.unlink(missing_ok=True)))
+
+
 def test_a_failed_proof_leaves_nothing(path: Path) -> None:
     tiny.write_rows(path, [*tiny.alpaca_rows(20), {"instruction": "a", "output": "b" * 4}])
     # Heads the answer of the last row alone, so that twenty rows have been committed before.
