@@ -100,6 +100,11 @@ def test_wrong_value_tells_value_wish_and_meaning(path: Path) -> None:
     assert problem.fix == "training.seed: Seed of adapter weights, order of rows and dropout."
 
 
+def test_weight_without_end_is_refused(path: Path) -> None:
+    text = "model:\n  name: tiny\ndata:\n  train: [{path: a.json, weight: 1.0e+308}]\n"
+    assert any("less than or equal to 1000" in problem.what for problem in problems_of(path, text))
+
+
 def test_wrong_value_of_a_union_is_one_problem(path: Path) -> None:
     (problem,) = problems_of(path, TEXT + "  num_workers: -1\n")
     assert problem.what.startswith("data.num_workers got -1: ")

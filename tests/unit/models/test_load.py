@@ -152,3 +152,12 @@ def test_router_loss_is_switched_off_and_said(tmp_path: Path, base: Path) -> Non
     assert "output_router_logits was true" in choices["router_loss"].reason
     _, choices = load_base_model(ModelConfig(name=str(base)), dtype=torch.float32, device=CPU)
     assert "router_loss" not in choices
+
+
+@pytest.mark.parametrize("damage", ["[" * 100_000, '{"model": {"type": "Unheard"}}', "{", ""])
+def test_damaged_tokenizer_of_an_adapter_names_its_folder(damage: str, tmp_path: Path) -> None:
+    tiny.build_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(damage)
+    with pytest.raises(ModelError, match="cannot load the tokenizer in") as caught:
+        load_tokenizer(ModelConfig(name="base"), folder=tmp_path)
+    assert caught.value.problems[0].where == str(tmp_path)

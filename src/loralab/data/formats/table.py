@@ -188,7 +188,10 @@ def _no_format(first: Fields, doubts: list[str], where: str) -> DataError:
     fix = f"map yours with data.columns: {{field: column}} (fields: {needs}; a CSV file needs a header line)"
     value = next((name for name in first if len(name) > _LONGEST_NAME or "\n" in name), None)
     if value is not None:
-        fix = f"write a header line, such as prompt,completion, above {show(value)}, which is no column's name"
+        fix = (
+            f"write a header line, such as prompt,completion, above {show(value)}, which is no column's name, or map "
+            'columns by number: data.columns: {prompt: "1", completion: "2"}'
+        )
     return DataError(f"no format fits these columns: {list_names(first)}{reasons}", where=where, fix=fix)
 
 

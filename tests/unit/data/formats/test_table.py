@@ -396,7 +396,8 @@ def test_a_csv_file_without_a_header_is_told() -> None:
     with pytest.raises(DataError) as caught:
         detect({"How much?\n\nA fan.": "a", "120": "b"})
     assert caught.value.problems[0].fix == (
-        "write a header line, such as prompt,completion, above 'How much?\\n\\nA fan.', which is no column's name"
+        "write a header line, such as prompt,completion, above 'How much?\\n\\nA fan.', which is no column's name, "
+        'or map columns by number: data.columns: {prompt: "1", completion: "2"}'
     )
 
 
