@@ -86,7 +86,8 @@ CHANGES: dict[str, tuple[Callable[[World, Path], Sections], str]] = {
     "template": (setting("data", template="none"), "data.template was 'alpaca', now 'none'"),
     "stop tokens": (
         setting("data", stop_tokens=["!"]),
-        re.escape("""data.stop_tokens was '["<|end|>"]', now '["!"]'"""),
+        # An ordinary token that ends answers becomes a special one, so the tokenizer is another, too.
+        re.escape("""data.stop_tokens was '["<|end|>"]', now '["!"]'""") + f"; data.tokenizer {HASHES}",
     ),
     "tokenizer": (other_base(change_tokenizer), f"data.tokenizer {HASHES}"),
     "model weights": (other_base(change_weights), f"model weights {HASHES}"),
