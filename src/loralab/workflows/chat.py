@@ -17,14 +17,10 @@ from loralab.training.callbacks import StopRequest, catching_signals
 from loralab.workflows.dialogue import Chat, Reply
 from loralab.workflows.generate import check_sampling, check_system, resolve_system
 from loralab.workflows.prompts import check_texts
-from loralab.workflows.session import Session, open_session
+from loralab.workflows.session import PROMPT_SETTINGS, Session, open_session
 
 _READ = (
-    "model",
-    "data.template",
-    "data.template_kwargs",
-    "data.stop_tokens",
-    "data.system",
+    *PROMPT_SETTINGS,
     "evaluation.max_new_tokens",
 )
 # A conversation gives way to its next answer until this share of the positions is free for it.

@@ -12,17 +12,9 @@ from loralab.errors import ConfigError, DataError, Problem
 from loralab.evaluation.generate import GenerationSettings, generate_answers
 from loralab.progress import Reporter
 from loralab.workflows.prompts import check_texts
-from loralab.workflows.session import Session, open_session
+from loralab.workflows.session import PROMPT_SETTINGS, Session, open_session
 
-_READ = (
-    "model",
-    "data.template",
-    "data.template_kwargs",
-    "data.stop_tokens",
-    "data.system",
-    "evaluation.batch_size",
-    "evaluation.max_new_tokens",
-)
+_READ = (*PROMPT_SETTINGS, "evaluation.batch_size", "evaluation.max_new_tokens")
 
 
 def generate(

@@ -30,6 +30,8 @@ from loralab.workflows.configure import load_run_config
 _NEVER_READ = ("model.base_dropout",)
 # An adapter's contract fixes its template and stop tokens.
 _IN_CONTRACT = ("data.template", "data.template_kwargs", "data.stop_tokens", "data.system")
+# What overrides can change for a command that prompts; a contract takes the second part back.
+PROMPT_SETTINGS = ("model", *_IN_CONTRACT)
 
 
 @dataclass(frozen=True, slots=True)

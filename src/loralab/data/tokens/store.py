@@ -4,6 +4,7 @@ Owns the layout of a store's folder: raw arrays, and a manifest with their sizes
 Writing is `store_writer.py`'s.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,7 +85,12 @@ class TokenStore(Sequence[TokenizedExample]):
 
     def noted(self, note: str) -> Integers:
         """Return the positions in this view of the examples with a note of `tokenize.NOTES`."""
-        return np.flatnonzero(self._column(_NOTES) & note_bit(note)).astype(np.int64)
+        return np.flatnonzero(self._notes & note_bit(note)).astype(np.int64)
+
+    @functools.cached_property
+    def _notes(self) -> npt.NDArray[np.uint32]:
+        """Notes of each example as bits, read once: a report asks for every note."""
+        return self._column(_NOTES).astype(np.uint32)
 
     def lengths(self) -> Integers:
         """Return the length of each example's longest branch, in tokens."""

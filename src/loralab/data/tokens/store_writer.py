@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from loralab.data.tokens.packing import PackedRows
+from loralab.data.tokens.packing import EXAMPLE_COLUMNS, PackedRows
 from loralab.data.tokens.store import ARRAYS, MANIFEST, content_hash
 
 PROGRESS = "progress.json"
@@ -139,8 +139,8 @@ class StoreWriter:
         progress.examples += len(examples)
         progress.branches += len(packed.branches)
         progress.tokens += len(packed.tokens)
-        progress.total_tokens += int(examples[:, 6].sum())
-        progress.supervised_tokens += int(examples[:, 7].sum())
+        progress.total_tokens += int(examples[:, EXAMPLE_COLUMNS.index("length")].sum())
+        progress.supervised_tokens += int(examples[:, EXAMPLE_COLUMNS.index("supervised")].sum())
         progress.largest_id = max(progress.largest_id, int(packed.tokens.max(initial=0)))
         for system, count in packed.systems.items():
             if system is None:

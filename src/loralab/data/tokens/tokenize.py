@@ -236,9 +236,7 @@ def _add_turn(unit: Unit, encoded: _Encoded, prompter: Prompter, settings: Token
         return "empty_prompt"
     if not answer:  # the content of another role than the assistant's
         return "empty_turn"
-    unit.notes |= encoded.turn.notes
-    if len(answer) == 1 and encoded.turn.answered:
-        unit.notes.add("empty_answer")
+    notes = {*encoded.turn.notes, *(("empty_answer",) if len(answer) == 1 and encoded.turn.answered else ())}
     length = len(prompt) + len(answer)
     if settings.train_on == "all":
         prompt, answer = prompt[:1], [*prompt[1:], *answer]
@@ -247,9 +245,10 @@ def _add_turn(unit: Unit, encoded: _Encoded, prompter: Prompter, settings: Token
         if dropped is not None:
             return dropped
         answer = answer[: settings.max_length - len(prompt)]
-        unit.notes.add("truncated")
+        notes.add("truncated")
     _refuse_doubled_bos([*prompt[:2], *answer[:1]], prompter)  # of `all`, the prompt is one token
     unit.branches.append(_branch(prompt, answer))
+    unit.notes |= notes  # not before: a turn that is left out leaves no trace
     return None
 
 

@@ -451,3 +451,14 @@ def test_of_all_what_comes_behind_the_last_answer_is_noted() -> None:
     unit = unit_of(open_end, prompter=CHAT, train_on="all")
     assert unit.notes == {"end_left_out"}
     assert pairs(unit) == pairs(unit_of(TWO_TURNS, prompter=CHAT, train_on="all"))
+
+
+def test_a_turn_that_is_left_out_leaves_no_note() -> None:
+    prompter = PROMPTERS["trimming"]
+    talk = Conversation(
+        (*conversation("user: a", "assistant: b").messages, Message("user", "c"), Message("assistant", " d "))
+    )
+    whole = unit_of(talk, prompter=prompter)
+    assert whole.notes == {"answer_altered"}
+    cut = unit_of(talk, prompter=prompter, max_length=len(whole.branches[1].prompt_ids))
+    assert (len(cut.branches), cut.notes) == (1, {"turns_cut"})
