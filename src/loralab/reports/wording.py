@@ -185,7 +185,7 @@ def _caveats(facts: Facts, rows: float | None) -> list[str]:
         caveats.append(
             "The same rows chose when to stop or which checkpoint to keep, which flatters the adapter a bit."
         )
-    if rows is not None and rows < FEW_ROWS:
+    if rows is not None and 1 < rows < FEW_ROWS:  # of one row there is no interval
         caveats.append(f"Few rows ({format_count(rows)}): the interval is rough.")
     return caveats
 

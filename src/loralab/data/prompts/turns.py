@@ -100,6 +100,8 @@ def _split_answer(conversation: Conversation, turn: int, prompter: Prompter, pro
     end = max(end, _check_calls(rest, message, turn, notes))
     if message.reasoning and message.reasoning.strip() not in rest:
         notes.add("reasoning_left_out")
+    if not (message.content.strip() or message.reasoning or message.tool_calls):
+        notes.add("empty_answer")  # told by the row: a template may write a blank before it
     notes |= _check_before(conversation, turn, prompt)
     stops = [rest.find(text, end) + len(text) for text in prompter.stop.texts if text in rest[end:]]
     return Turn(prompt, rest[: min(stops)] if stops else rest, notes=notes)

@@ -236,7 +236,7 @@ def _add_turn(unit: Unit, encoded: _Encoded, prompter: Prompter, settings: Token
         return "empty_prompt"
     if not answer:  # the content of another role than the assistant's
         return "empty_turn"
-    notes = {*encoded.turn.notes, *(("empty_answer",) if len(answer) == 1 and encoded.turn.answered else ())}
+    notes = set(encoded.turn.notes)
     length = len(prompt) + len(answer)
     if settings.train_on == "all":
         prompt, answer = prompt[:1], [*prompt[1:], *answer]

@@ -204,3 +204,14 @@ def test_template_that_knows_no_tools_is_told() -> None:
         split(Conversation((Message("user", "a"), CALL)), 1, plain)
     example = Conversation((Message("user", "a"), Message("assistant", "b", reasoning="think")), (TOOL,))
     assert turn_of(example, 1, plain).notes == {"reasoning_left_out", "tools_left_out"}
+
+
+@pytest.mark.parametrize(("content", "empty"), [("", True), (" \n", True), ("a", False)])
+@pytest.mark.parametrize("lead", ["", " "])
+def test_answer_that_says_nothing_is_noted_whatever_the_template_writes_before_it(
+    content: str, empty: bool, lead: str
+) -> None:
+    said = "{{ '" + lead + "' + message['content'] if message.role == 'assistant' else message['content'] }}"
+    prompter = build_prompter(CHATML.replace("{{ message['content'] }}", said))
+    example = Conversation((Message("user", "why?"), Message("assistant", content)))
+    assert ("empty_answer" in turn_of(example, 1, prompter).notes) is empty
