@@ -24,9 +24,10 @@ from loralab.config.schema import DataConfig, LoraConfig, ModelConfig
 from loralab.data.dataset import PreparedData, prepare_data
 from loralab.layout.collate import StepBatch
 from loralab.layout.planner import Planner
-from loralab.models.adapters import build_adapter, resolve_target_modules
+from loralab.models.adapters import build_adapter
 from loralab.models.load import load_base_model, load_tokenizer
 from loralab.models.self_check import resolve_tree_kernel
+from loralab.models.targets import resolve_target_modules
 from loralab.progress import Reporter
 from loralab.training.loss import run_micro_batches
 from loralab.workflows.demo import demo_files

@@ -7,8 +7,8 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from loralab.models.adapters import linear_layers
 from loralab.models.quantized import QuantizedLinear4bit
+from loralab.models.targets import linear_layers
 
 _Linear4bit: Any = Linear4bit  # its constructor has no types
 

@@ -13,8 +13,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from loralab.config.schema import ModelConfig
 from loralab.errors import ModelError
-from loralab.models.adapters import FUSED_FAMILIES
 from loralab.models.precision import Resolved
+from loralab.models.targets import FUSED_FAMILIES
 
 BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 _DEVICES = ("cuda", "cpu")

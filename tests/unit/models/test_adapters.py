@@ -12,16 +12,15 @@ from loralab.config.schema import LoraConfig
 from loralab.errors import ConfigError, ModelError
 from loralab.models.adapters import (
     CONFIG_FILE,
-    VARIANTS,
     WEIGHTS_FILE,
     adapter_sha256,
     build_adapter,
-    linear_layers,
     load_adapter,
     read_adapter_config,
-    resolve_target_modules,
 )
 from loralab.models.supervised import SupervisedPeftModel
+from loralab.models.targets import linear_layers, resolve_target_modules
+from loralab.models.variants import VARIANTS
 from support import tiny
 from support.families import build_family
 
