@@ -5,7 +5,7 @@ by an epoch of the other, and the ratio of each pair is reported. Without argume
 demo's embedded model and rows. Run it on an idle machine:
 
     python benchmarks/throughput.py [--model FOLDER --data FILE.json] [--rows 200] [--repeats 5]
-        [--layout shared|packed|padded] [--batch 4] [--precision float32|bfloat16]
+        [--layout shared|packed|padded] [--batch 4] [--precision float32|bfloat16] [--device cpu|cuda]
 """
 
 import argparse
@@ -33,7 +33,6 @@ from loralab.training.loss import run_micro_batches
 from loralab.workflows.demo import demo_files
 
 LENGTH = 512
-CPU = torch.device("cpu")
 
 
 def steps_of(data: PreparedData, planner: Planner, *, batch: int, rows: int) -> list[StepBatch]:
@@ -42,11 +41,16 @@ def steps_of(data: PreparedData, planner: Planner, *, batch: int, rows: int) -> 
     return [planner([split[i] for i in range(s, s + batch)]) for s in range(0, rows - batch + 1, batch)]
 
 
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Return where a model is."""
+    return next(model.parameters()).device
+
+
 def plain_epoch(model: torch.nn.Module, steps: list[StepBatch], optimizer: torch.optim.Optimizer) -> list[float]:
     """Train one epoch as a plain script does: full logits, labels of -100; return the losses."""
     losses = []
     for step in steps:
-        (batch,) = step.micro_batches
+        batch = step.micro_batches[0].to(device_of(model))
         labels = torch.full_like(batch.input_ids, -100)
         shifted = torch.full_like(batch.input_ids, -100).flatten()
         shifted[batch.label_positions] = batch.labels
@@ -70,7 +74,7 @@ def our_epoch(model: torch.nn.Module, steps: list[StepBatch], optimizer: torch.o
     for step in steps:
         count = step.supervised_tokens
         result = run_micro_batches(
-            model, step.micro_batches, device=CPU, backward=lambda s, n=count: (s / n).backward()
+            model, step.micro_batches, device=device_of(model), backward=lambda s, n=count: (s / n).backward()
         )
         optimizer.step()
         optimizer.zero_grad()
@@ -89,15 +93,18 @@ def main() -> None:
     parser.add_argument("--layout", default="shared", choices=("shared", "packed", "padded"))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    model = ModelConfig(name=arguments.model, precision=arguments.precision, device="cpu")
+    device = torch.device(arguments.device)
+    model = ModelConfig(name=arguments.model, precision=arguments.precision, device=arguments.device)
     section = DataConfig(train=str(arguments.data), max_length=LENGTH, stop_tokens=arguments.stop_token)
     data = prepare_data(section, load_tokenizer(model), reporter=Reporter())
     dtype = getattr(torch, arguments.precision)
     lora = LoraConfig(target_modules="attention")
-    base, _ = load_base_model(model, dtype=dtype, device=CPU)
+    base, _ = load_base_model(model, dtype=dtype, device=device)
     targets = resolve_target_modules(base, lora).value
     ours, _ = build_adapter(base, lora, seed=0)
+    ours.to(device)
     ours.tree_kernel = resolve_tree_kernel(ours).value
     rows = min(arguments.rows, len(data.splits["train"]))
     planner = Planner(4096, layout=arguments.layout)
@@ -109,7 +116,9 @@ def main() -> None:
         dtype=dtype,
         config=copy.deepcopy(base.config),  # without the base's dropout, as ours
     )
-    plain = get_peft_model(plain_base, PeftLoraConfig(r=lora.r, lora_alpha=int(lora.alpha), target_modules=targets))
+    plain = get_peft_model(
+        plain_base.to(device), PeftLoraConfig(r=lora.r, lora_alpha=int(lora.alpha), target_modules=targets)
+    )
     contenders = {"loralab": (ours, our_epoch, steps), "plain": (plain, plain_epoch, padded)}
     optimizers = {
         n: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3)

@@ -14,6 +14,7 @@
       ProofError             exit 3: a proof failed
         MaskError              what would carry loss is not the answer
         PromptContractError    the prompt is not the one that the adapter was trained on
+        DeadAdapterError       something that is said to be trained is not
       StoppedBySignal        exit 128 + signal: stopped on request
 
 Owns the form of a message (what, where, fix); printing it is the CLI's.
@@ -134,6 +135,10 @@ class MaskError(ProofError):
 
 class PromptContractError(ProofError):
     """The prompt that would be sent is not the one that the adapter was trained on."""
+
+
+class DeadAdapterError(ProofError):
+    """Tensors that are said to be trained have no gradient."""
 
 
 class StoppedBySignal(LoralabError):

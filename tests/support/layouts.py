@@ -101,7 +101,7 @@ def transformers_loss_and_gradients(
 def _gradients(model: SupervisedPeftModel) -> Gradients:
     found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     assert found
-    assert all("lora_" in name for name in found)
+    assert found.keys() == {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert all(bool(gradient.any()) for gradient in found.values())
     return found
 

@@ -9,6 +9,7 @@ import pytest
 from loralab.errors import (
     ConfigError,
     DataError,
+    DeadAdapterError,
     LoralabError,
     MaskError,
     ModelError,
@@ -40,6 +41,7 @@ EXIT_CODES = {
     TemplateError: 2,
     MaskError: 3,
     PromptContractError: 3,
+    DeadAdapterError: 3,
 }
 THREE_LINES = "error: what 7\nwhere: there\nfix:   so"
 

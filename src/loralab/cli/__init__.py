@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from loralab.cli import asking, data, environment, measuring, previewing, start, training
+from loralab.cli import asking, data, environment, measuring, planning, previewing, start, training
 from loralab.cli.application import app
 from loralab.console import ClosedOutput, ConsoleReporter, discard, printable, speaks, tolerate_characters
 from loralab.errors import LoralabError
@@ -26,7 +26,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "schema": start.schema,
     },
     "Data": {"preview": previewing.preview, "prepare": data.prepare},
-    "Train": {"train": training.train, "replay": training.replay},
+    "Train": {"plan": planning.plan, "train": training.train, "replay": training.replay},
     "Measure": {"inspect": environment.inspect, "eval": measuring.evaluate, "report": measuring.report},
     "Ask": {"generate": asking.generate, "chat": asking.chat},
 }

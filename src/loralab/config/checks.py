@@ -7,8 +7,9 @@ where they are met (`data`, `models`), before anything is written.
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
+from loralab.config import lora_checks
+from loralab.config.findings import Finding
 from loralab.config.schema import Config, DataSource
 from loralab.lookup import suggest
 
@@ -55,21 +56,6 @@ OWN_KEYS = {
     "per_device_eval_batch_size": "evaluation.batch_size",
     "metric_for_best_model": "training.early_stopping.metric",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A broken rule.
-
-    Attributes:
-        key: dotted key that the user should look at.
-        what: what is wrong, with the value that was got.
-        fix: what to do about it.
-    """
-
-    key: str
-    what: str
-    fix: str
 
 
 def check_config(config: Config) -> list[Finding]:
@@ -358,4 +344,5 @@ RULES: tuple[Rule, ...] = (
     _check_polynomial_end,
     _check_text,
     _check_layout,
+    *lora_checks.RULES,
 )

@@ -15,7 +15,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from loralab.config.checks import Finding, check_config
+from loralab.config.checks import check_config
+from loralab.config.findings import Finding
 from loralab.config.paths import check_paths
 from loralab.config.schema import Config, DataSource
 from loralab.config.yaml_lines import dump_yaml, parse_scalar, parse_yaml

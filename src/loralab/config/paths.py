@@ -9,7 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from loralab.config.checks import Finding, source_names
+from loralab.config.checks import source_names
+from loralab.config.findings import Finding
 from loralab.config.schema import Config
 from loralab.errors import ConfigError
 

@@ -7,7 +7,7 @@ reading of files (`load.py`). No torch here: help and configuration errors must 
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationInfo, field_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -168,15 +168,48 @@ class DataConfig(Section):
 class LoraConfig(Section):
     """The adapter."""
 
-    variant: Literal["lora"] = Field("lora", description="Kind of adapter.")
+    variant: Literal[
+        "lora", "rslora", "dora", "lora_plus", "pissa", "olora", "eva", "loftq", "vera", "loha", "lokr", "ia3"
+    ] = Field("lora", description="Kind of adapter.")
     r: PositiveInt = Field(8, description="Rank of the update matrices.")
-    alpha: PositiveFloat = Field(16.0, description="Scale: the update is multiplied by alpha / r.")
+    alpha: PositiveFloat = Field(
+        16.0, description="Scale: the update is multiplied by alpha / r (rslora: alpha / sqrt(r))."
+    )
+    loraplus_lr_ratio: Annotated[float, Field(ge=1.0)] = Field(
+        16.0, description="Learning rate of every B in lora_plus, as a multiple of training.learning_rate; 1 or more."
+    )
+    eva_rho: Annotated[float, Field(ge=1.0)] = Field(
+        2.0,
+        description="How far eva may raise a layer's rank, as a multiple of r, where others shrink; 1 keeps all at r.",
+    )
+    eva_rows: PositiveInt = Field(
+        256, description="Training rows whose activations eva computes its first weights from, drawn by training.seed."
+    )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="Dropout probability at the adapter's input, 0 to below 1."
     )
     target_modules: str | list[str] = Field(
         "auto",
-        description="Layers that get an adapter: auto (all linear layers but the head), attention, or a list of names.",
+        description="Layers that get an adapter: auto or all-linear (all linear layers but the head), attention, a "
+        "list of names, or a regular expression for whole layer names.",
+    )
+    layers_to_transform: list[StrictInt] | None = Field(
+        None,
+        description="Numbers of the decoder layers that get an adapter, from 0, or from the end: [-2, -1] are the top "
+        "two; null takes all.",
+    )
+    rank_pattern: dict[str, PositiveInt] | None = Field(
+        None, description="Another r for some layers, {name or regular expression: r}; the first match counts."
+    )
+    alpha_pattern: dict[str, PositiveFloat] | None = Field(
+        None, description="Another alpha for some layers, {name or regular expression: alpha}; the first match counts."
+    )
+    modules_to_save: list[str] | None = Field(
+        None,
+        description="Layers that are trained whole and saved with the adapter, by name: norms, embed_tokens, lm_head.",
+    )
+    trainable_token_indices: list[StrictInt | StrictStr] | None = Field(
+        None, description="Tokens whose rows of the embedding are trained, by id or by text, such as [151643, <|sep|>]."
     )
 
 
@@ -239,6 +272,11 @@ class TrainingConfig(Section):
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time, same gradients."
+    )
+    cache_frozen_trunk: Literal["auto", "off"] = Field(
+        "auto",
+        description="Where only upper layers have an adapter: keep on disk what the layers below give for each row, "
+        "and start behind them; auto does it where rows come again and there is room, loss and gradients are the same.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         42, description="Seed of adapter weights, order of rows and dropout."

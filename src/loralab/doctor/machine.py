@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loralab.doctor.findings import Finding, Section, render_bytes
-from loralab.doctor.limits import Limits
+from loralab.models.limits import Limits
 
 # Below this, not even a model of half a billion parameters trains.
 _LITTLE_MEMORY = 4 * 2**30

@@ -17,10 +17,13 @@ from transformers import PreTrainedModel
 from loralab.config.schema import LoraConfig
 from loralab.errors import ModelError, excerpt
 from loralab.lookup import look_up
+from loralab.models.eva import Batches, find_directions, with_ranks
+from loralab.models.first_weights import Beginning, check_dora
 from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
-from loralab.models.targets import resolve_target_modules
-from loralab.models.variants import VARIANTS
+from loralab.models.targets import adapted_layers, placement, resolve_target_modules
+from loralab.models.trained_modules import hold_masters
+from loralab.models.variants import VARIANTS, Site, check_site, needs_activations
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ CONFIG_FILE = "adapter_config.json"
 
 
 def build_adapter(
-    base: PreTrainedModel, lora: LoraConfig, *, seed: int
+    base: PreTrainedModel, lora: LoraConfig, *, seed: int, batches: Batches | None = None, saved: Path | None = None
 ) -> tuple[SupervisedPeftModel, dict[str, Resolved[str]]]:
     """Put a fresh adapter on a frozen base; its weights are float32 masters.
 
@@ -37,29 +40,57 @@ def build_adapter(
         base: the frozen base model.
         lora: the adapter section.
         seed: of the adapter's initial weights.
+        batches: training rows that variant eva looks at, padded.
+        saved: folder of saved weights of the same adapter that come next: first weights are not computed.
 
     Returns:
         The model with its adapter, and the automatic choices.
 
     Raises:
-        ConfigError: a target layer that does not exist.
+        ConfigError: a target layer that does not exist, or a variant that this base cannot take.
+        ModelError: first weights cannot be computed for this base.
     """
     targets = resolve_target_modules(base, lora)
-    build = look_up(VARIANTS, lora.variant, kind="adapter variant", where="key lora.variant")
+    look_up(VARIANTS, lora.variant, kind="adapter variant", where="key lora.variant")
+    layers = adapted_layers(lora, base, targets.value)
+    site = Site(base, layers, placement(lora, base, targets.value), seed)
+    check_site(lora.variant, site)
+    config, beginning = _configure(lora, site, batches=batches, saved=saved)
     torch.manual_seed(seed)
-    model = _wrap(base, build(lora, base, targets.value))
+    model = _wrap(base, config)
     chosen = {"target_modules": Resolved(", ".join(targets.value), targets.reason)}
+    start = VARIANTS[lora.variant].start
+    if start is not None:
+        chosen["first_weights"] = start(model, beginning)
     reason = model.check_head()
     path = "full logits" if reason else "gathered"
     chosen["head"] = Resolved(path, reason or "head(gathered hidden states) equals the model's own logits")
     return model, chosen
 
 
+def _configure(
+    lora: LoraConfig, site: Site, *, batches: Batches | None, saved: Path | None
+) -> tuple[PeftConfig, Beginning]:
+    """Return PEFT's configuration, and what first weights are made from."""
+    config = VARIANTS[lora.variant].build(lora, site)
+    blank = next(site.base.parameters()).is_meta  # a plan's model has no numbers to compute from
+    if not needs_activations(lora):
+        return config, Beginning(saved=saved is not None or blank)
+    if saved is not None:  # the ranks that were dealt out are in its configuration
+        config = read_adapter_config(saved, where=str(saved))
+        config.inference_mode = False
+        return config, Beginning(saved=True)
+    directions = find_directions(site.base, config, batches or ())
+    return with_ranks(config, directions), Beginning(directions=directions)
+
+
 def _wrap(base: PreTrainedModel, config: PeftConfig) -> SupervisedPeftModel:
     with warnings.catch_warnings():
         # PEFT 0.21 asks for a property that transformers 5.23 has renamed; nothing that a user could mend.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return SupervisedPeftModel(base, config, autocast_adapter_dtype=True)
+        model = SupervisedPeftModel(base, config, autocast_adapter_dtype=True)
+    hold_masters(model)
+    return model
 
 
 def load_adapter(base: PreTrainedModel, folder: Path, *, where: str = "argument RUN") -> SupervisedPeftModel:
@@ -80,7 +111,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, where: str = "argument 
             fix="name the base that it was trained on",
         ) from error
     unexpected = list(getattr(result, "unexpected_keys", []))
-    missing = [key for key in getattr(result, "missing_keys", []) if "lora_" in key]
+    missing = list(getattr(result, "missing_keys", []))  # of the adapter alone, PEFT leaves out the base's
     if unexpected or missing:
         raise ModelError(
             f"the adapter does not fit this base: {len(missing)} tensors missing, {len(unexpected)} match nothing "
@@ -88,6 +119,8 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, where: str = "argument 
             where=str(folder),
             fix="name the base that it was trained on",
         )
+    if getattr(config, "use_dora", False):
+        check_dora(model)
     model.check_head()
     model.eval()
     return model

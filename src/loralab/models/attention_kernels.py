@@ -5,6 +5,7 @@ Owns the products and the form of the mask that each way wants. What may be seen
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
@@ -12,11 +13,16 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
 Allowed = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _RECOMPILE_LIMIT = 64
+# Below 128 queries FlexAttention would take its decoding kernel, which has no form for lengths that vary
+# (torch 2.11 fails while compiling it); training rows are never that short for long.
+_FLEX_OPTIONS: FlexKernelOptions = {"FORCE_USE_FLEX_ATTENTION": True}
+# Where the keyword is not there yet, fewer key heads than query heads are taken as they come.
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class TreeRoot(Protocol):
@@ -244,14 +250,16 @@ def _attend_blocks(inputs: AttentionInputs, mask: BlockMask) -> Tensor:
         block_mask=mask,
         scale=inputs.scale,
         enable_gqa=_grouped(inputs),
+        kernel_options=_FLEX_OPTIONS,
     )
 
 
 def _mask_lengths(seen: Visibility) -> tuple[Tensor, int] | BlockMask:
     if not all(seen.plain(root) for root in seen.roots):
         return _mask_blocks(seen)
-    borders = torch.tensor([0, *(root.end for root in seen.roots)], dtype=torch.int32, device=seen.device)
-    return borders, max(root.end - root.start for root in seen.roots)
+    borders = torch.tensor([0, *(root.end for root in seen.roots)], dtype=torch.int32)
+    # Without waiting: a blocking copy would let the device run dry before every micro-batch.
+    return borders.to(seen.device, non_blocking=True), max(root.end - root.start for root in seen.roots)
 
 
 def _attend_lengths(inputs: AttentionInputs, mask: tuple[Tensor, int] | BlockMask) -> Tensor:
@@ -261,7 +269,7 @@ def _attend_lengths(inputs: AttentionInputs, mask: tuple[Tensor, int] | BlockMas
         raise NotImplementedError("variable-length attention computes no soft cap, sinks or dropout")
     borders, longest = mask
     query, key, value = (t[0].transpose(0, 1).contiguous() for t in (inputs.query, inputs.key, inputs.value))
-    further: dict[str, Any] = {"enable_gqa": True} if _grouped(inputs) else {}  # not every torch has the keyword
+    further: dict[str, Any] = _GROUPED if _grouped(inputs) else {}
     out: Any = varlen_attn(
         query,
         key,

@@ -7,6 +7,7 @@ are safetensors only; remote code runs only when asked for.
 import hashlib
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,8 +28,9 @@ from transformers.utils import logging as transformers_logging
 from loralab.config.schema import ModelConfig
 from loralab.errors import ModelError, excerpt
 from loralab.lookup import nearest_name
+from loralab.models.allocator import returning_memory
 from loralab.models.precision import Resolved
-from loralab.models.quantization import BITSANDBYTES, resolve_quantization, stored_quantization
+from loralab.models.quantization import BITSANDBYTES, Quantization, resolve_quantization, stored_quantization
 from loralab.run import file_sha256
 
 if BITSANDBYTES:
@@ -170,9 +172,15 @@ def check_vocabulary(base: PreTrainedModel, largest_id: int) -> None:
 
 
 def load_base_model(
-    model: ModelConfig, *, dtype: torch.dtype, device: torch.device
+    model: ModelConfig, *, dtype: torch.dtype, device: torch.device, residual_rank: int | None = None
 ) -> tuple[PreTrainedModel, dict[str, Resolved[str]]]:
     """Load the base model, frozen, in `dtype` on `device`.
+
+    Args:
+        model: the model section.
+        dtype: type of the weights that are not quantized.
+        device: where it goes.
+        residual_rank: how many directions of what quantization changes are kept per layer, or None.
 
     Returns:
         The model, and the automatic choices that were made.
@@ -180,26 +188,27 @@ def load_base_model(
     Raises:
         ModelError: it cannot be loaded.
     """
-    config = load_model_config(model)
-    dropout = _set_dropout(config, model)
-    router = _drop_router_loss(config)
-    attention = resolve_attention(model, config)
-    quantization = resolve_quantization(model, config, device)
+    config, settled = settle_base(model, device)
+    attention, quantization = settled.attention, settled.quantization
     quantized = quantization.value is not None
+    placing: dict[str, Any] = {}
+    if quantization.value is not None:
+        placing = loading_arguments(quantization.value, device, residual_rank=residual_rank)
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # progress is the reporter's
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model_source(model.name),
-            config=config,
-            revision=model.revision,
-            dtype=dtype,
-            attn_implementation=attention.value,
-            use_safetensors=True,
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-            **(loading_arguments(quantization.value, device) if quantization.value is not None else {}),
-        )
+        with returning_memory():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model_source(model.name),
+                config=config,
+                revision=model.revision,
+                dtype=dtype,
+                attn_implementation=attention.value,
+                use_safetensors=True,
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
+                **placing,
+            )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise _explain(error, model, "weights") from error
     finally:
@@ -216,8 +225,37 @@ def load_base_model(
     base.to(device)  # type: ignore[arg-type]
     base.config.use_cache = False
     held = Resolved(str(quantization.value or "none"), quantization.reason + _quantized_share(base))
-    choices = {"base_dropout": dropout, "attn_implementation": attention, "quantization": held, **router}
+    choices = {"attn_implementation": attention, "quantization": held, **settled.others}
     return base, choices
+
+
+@dataclass(frozen=True, slots=True)
+class SettledBase:
+    """What is chosen of a base before its weights are read.
+
+    Attributes:
+        attention: its own attention, for rows that are no token trees.
+        quantization: how its linear layers are held.
+        others: what was changed in its configuration, by name.
+    """
+
+    attention: Resolved[str]
+    quantization: Resolved[Quantization | None]
+    others: dict[str, Resolved[str]]
+
+
+def settle_base(model: ModelConfig, device: torch.device) -> tuple[PreTrainedConfig, SettledBase]:
+    """Load a base model's configuration and choose what its weights are read for.
+
+    Returns:
+        The configuration as it is trained under, and the choices.
+
+    Raises:
+        ModelError: the configuration cannot be loaded, or the quantization is none for this base or device.
+    """
+    config = load_model_config(model)
+    others = {"base_dropout": _set_dropout(config, model), **_drop_router_loss(config)}
+    return config, SettledBase(resolve_attention(model, config), resolve_quantization(model, config, device), others)
 
 
 def _quantized_share(base: PreTrainedModel) -> str:

@@ -1,16 +1,19 @@
 """How many tokens may go through the model at once.
 
-Owns the estimate behind `training.token_budget: auto`. It is resolved once per run and kept: the
-budget never changes the loss, but a resume is bit-equal only under the same one.
+Owns the choice behind `training.token_budget: auto`, and what is free. It is resolved once per run and
+kept: the budget never changes the loss, but a resume is bit-equal only under the same one. What a token
+takes is counted on the model itself (`blueprint.py`); the rule of thumb here stands in where that
+cannot be.
 """
 
 import math
-from pathlib import Path
+from dataclasses import dataclass
 
 import psutil
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
+from loralab.models.limits import read_limits
 from loralab.models.precision import Resolved
 
 # Longer micro-batches no longer raise the rate: the products are large enough.
@@ -25,6 +28,19 @@ _PAIR_BYTES = 16
 _SMALLEST = 256
 
 
+@dataclass(frozen=True, slots=True)
+class TokenMemory:
+    """What a micro-batch takes at most, as a line over its tokens.
+
+    Attributes:
+        per_token: bytes of each token.
+        fixed: bytes of any micro-batch: logits of a chunk, gradients.
+    """
+
+    per_token: float
+    fixed: float
+
+
 def resolve_token_budget(
     setting: str | int,
     *,
@@ -33,6 +49,8 @@ def resolve_token_budget(
     device: torch.device,
     checkpointing: bool,
     sharing: int = 1,
+    counted: TokenMemory | None = None,
+    free: int | None = None,
 ) -> Resolved[int]:
     """Choose the most tokens of a micro-batch.
 
@@ -43,17 +61,21 @@ def resolve_token_budget(
         device: where to compute; the model is there already.
         checkpointing: whether activations are recomputed.
         sharing: processes that share a CPU's memory.
+        counted: what a micro-batch takes, or None for the rule of thumb.
+        free: bytes that are free once the model is there; None for what is free now.
     """
     if setting != "auto":
         return Resolved(int(setting), "set in training.token_budget")
-    free = free_bytes(device) * _USABLE.get(device.type, 0.5) / (1 if device.type == "cuda" else sharing)
-    per_token = activation_bytes(config, dtype=dtype, checkpointing=checkpointing)
+    left = free_bytes(device) if free is None else free
+    usable = left * _USABLE.get(device.type, 0.5) / (1 if device.type == "cuda" else sharing)
+    if counted is None:
+        counted = TokenMemory(activation_bytes(config, dtype=dtype, checkpointing=checkpointing), 0.0)
     ceiling = _CEILING.get(device.type, 4_096)
-    fitting = _fitting_tokens(free, per_token, pair_bytes(config, dtype=dtype))
+    fitting = _fitting_tokens(max(usable - counted.fixed, 0.0), counted.per_token, pair_bytes(config, dtype=dtype))
     budget = max(_SMALLEST, 1 << (max(min(fitting, ceiling), 1).bit_length() - 1))
     if fitting >= ceiling:
         return Resolved(budget, f"more tokens at once bring no speed on {device.type}")
-    shown = f"{free / 2**30:.1f} GiB at about {per_token / 2**10:.0f} KiB of activations per token"
+    shown = f"{usable / 2**30:.1f} GiB at about {counted.per_token / 2**10:.0f} KiB of activations per token"
     return Resolved(budget, f"{shown}, rounded down to a power of two")
 
 
@@ -98,16 +120,5 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = int(psutil.virtual_memory().available)
-    limit = _container_limit()
-    return available if limit is None else min(available, limit)
-
-
-def _container_limit() -> int | None:
-    """Return what the control group leaves, in bytes, or None where it sets no limit."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
-        used = int((folder / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
-    return max(int(limit) - used, 0) if limit.isdigit() else None
+    left = read_limits().left_bytes
+    return available if left is None else min(available, left)

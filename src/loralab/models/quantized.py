@@ -24,6 +24,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from loralab.models.factors import Factors
+
 
 @dataclass(frozen=True, slots=True)
 class WeightError:
@@ -98,11 +100,13 @@ class QuantizedLinear(nn.Linear):
     Attributes:
         source_cls: class of the layer that was replaced.
         weight_error: what quantization did to this layer; None where the original was never seen.
+        residual: low-rank factors of it, until an adapter has taken them; None where none were asked for.
     """
 
     weight: Any  # the library's parameter, which carries its scales
     source_cls: type[nn.Module] = nn.Linear
     weight_error: WeightError | None = None
+    residual: Factors | None = None
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Return the weights that the layer stands for (out, in), in `dtype`."""

@@ -20,6 +20,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from loralab.errors import ModelError, excerpt
+from loralab.models.factors import principal_factors
 from loralab.models.quantization import Quantization
 from loralab.models.quantized import QuantizedLinear, QuantizedLinear4bit, QuantizedLinear8bit, WeightError, dequantize
 
@@ -35,20 +36,29 @@ class MeasuredConfig(BitsAndBytesConfig):
         super().__init__(**values)  # type: ignore[no-untyped-call]
         name = _EIGHT_BIT if self.load_in_8bit else _FOUR_BIT
         self.quant_method = name  # type: ignore[assignment]
+        self.residual_rank: int | None = None
 
     @classmethod
-    def of(cls, chosen: Quantization) -> "MeasuredConfig":
-        """Return the configuration of a choice."""
+    def of(cls, chosen: Quantization, *, residual_rank: int | None) -> "MeasuredConfig":
+        """Return the configuration of a choice.
+
+        Args:
+            chosen: the quantization.
+            residual_rank: how many directions of what it changes are kept per layer, or None.
+        """
         if chosen.kind == "int8":
             return cls(load_in_8bit=True)
-        return cls(load_in_4bit=True, bnb_4bit_quant_type=chosen.kind, bnb_4bit_use_double_quant=chosen.double)
+        config = cls(load_in_4bit=True, bnb_4bit_quant_type=chosen.kind, bnb_4bit_use_double_quant=chosen.double)
+        config.residual_rank = residual_rank
+        return config
 
 
 class _Measured4bit(Bnb4bitQuantize):
     """Quantizes a weight, and notes on its layer what that changed."""
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        return _measured(super().convert(input_dict, **kwargs), input_dict, kwargs["model"])
+        rank = getattr(self.hf_quantizer.quantization_config, "residual_rank", None)
+        return _measured(super().convert(input_dict, **kwargs), input_dict, kwargs["model"], rank)
 
 
 class _Measured8bit(Bnb8bitQuantize):
@@ -70,32 +80,49 @@ class _Quantizer8bit(Bnb8BitHfQuantizer):
         return _Measured8bit(self)  # type: ignore[no-untyped-call]
 
 
-def _measured(quantized: dict[str, Tensor], originals: dict[str, Any], model: PreTrainedModel) -> dict[str, Tensor]:
+def _measured(
+    quantized: dict[str, Tensor], originals: dict[str, Any], model: PreTrainedModel, rank: int | None = None
+) -> dict[str, Tensor]:
     for name, weight in quantized.items():
         found = originals[name]
         original: Tensor = found[0] if isinstance(found, list) else found
-        layer = model.get_submodule(name.rpartition(".")[0])
-        layer.weight_error = _compare(layer, original, cast(nn.Parameter, weight))  # type: ignore[assignment]
+        layer: Any = model.get_submodule(name.rpartition(".")[0])
+        # A Conv1D holds its weight the other way round.
+        before = (original.T if issubclass(layer.source_cls, Conv1D) else original).float()
+        changed = before.to(weight.device) - dequantize(cast(nn.Parameter, weight)).float()
+        layer.weight_error = WeightError(
+            float(changed.square().sum(dtype=torch.float64)),
+            float(before.square().sum(dtype=torch.float64)),
+            before.numel(),
+        )
+        if rank is not None:
+            layer.residual = principal_factors(changed, min(rank, *changed.shape))
     return quantized
 
 
-def _compare(layer: nn.Module, original: Tensor, weight: nn.Parameter) -> WeightError:
-    """Return what quantization did to one weight; a Conv1D holds its own the other way round."""
-    shown = original.T if issubclass(layer.source_cls, Conv1D) else original  # type: ignore[arg-type]
-    before = shown.float()
-    squared = (dequantize(weight).float() - before).square().sum(dtype=torch.float64)
-    return WeightError(float(squared), float(before.square().sum(dtype=torch.float64)), before.numel())
-
-
-def loading_arguments(chosen: Quantization, device: torch.device) -> dict[str, Any]:
+def loading_arguments(
+    chosen: Quantization, device: torch.device, *, residual_rank: int | None = None
+) -> dict[str, Any]:
     """Return what `from_pretrained` needs, so that each weight is quantized as it is read.
 
     Args:
         chosen: the quantization.
         device: where the model goes.
+        residual_rank: how many directions of what quantization changes are kept per layer, or None.
+
+    Raises:
+        ModelError: directions are wanted of weights whose originals are not there.
     """
     place: dict[str, Any] = {"device_map": {"": device}}
-    return place if chosen.stored else place | {"quantization_config": MeasuredConfig.of(chosen)}
+    if not chosen.stored:
+        return place | {"quantization_config": MeasuredConfig.of(chosen, residual_rank=residual_rank)}
+    if residual_rank is not None:
+        raise ModelError(
+            f"variant loftq on weights that are stored in {chosen.kind}: what quantization changed is not known",
+            where="keys lora.variant, model.name",
+            fix=f"name the unquantized model and set model.quantization: {chosen.kind}, or set lora.variant: lora",
+        )
+    return place
 
 
 def adopt_layers(base: PreTrainedModel, name: str) -> list[QuantizedLinear]:
@@ -138,6 +165,7 @@ def _adopt(layer: Linear4bit | Linear8bitLt) -> QuantizedLinear:
         own = QuantizedLinear4bit.adopt(layer)
     own.source_cls = layer.source_cls  # type: ignore[assignment]
     own.weight_error = getattr(layer, "weight_error", None)
+    own.residual = getattr(layer, "residual", None)
     return own.train(layer.training)
 
 

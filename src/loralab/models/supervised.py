@@ -5,7 +5,9 @@ the head. It is the model's own forward, so that wrappers (DDP, FSDP) see it. Hi
 gathered before the head: no logit is computed that no label needs.
 """
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,7 @@ from loralab.models.attention_kernels import TreeRoot
 from loralab.models.dropout import DropoutKeys, KeyedDropout, token_keys
 from loralab.models.families import LogitTail, find_logit_tail
 from loralab.models.token_loss import TokenLosses, token_losses, token_statistics
+from loralab.models.trunk import CachedTrunk
 
 # Rows of the probe that compares the gathered head with the model's own logits.
 _PROBE_TOKENS = 8
@@ -34,15 +37,23 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         stock_attention: the attention that the base was loaded with.
         tree_kernel: name of the attention kernel for token trees, or None where there is none.
         full_logits_reason: why logits come from the model's own forward, or None.
+        cached_trunk: what the frozen layers below the lowest adapter gave, or None.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # With checkpoints, transformers and PEFT both let the embedding's output have a gradient. Only reentrant
+        # ones need that, and the backward sweep would go through all frozen layers.
+        args[0].disable_input_require_grads()
         super().__init__(*args, **kwargs)
+        self.language_model.disable_input_require_grads()
         self.stock_attention: str = str(self.language_model.config._attn_implementation)
         self.tree_kernel: str | None = None
         self.full_logits_reason: str | None = None
+        self.cached_trunk: CachedTrunk | None = None
         self._tail: LogitTail = find_logit_tail(self.language_model.config)
         self._keys = DropoutKeys()
+        # Once: where single tokens are trained, asking for the weight puts the whole matrix together.
+        self._vocabulary = int(self.embedding.weight.shape[0])
         self._drops = key_dropout(self, self._keys) > 0
 
     @property
@@ -105,9 +116,12 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         self._keys.tokens = None
         if self._drops and dropout_key is not None and token_prefixes is not None:
             self._keys.tokens = token_keys(*dropout_key, token_prefixes)
+        trunk = self._skipping_trunk(token_prefixes, inputs["attention_mask"])
         if self.full_logits_reason is not None:
-            return self._model_losses(label_positions, labels, inputs, statistics=statistics)
-        hidden = self.hidden_states(**inputs).flatten(0, 1)[label_positions]
+            with trunk:
+                return self._model_losses(label_positions, labels, inputs, statistics=statistics)
+        with trunk:
+            hidden = self.hidden_states(**inputs).flatten(0, 1)[label_positions]
         head_module = self.head
         trained = any(weight.requires_grad for weight in head_module.parameters())
 
@@ -115,10 +129,23 @@ class SupervisedPeftModel(PeftModelForCausalLM):
             with self._keys.narrowed(label_positions[chunk]):
                 return self._tail(head_module(states))
 
-        size = self.embedding.weight.shape[0]
+        size = self._vocabulary
         if statistics:
             return token_statistics(head, hidden, labels, vocabulary=size)
         return token_losses(head, hidden, labels, vocabulary=size, trained_head=trained)
+
+    def _skipping_trunk(self, prefixes: Tensor | None, mask: Tensor) -> AbstractContextManager[None]:
+        """Return what a forward runs in that starts behind the frozen layers, where their output is known."""
+        if self.cached_trunk is None or prefixes is None:
+            return contextlib.nullcontext()
+        return self.cached_trunk.serving(prefixes, mask)
+
+    @property
+    def body(self) -> nn.Module:
+        """The base model without its head."""
+        model = self.language_model
+        # Llama 4 names its decoder otherwise than it holds it: `base_model` and `get_decoder()` are the model itself.
+        return cast(nn.Module, model.base_model if model.base_model is not model else model.model)
 
     def hidden_states(
         self,
@@ -141,10 +168,7 @@ class SupervisedPeftModel(PeftModelForCausalLM):
             roots: the trees of the only row, or None where rows are plain chains.
         """
         inputs = self._attending(attention_mask, depth, subtree_end, roots)
-        model = self.language_model
-        # Llama 4 names its decoder otherwise than it holds it: `base_model` and `get_decoder()` are the model itself.
-        body = cast(nn.Module, model.base_model if model.base_model is not model else model.model)
-        hidden: Tensor = body(
+        hidden: Tensor = self.body(
             input_ids=input_ids, attention_mask=inputs, position_ids=position_ids, use_cache=False
         ).last_hidden_state
         return hidden
@@ -217,15 +241,18 @@ class SupervisedPeftModel(PeftModelForCausalLM):
 
 
 def key_dropout(model: nn.Module, keys: DropoutKeys) -> int:
-    """Let every LoRA layer drop by key instead of by torch's generator.
+    """Let every adapted layer drop by key instead of by torch's generator.
 
-    Only PEFT's `lora_dropout` containers are touched, which hold one module per adapter.
+    Only PEFT's containers of dropout are touched, which hold one module per adapter.
 
     Returns:
         How many layers drop.
     """
     containers: list[nn.ModuleDict] = [
-        found for module in model.modules() if isinstance(found := getattr(module, "lora_dropout", None), nn.ModuleDict)
+        found
+        for module in model.modules()
+        for name in ("lora_dropout", "vera_dropout")
+        if isinstance(found := getattr(module, name, None), nn.ModuleDict)
     ]
     changed = 0
     for number, container in enumerate(containers):

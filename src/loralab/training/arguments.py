@@ -7,12 +7,13 @@ filters and progress bars.
 import importlib.util
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainingArguments
 
 from loralab.config.checks import UNPAGED
@@ -101,6 +102,23 @@ def check_optimizer(optim: str, device: torch.device) -> None:
 def count_steps(training: TrainingConfig, steps_per_epoch: int) -> int:
     """Return the optimizer steps of a run."""
     return training.max_steps or math.ceil(steps_per_epoch * training.num_train_epochs)
+
+
+def raise_rates(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], ratio: float) -> None:
+    """Give some weights of a fresh optimizer groups of their own, with a multiple of the learning rate.
+
+    Args:
+        optimizer: has made no step.
+        weights: those with the higher rate.
+        ratio: of their rate to that of their group.
+    """
+    chosen = {id(weight) for weight in weights}
+    for group in list(optimizer.param_groups):
+        raised = [weight for weight in group["params"] if id(weight) in chosen]
+        if not raised:
+            continue
+        group["params"] = [weight for weight in group["params"] if id(weight) not in chosen]
+        optimizer.add_param_group({**group, "params": raised, "lr": group["lr"] * ratio})
 
 
 @contextmanager

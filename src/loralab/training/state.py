@@ -30,6 +30,8 @@ class RunState:
         laid_out_tokens: tokens that went through the model for them; fewer where prefixes were shared.
         token_budget: most tokens of a micro-batch, or None before the first step.
         train_examples: rows trained on so far.
+        alive: whether every trained tensor has been seen to learn.
+        attended: whether the newest step had a label with more than one token before it.
     """
 
     window_total: float = 0.0
@@ -45,6 +47,8 @@ class RunState:
     train_examples: int = 0
     laid_out_tokens: int = 0
     token_budget: int | None = None
+    alive: bool = False
+    attended: bool = False
     window_tokens: int = field(default=0)
     _started: float = field(default_factory=time.perf_counter, repr=False)
     _window_started: float = field(default_factory=time.perf_counter, repr=False)

@@ -18,7 +18,9 @@ from transformers import Trainer
 from loralab.errors import OutOfMemoryError, TrainingDivergedError
 from loralab.layout.collate import StepBatch
 from loralab.layout.planner import ShrinkingPlanner
+from loralab.training.arguments import raise_rates
 from loralab.training.distributed import ALONE, Processes
+from loralab.training.liveness import check_reached, no_gradient_at_all
 from loralab.training.loss import LossSum, run_micro_batches
 from loralab.training.state import RunState
 
@@ -36,6 +38,7 @@ class StepTrainer(Trainer):
         planner: laid out the steps; lays a step out again when memory runs out.
         on_shrink: told of the step and the new token budget when that happened.
         processes: those that share each step.
+        loraplus_lr_ratio: learning rate of every B, as a multiple of the others'.
         **kwargs: for Trainer.
     """
 
@@ -48,6 +51,7 @@ class StepTrainer(Trainer):
         planner: ShrinkingPlanner,
         on_shrink: Shrunk,
         processes: Processes = ALONE,
+        loraplus_lr_ratio: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -57,11 +61,25 @@ class StepTrainer(Trainer):
         self._planner = planner
         self._on_shrink = on_shrink
         self._processes = processes
+        self._loraplus_lr_ratio = loraplus_lr_ratio
         self._reduced_once = processes.count == 1
 
     def get_train_dataloader(self) -> DataLoader[StepBatch]:
         """Return the steps as they are: the sampler knows the ranks, so nothing may shard it again."""
         return self._steps
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Give every B of a LoRA+ run its own learning rate, whatever the optimizer.
+
+        Source: Hayou, Ghosh & Yu 2024, LoRA+, section 4.
+        """
+        fresh = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if fresh and self._loraplus_lr_ratio != 1.0:
+            trained: Any = self.model if model is None else model
+            raised = [weight for name, weight in trained.named_parameters() if "lora_B" in name]
+            raise_rates(optimizer, raised, self._loraplus_lr_ratio)
+        return optimizer
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[StepBatch], num_batches: int, device: torch.device
@@ -69,7 +87,8 @@ class StepTrainer(Trainer):
         """Return the next step and its supervised tokens over all ranks (scalar)."""
         batch = next(epoch_iterator)
         count = self._processes.sum(np.array([batch.supervised_tokens], dtype=np.float64))
-        return [batch], torch.tensor(int(count[0]), dtype=torch.int64, device=device)
+        # On the CPU, whatever the device: read back from there, it would make the host wait for the step before.
+        return [batch], torch.tensor(int(count[0]), dtype=torch.int64)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Run forward and backward of one optimizer step.
@@ -92,8 +111,12 @@ class StepTrainer(Trainer):
         scale = self._processes.count / max(count, 1)
 
         result, step = self._run_step(model, step, scale)
-        own = np.array([float(result.total), step.example_tokens, step.tokens, len(step.rows)], dtype=np.float64)
-        total, tokens, laid_out, examples = (float(value) for value in self._processes.sum(own))
+        attended = 0 if self._run_state.alive else _deepest_label(step)
+        own = np.array(
+            [float(result.total), step.example_tokens, step.tokens, len(step.rows), attended], dtype=np.float64
+        )
+        total, tokens, laid_out, examples, deepest = (float(value) for value in self._processes.sum(own))
+        self._run_state.attended = deepest > 0
         if not math.isfinite(total):
             parts = self._processes.gather((float(result.total), step.rows))
             raise _diverged(parts, self.state.global_step + 1)
@@ -107,6 +130,8 @@ class StepTrainer(Trainer):
         """Run a step's micro-batches; out of memory, run all of them again in smaller ones."""
 
         def backward(loss: Tensor) -> None:
+            if not loss.requires_grad:
+                raise no_gradient_at_all(self.state.global_step + 1)
             self.accelerator.backward(loss * scale)
 
         def context(last: bool) -> contextlib.AbstractContextManager[object]:
@@ -146,9 +171,12 @@ class StepTrainer(Trainer):
         any_row = self._planner([self.train_dataset[0]]).micro_batches[:1]  # type: ignore[index]
 
         def backward(loss: Tensor) -> None:
+            if not loss.requires_grad:
+                raise no_gradient_at_all(self.state.global_step + 1)
             self.accelerator.backward(loss.nan_to_num() * 0.0)
 
         run_micro_batches(model, any_row, device=self.args.device, backward=backward, context=context, dropout_key=key)
+        check_reached(model, step=self.state.global_step + 1)
 
     def _check_divisible(self, step: StepBatch) -> None:
         """Check that a step that ran out of memory can be cut into smaller micro-batches.
@@ -191,6 +219,12 @@ class StepTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0: Trainer's own estimate cannot read a step."""
         return 0
+
+
+def _deepest_label(step: StepBatch) -> int:
+    """Return how many tokens the deepest label of a step has before the one that predicts it."""
+    depths = [batch.depth.flatten()[batch.label_positions] for batch in step.micro_batches if len(batch.labels)]
+    return max((int(depth.max()) for depth in depths), default=0)
 
 
 def _diverged(parts: Sequence[tuple[float, Sequence[tuple[int, int]]]], number: int) -> TrainingDivergedError:

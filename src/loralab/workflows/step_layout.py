@@ -9,22 +9,66 @@ from typing import Any
 
 import torch
 
-from loralab.config.schema import Config, ModelConfig
+from loralab.config.schema import Config, LoraConfig, ModelConfig
 from loralab.data.example import TokenizedExample
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, LoralabError
 from loralab.layout.grouping import find_prefix_groups, groups_per_step
 from loralab.layout.planner import Layout, Planner, SharingCost
+from loralab.models.blueprint import Blueprint, Untraceable, draw_blueprint, expect_tree_kernel
 from loralab.models.families import check_positions, find_positions
-from loralab.models.memory import resolve_token_budget
+from loralab.models.memory import TokenMemory, resolve_token_budget
 from loralab.models.precision import Resolved
 from loralab.models.self_check import find_training_noise, resolve_tree_kernel
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.training.distributed import ALONE, Processes
 from loralab.training.sampler import Share, StepSampler
+from loralab.workflows.step_memory import StepMeter
+
+
+def build_blueprint(config: Config, lora: LoraConfig, *, dtype: torch.dtype, device: torch.device) -> Blueprint:
+    """Build a run's model without numbers; see `draw_blueprint`.
+
+    Args:
+        config: the configuration.
+        lora: its adapter section, tokens by id.
+        dtype: compute type.
+        device: where the run computes.
+    """
+    return draw_blueprint(
+        config.model,
+        lora,
+        dtype=dtype,
+        device=device,
+        checkpointing=config.training.gradient_checkpointing,
+        seed=config.training.seed,
+    )
+
+
+def sketch_blueprint(config: Config, lora: LoraConfig, *, dtype: torch.dtype, device: torch.device) -> Blueprint | str:
+    """Return a run's model without numbers, or why there is none: a run goes on without it.
+
+    Args:
+        config: the configuration.
+        lora: its adapter section, tokens by id.
+        dtype: compute type.
+        device: where the run computes.
+    """
+    try:
+        return build_blueprint(config, lora, dtype=dtype, device=device)
+    except LoralabError as error:  # loading says it too, in its own place
+        return error.problems[0].what
+    except Untraceable as error:
+        return str(error)
 
 
 def resolve_planner(
-    model: SupervisedPeftModel, config: Config, *, max_length: int, device: torch.device, sharing: int = 1
+    model: SupervisedPeftModel,
+    config: Config,
+    *,
+    max_length: int,
+    device: torch.device,
+    sharing: int = 1,
+    blueprint: Blueprint | None = None,
 ) -> tuple[Planner, dict[str, Resolved[Any]]]:
     """Choose how steps are laid out, and let the model's attention follow.
 
@@ -34,6 +78,7 @@ def resolve_planner(
         max_length: longest example, in tokens.
         device: where the model is.
         sharing: processes of this run on this machine.
+        blueprint: what counts the memory of a token, or None for the rule of thumb.
 
     Returns:
         The planner, and the choices with their reasons.
@@ -42,25 +87,12 @@ def resolve_planner(
         ConfigError: a layout that was asked for and the model cannot take.
         ModelError: rows so long that the model's positions would depend on other rows.
     """
-    base = model.language_model
-    check_positions(base.config, max_length)
+    check_positions(model.language_model.config, max_length)
     kernel = _resolve_kernel(model, config.model, config.training.layout)
     model.tree_kernel = kernel.value
-    layout = _resolve_layout(config.training.layout, kernel)
-    budget = resolve_token_budget(
-        config.training.token_budget,
-        config=base.config,
-        dtype=model.embedding.weight.dtype,
-        device=device,
-        checkpointing=config.training.gradient_checkpointing,
-        sharing=sharing,
-    )
-    planner = Planner(
-        token_budget=budget.value,
-        layout=layout.value,
-        cost=SharingCost(tokens_per_pair=_pair_cost(model)),
-        position_threshold=find_positions(base.config).threshold,
-    )
+    layout = resolve_layout(config.training.layout, kernel)
+    counted = count_token_memory(config, blueprint, layout.value)
+    planner, budget = build_planner(model, config, layout=layout.value, device=device, sharing=sharing, counted=counted)
     shown = Resolved(kernel.value or model.stock_attention, kernel.reason)
     noise = find_training_noise(model)
     if noise is not None:
@@ -68,15 +100,101 @@ def resolve_planner(
     return planner, {"layout": layout, "attention": shown, "token_budget": budget}
 
 
+def expect_planner(
+    blueprint: Blueprint, config: Config, *, free: int, sharing: int = 1
+) -> tuple[Planner, dict[str, Resolved[Any]]]:
+    """Choose how steps are laid out as far as that can be told without weights; see `resolve_planner`.
+
+    Args:
+        blueprint: the model without numbers.
+        config: the configuration.
+        free: bytes that are free once the model is there.
+        sharing: processes of this run on this machine.
+    """
+    model = blueprint.model
+    check_positions(model.language_model.config, config.data.max_length)
+    kernel = _kernel_by_settings(config.model, config.training.layout) or expect_tree_kernel(blueprint)
+    layout = resolve_layout(config.training.layout, kernel)
+    counted = count_token_memory(config, blueprint, layout.value)
+    planner, budget = build_planner(
+        model, config, layout=layout.value, device=blueprint.device, sharing=sharing, counted=counted, free=free
+    )
+    shown = Resolved(kernel.value or model.stock_attention, kernel.reason)
+    return planner, {"layout": layout, "attention": shown, "token_budget": budget}
+
+
+def count_token_memory(config: Config, blueprint: Blueprint | None, layout: Layout) -> TokenMemory | None:
+    """Return what a micro-batch takes by its tokens where `token_budget` goes by it, and where it can be counted."""
+    if blueprint is None or isinstance(config.training.token_budget, int):
+        return None
+    counted = StepMeter(blueprint, layout).count_tokens()
+    return None if isinstance(counted, str) else counted
+
+
+def build_planner(
+    model: SupervisedPeftModel,
+    config: Config,
+    *,
+    layout: Layout,
+    device: torch.device,
+    sharing: int,
+    counted: TokenMemory | None,
+    free: int | None = None,
+) -> tuple[Planner, Resolved[int]]:
+    """Return the planner and its token budget.
+
+    Args:
+        model: base with adapter.
+        config: the configuration.
+        layout: how rows lie.
+        device: where the run computes.
+        sharing: processes of this run on this machine.
+        counted: what a micro-batch takes, or None for the rule of thumb.
+        free: bytes that are free once the model is there; None for what is free now.
+    """
+    base = model.language_model
+    budget = resolve_token_budget(
+        config.training.token_budget,
+        config=base.config,
+        dtype=model.embedding.weight.dtype,
+        device=device,
+        checkpointing=config.training.gradient_checkpointing,
+        sharing=sharing,
+        counted=counted,
+        free=free,
+    )
+    planner = Planner(
+        token_budget=budget.value,
+        layout=layout,
+        cost=SharingCost(tokens_per_pair=_pair_cost(model)),
+        position_threshold=find_positions(base.config).threshold,
+    )
+    return planner, budget
+
+
 def _resolve_kernel(model: SupervisedPeftModel, section: ModelConfig, layout: str) -> Resolved[str | None]:
+    return _kernel_by_settings(section, layout) or resolve_tree_kernel(model)
+
+
+def _kernel_by_settings(section: ModelConfig, layout: str) -> Resolved[str | None] | None:
+    """Return the answer where settings alone give it."""
     if layout == "padded":
         return Resolved(None, "training.layout is padded")
     if section.attn_implementation != "auto":
         return Resolved(None, f"model.attn_implementation is set to {section.attn_implementation}")
-    return resolve_tree_kernel(model)
+    return None
 
 
-def _resolve_layout(setting: str, kernel: Resolved[str | None]) -> Resolved[Layout]:
+def resolve_layout(setting: str, kernel: Resolved[str | None]) -> Resolved[Layout]:
+    """Choose how rows lie.
+
+    Args:
+        setting: `training.layout`.
+        kernel: what computes attention over trees, or None.
+
+    Raises:
+        ConfigError: a layout that was asked for and the model cannot take.
+    """
     if setting == "padded":
         return Resolved("padded", "set in training.layout")
     if kernel.value is None and setting != "auto":

@@ -8,7 +8,7 @@ import functools
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ from loralab.training.callbacks import (
 )
 from loralab.training.checkpoint import STAGING, TRAINER_STATE_FILE, Checkpoint
 from loralab.training.distributed import ALONE, Processes
+from loralab.training.liveness import LivenessCheck
 from loralab.training.sampler import StepSampler
 from loralab.training.state import RunState
 from loralab.training.trainer import StepTrainer
@@ -73,6 +74,7 @@ class Run:
         record: `run.json`.
         planner: how steps are laid out.
         processes: those that share the run.
+        memory: what the run is predicted to take.
     """
 
     config: Config
@@ -86,6 +88,7 @@ class Run:
     record: RunRecord
     planner: Planner
     processes: Processes = ALONE
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 def run_steps(run: Run, contract: Mapping[str, Any], checkpoint: Checkpoint | None, request: StopRequest) -> RunState:
@@ -164,6 +167,7 @@ def _build_trainer(
         planner=planner,
         on_shrink=functools.partial(_note_smaller_budget, run),
         processes=run.processes,
+        loraplus_lr_ratio=config.lora.loraplus_lr_ratio if config.lora.variant == "lora_plus" else 1.0,
     )
     if run.processes.rank > 0:  # dropout in the base model, where it is on, must not be the same everywhere
         torch.manual_seed(config.training.seed + run.processes.rank)
@@ -177,6 +181,12 @@ def _note_smaller_budget(run: Run, step: int, token_budget: int) -> None:
     run.reporter.say(f"{what}; its loss is the same")
     run.planner = run.planner.with_budget(token_budget)  # evaluations follow
     run.record.content["token_budget"]["value"] = token_budget
+    run.record.add_event(what)
+    run.record.update()
+
+
+def _note_event(run: Run, what: str) -> None:
+    run.reporter.say(what)
     run.record.add_event(what)
     run.record.update()
 
@@ -220,6 +230,7 @@ def _callbacks(
             processes=run.processes,
         ),
         EvaluationNote(state),
+        LivenessCheck(state, note=functools.partial(_note_event, run)),
         SignalStop(request, processes=run.processes),
         CurrentIntervals(),
     ]

@@ -19,6 +19,7 @@ from loralab.data.dataset import prepare_data
 from loralab.errors import ConfigError, RunFolderError, StoppedBySignal
 from loralab.evaluation.perplexity import Interrupted
 from loralab.models.adapters import WEIGHTS_FILE, adapter_sha256, build_adapter
+from loralab.models.determinism import resolve_determinism, restored_algorithms
 from loralab.models.load import (
     check_length,
     check_local_model,
@@ -29,7 +30,10 @@ from loralab.models.load import (
     load_model_config,
     load_tokenizer,
 )
+from loralab.models.placement import describe_placement
 from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
+from loralab.models.trainable_tokens import resolve_token_ids
+from loralab.models.variants import residual_rank
 from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json, write_json
 from loralab.training.arguments import check_optimizer
@@ -38,8 +42,12 @@ from loralab.training.checkpoint import find_checkpoint, read_checkpoint
 from loralab.training.distributed import Processes, joined, naming_losses
 from loralab.training.state import RunState
 from loralab.workflows.adapter_folder import save_adapter
+from loralab.workflows.adapter_start import activation_batches, check_warm_start, find_saved_start
 from loralab.workflows.configure import run_path
 from loralab.workflows.evaluate import answer_samples, evaluate_split, resolve_split, stop_shares
+from loralab.workflows.frozen_trunk import close_frozen_trunk, open_frozen_trunk
+from loralab.workflows.memory_record import measured_memory, predict_run_memory
+from loralab.workflows.memory_watch import MemoryWatch
 from loralab.workflows.output import claim_output, has_begun
 from loralab.workflows.record import (
     RunRecord,
@@ -54,7 +62,7 @@ from loralab.workflows.record import (
 )
 from loralab.workflows.report import build_report
 from loralab.workflows.resume import find_start, resume_contract
-from loralab.workflows.step_layout import resolve_planner
+from loralab.workflows.step_layout import resolve_planner, sketch_blueprint
 from loralab.workflows.steps import Run, run_steps
 from loralab.workflows.warm_start import apply_warm_start
 
@@ -92,12 +100,14 @@ def train(
         )
     folder = RunFolder(run_path(loaded))
     with contextlib.ExitStack() as stack:
+        watch = stack.enter_context(MemoryWatch())
+        stack.enter_context(restored_algorithms())
         processes = stack.enter_context(joined(loaded.config.model.device))
         beginning = None
         if processes.first:
             claim = claim_output(folder, resume=resume, overwrite=overwrite, start=str(warm_start or ""))
             stack.enter_context(claim)
-            beginning = _find_beginning(folder, resume=resume, warm_start=warm_start)
+            beginning = _find_beginning(folder, loaded.config, resume=resume, warm_start=warm_start)
         else:
             reporter = Reporter()
         beginning = processes.share(beginning)
@@ -105,7 +115,7 @@ def train(
             return _nothing_to_do(folder, loaded, reporter) if processes.first else folder
         if resume and not beginning.going_on:
             reporter.say("the run had not begun: starting from step 0")
-        return _train(loaded, folder, reporter=reporter, beginning=beginning, processes=processes)
+        return _train(loaded, folder, reporter=reporter, beginning=beginning, processes=processes, watch=watch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,20 +128,27 @@ class _Beginning:
         warm_start: whose weights the run starts from when it has no checkpoint.
         token_budget: what the run laid its steps out under so far, or None: another would change
             the last bits of its sums.
+        saved: checkpoint whose weights take the place of computed first ones, or None.
     """
 
     completed: bool
     going_on: bool
     warm_start: Path | Mapping[str, str] | None
     token_budget: int | None
+    saved: Path | None
 
 
-def _find_beginning(folder: RunFolder, *, resume: bool, warm_start: Path | Mapping[str, str] | None) -> _Beginning:
+def _find_beginning(
+    folder: RunFolder, config: Config, *, resume: bool, warm_start: Path | Mapping[str, str] | None
+) -> _Beginning:
     going_on = resume and has_begun(folder)
     completed = going_on and read_json(folder.record).get("status") == "completed"
     start = read_json(folder.record).get("warm_start") if resume and folder.exists() else warm_start
     budget = read_json(folder.record).get("token_budget", {}).get("value") if going_on else None
-    return _Beginning(completed, going_on, start, budget)
+    if start is not None:
+        check_warm_start(config)
+    saved = find_saved_start(config, folder) if going_on and not completed else None
+    return _Beginning(completed, going_on, start, budget, saved)
 
 
 def _nothing_to_do(folder: RunFolder, loaded: LoadedConfig, reporter: Reporter) -> RunFolder:
@@ -149,8 +166,9 @@ def _train(
     reporter: Reporter,
     beginning: _Beginning,
     processes: Processes,
+    watch: MemoryWatch,
 ) -> RunFolder:
-    run = _prepare(loaded, folder, reporter=reporter, processes=processes)
+    run = prepare_run(loaded, folder, reporter=reporter, processes=processes, saved=beginning.saved)
     if beginning.token_budget is not None:
         run.planner = run.planner.with_budget(beginning.token_budget)
         run.choices["token_budget"] = Resolved(
@@ -170,6 +188,7 @@ def _train(
         catching_signals(lambda request: reporter.say(request.notice)) as request,
         naming_losses(processes),
     ):
+        open_frozen_trunk(run, request)
         state = run_steps(run, contract, checkpoint, request)
         _stop_if_asked(request, run)
         request.notice = "stopping; --resume will repeat the final evaluation, no step is lost"
@@ -179,15 +198,29 @@ def _train(
         _evaluate(run, request)
         processes.wait()  # the first one alone lets the models answer
         _stop_if_asked(request, run)
+        close_frozen_trunk(run)
         if processes.first:
-            _finish_record(run, state)
+            _finish_record(run, state, watch)
             build_report(folder)
     reporter.say(f"done: {folder.path} (open {folder.report})")
     return folder
 
 
-def _prepare(loaded: LoadedConfig, folder: RunFolder, *, reporter: Reporter, processes: Processes) -> Run:
-    """Load data and model; nothing is written to the run folder."""
+def prepare_run(
+    loaded: LoadedConfig, folder: RunFolder, *, reporter: Reporter, processes: Processes, saved: Path | None
+) -> Run:
+    """Load data and model; nothing is written to the run folder.
+
+    Args:
+        loaded: the configuration.
+        folder: of the run.
+        reporter: told of progress and choices.
+        processes: those that share the run.
+        saved: checkpoint whose weights take the place of computed first ones, or None.
+
+    Raises:
+        UserError: data, model or settings cannot be used.
+    """
     config = loaded.config
     check_local_model(config.model.name)
     note = select_single_gpu(config.model.device)
@@ -200,20 +233,32 @@ def _prepare(loaded: LoadedConfig, folder: RunFolder, *, reporter: Reporter, pro
     if note:
         reporter.say(note)
     check_length(load_model_config(config.model), config.data.max_length)
+    tokenizer = load_tokenizer(config.model)
+    lora = resolve_token_ids(config.lora, tokenizer)  # before the data: a mistake there is found at once
     with processes.first_goes_ahead():  # the others find the tokenized rows in the cache
-        data = prepare_data(config.data, load_tokenizer(config.model), reporter=reporter)
+        data = prepare_data(config.data, tokenizer, reporter=reporter)
     resolve_split(config.evaluation.split, data.splits)  # now, not after hours of training
-    base, base_choices = load_base_model(config.model, dtype=precision.value, device=device.value)
+    blueprint = sketch_blueprint(config, lora, dtype=precision.value, device=device.value)
+    kept = residual_rank(config.lora) if saved is None else None
+    base, base_choices = load_base_model(config.model, dtype=precision.value, device=device.value, residual_rank=kept)
     largest = max(*(split.largest_id for split in data.splits.values()), *data.prompter.stop.ids)
     check_vocabulary(base, largest)
     if config.training.gradient_checkpointing:
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     set_seed(config.training.seed)
-    model, adapter_choices = build_adapter(base, config.lora, seed=config.training.seed)
+    choices |= describe_placement(config.lora, lora, base)
+    batches = activation_batches(config, data)
+    model, adapter_choices = build_adapter(base, lora, seed=config.training.seed, batches=batches, saved=saved)
     model.to(device.value)
+    choices |= resolve_determinism(model, device.value)
     planner, layout_choices = resolve_planner(
-        model, config, max_length=config.data.max_length, device=device.value, sharing=processes.local_count
+        model,
+        config,
+        max_length=config.data.max_length,
+        device=device.value,
+        sharing=processes.local_count,
+        blueprint=None if isinstance(blueprint, str) else blueprint,
     )
     # The least of all, so that a resume, which goes on with the recorded one, cuts every process's steps alike.
     planner = planner.with_budget(-processes.largest(-planner.token_budget))
@@ -222,8 +267,9 @@ def _prepare(loaded: LoadedConfig, folder: RunFolder, *, reporter: Reporter, pro
     for name, choice in choices.items():
         reporter.say(f"{name}: {str(choice.value).removeprefix('torch.')} ({choice.reason})")
     base_facts = describe_model(config.model, base)
-    record = RunRecord(folder)
-    return Run(config, folder, data, model, device.value, base_facts, choices, reporter, record, planner, processes)
+    memory = predict_run_memory(config, data, planner, blueprint, processes=processes)
+    record, at = RunRecord(folder), device.value
+    return Run(config, folder, data, model, at, base_facts, choices, reporter, record, planner, processes, memory)
 
 
 def _resolve_evaluation(config: Config) -> dict[str, Resolved[Any]]:
@@ -255,6 +301,7 @@ def _begin_record(run: Run, loaded: LoadedConfig, *, resumed: bool, source: Mapp
         "data_fingerprint": run.data.fingerprint,
         "data_identity": run.data.identity,
         "token_budget": {"value": run.planner.token_budget, "reason": run.choices["token_budget"].reason},
+        "memory": run.memory,
     }
     if source is not None:
         facts["warm_start"] = dict(source)
@@ -342,7 +389,7 @@ def _evaluate(run: Run, request: StopRequest) -> None:
     )
 
 
-def _finish_record(run: Run, state: RunState) -> None:
+def _finish_record(run: Run, state: RunState, watch: MemoryWatch) -> None:
     seconds = max(state.train_seconds, 1e-9)
     run.record.update(
         status="completed",
@@ -353,4 +400,5 @@ def _finish_record(run: Run, state: RunState) -> None:
         tokens_per_second=round(state.train_tokens / seconds, 1),
         examples_per_second=round(state.train_examples / seconds, 2),
         peak_memory_bytes=peak_memory_bytes(run.device),
+        memory=measured_memory(run.memory, watch, run.device),
     )

@@ -20,8 +20,12 @@ from loralab.workflows.steps import Run
 
 _WHERE = "option --warm-start"
 # PEFT's name: our key, for what changes the function of the same tensors.
-_SHAPING = {"peft_type": "lora.variant", "r": "lora.r", "lora_alpha": "lora.alpha"}
-_FURTHER = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
+_SHAPING = {"peft_type": "lora.variant", "r": "lora.r", "lora_alpha": "lora.alpha", "alpha": "lora.alpha"}
+_FURTHER = ("use_dora", "use_rslora", "bias")
+# Of the same name here and in PEFT: rows of other tokens and other scales have the same shapes.
+_SILENT = ("rank_pattern", "alpha_pattern", "trainable_token_indices")
+# One place may be named in several ways: these count where the tensors differ too, as what they differ by.
+_PLACING = ("target_modules", "layers_to_transform", "modules_to_save")
 
 
 def apply_warm_start(run: Run, source: Path | Mapping[str, str]) -> dict[str, str]:
@@ -49,7 +53,10 @@ def apply_warm_start(run: Run, source: Path | Mapping[str, str]) -> dict[str, st
             fix="name another output.dir; the new run would replace its own source",
         )
     tensors = _read_weights(target.adapter)
-    misfits = [*_base_misfits(run, target), *_config_misfits(run, config), *_tensor_misfits(run, tensors)]
+    tensor_misfits = _tensor_misfits(run, tensors)
+    settings = {**_SHAPING, **dict(zip(_FURTHER, _FURTHER, strict=True))}
+    settings |= {name: f"lora.{name}" for name in (*_SILENT, *(_PLACING if tensor_misfits else ()))}
+    misfits = [*_base_misfits(run, target), *_config_misfits(run, config, settings), *tensor_misfits]
     if misfits:
         raise ModelError(
             f"the adapter does not fit this run: {'; '.join(misfits)}",
@@ -87,15 +94,22 @@ def _base_misfits(run: Run, target: Target) -> list[str]:
     return [f"its base model was sha256 {theirs[:12]}.., the run's is {ours[:12]}.."]
 
 
-def _config_misfits(run: Run, theirs: PeftConfig) -> list[str]:
+def _config_misfits(run: Run, theirs: PeftConfig, settings: Mapping[str, str]) -> list[str]:
     ours = run.model.peft_config["default"]
-    names = {**_SHAPING, **{name: name for name in _FURTHER}}
-    pairs = [(key, getattr(theirs, name, None), getattr(ours, name, None)) for name, key in names.items()]
-    return [f"{key} is {_plain(old)!r} there, {_plain(new)!r} here" for key, old, new in pairs if old != new]
+    pairs = [
+        (key, _plain(getattr(theirs, name, None)), _plain(getattr(ours, name, None))) for name, key in settings.items()
+    ]
+    return [f"{key} is {old!r} there, {new!r} here" for key, old, new in pairs if old != new]
 
 
 def _plain(value: Any) -> Any:
-    return getattr(value, "value", value)
+    """Return a setting as it is compared and shown; nothing set is None, however PEFT holds it."""
+    value = getattr(value, "value", value)
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value)
+    if isinstance(value, dict) and len(value) == 1 and isinstance(one := next(iter(value.values())), list):
+        value = one  # tokens of the one embedding, by its name
+    return None if value in ({}, []) else value
 
 
 def _tensor_misfits(run: Run, tensors: Mapping[str, Any]) -> list[str]:

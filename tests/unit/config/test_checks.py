@@ -202,6 +202,18 @@ BROKEN: list[tuple[str, Values, list[str], str]] = [
     ("_check_text", {"data": {"format": "text", "template": "alpaca"}}, ["data.template"], "not prompted"),
     ("_check_text", {"data": {"format": "text", "train_on": "last_response"}}, ["data.train_on"], "every token"),
     ("_check_text", {"data": {"format": "text", "truncation": "drop"}}, ["data.truncation"], "data.long_text"),
+    (
+        "check_variant_keys",
+        {"lora": {"variant": "ia3", "r": 4, "dropout": 0.1}},
+        ["lora.r", "lora.dropout"],
+        "r 4 with variant ia3, which cannot use it",
+    ),
+    (
+        "check_variant_quantization",
+        {"lora": {"variant": "loftq"}},
+        ["lora.variant"],
+        "variant loftq with quantization none",
+    ),
 ]
 KEPT: list[Values] = [
     {},

@@ -1,6 +1,5 @@
-"""Adapters: target layers, masters, saving and hashing."""
+"""Adapters: masters, saving and hashing."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loralab.config.schema import LoraConfig
-from loralab.errors import ConfigError, ModelError
+from loralab.errors import ModelError
 from loralab.models.adapters import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -19,10 +18,7 @@ from loralab.models.adapters import (
     read_adapter_config,
 )
 from loralab.models.supervised import SupervisedPeftModel
-from loralab.models.targets import linear_layers, resolve_target_modules
-from loralab.models.variants import VARIANTS
 from support import tiny
-from support.families import build_family
 
 VOCABULARY = 64
 IDS = torch.arange(9)[None]
@@ -41,98 +37,11 @@ def adapted(family: Any = "llama", *, seed: int = 0, **lora: Any) -> SupervisedP
     return model.eval()
 
 
-def adapted_layers(model: SupervisedPeftModel) -> set[str]:
-    return {
-        re.sub(r"^base_model\.model\.|\.lora_A\..*", "", name)
-        for name, _ in model.named_parameters()
-        if "lora_A" in name
-    }
-
-
-@pytest.mark.parametrize(
-    ("family", "last_parts"),
-    [
-        ("gpt2", ["c_attn", "c_fc", "c_proj"]),
-        ("llama", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
-        ("qwen2", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
-    ],
-)
-def test_auto_is_every_linear_layer_but_the_head(family: str, last_parts: list[str]) -> None:
-    model = base(family)
-    chosen = resolve_target_modules(model, LoraConfig())
-    assert (chosen.value, chosen.reason) == (last_parts, "all linear layers but the head")
-    layers = set(linear_layers(model))
-    assert "lm_head" not in layers
-    assert adapted_layers(build_adapter(model, LoraConfig(r=2), seed=0)[0]) == layers
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_attention_is_the_layers_inside_attention(family: str) -> None:
-    model = base(family)
-    chosen = resolve_target_modules(model, LoraConfig(target_modules="attention"))
-    assert chosen.value == ["k_proj", "o_proj", "q_proj", "v_proj"]
-    wanted = {name for name in linear_layers(model) if "self_attn" in name}
-    assert adapted_layers(adapted(family, target_modules="attention")) == wanted
-
-
-def test_model_without_a_known_attention_lists_its_layers() -> None:
-    from transformers import MambaConfig, MambaForCausalLM
-
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": VOCABULARY}
-    with pytest.raises(ConfigError, match="no attention layer was recognised") as caught:
-        resolve_target_modules(MambaForCausalLM(MambaConfig(**shape)), LoraConfig(target_modules="attention"))
-    assert "in_proj" in caught.value.problems[0].fix
-
-
-@pytest.mark.parametrize(
-    ("setting", "layers"),
-    [
-        ("q_proj", {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"}),
-        (["layers.1.mlp.up_proj"], {"model.layers.1.mlp.up_proj"}),
-    ],
-)
-def test_named_layers(setting: Any, layers: set[str]) -> None:
-    assert adapted_layers(adapted(target_modules=setting)) == layers
-
-
-def test_layers_that_fused_kernels_read_past_an_adapter_are_left_out() -> None:
-    mamba = build_family("mamba", vocabulary=VOCABULARY)
-    chosen = resolve_target_modules(mamba, LoraConfig())
-    assert chosen.value == ["dt_proj", "in_proj", "x_proj"]
-    assert "conv1d, out_proj" in chosen.reason
-    with pytest.raises(ConfigError, match="layer 'out_proj' is read by the model's fused kernels") as caught:
-        resolve_target_modules(mamba, LoraConfig(target_modules=["in_proj", "out_proj"]))
-    assert caught.value.problems[0].fix == "layers of this model: dt_proj, in_proj, x_proj"
-    build_adapter(mamba, LoraConfig(), seed=0)  # PEFT takes what was chosen
-
-
-@pytest.mark.parametrize(
-    ("setting", "what", "fix"),
-    [
-        (
-            ["q_proj", "q_prj"],
-            "no linear layer is named 'q_prj'",
-            "did you mean 'q_proj'? layers of this model: down_proj",
-        ),
-        ("proj", "no linear layer is named 'proj'", "layers of this model: "),
-        (["lm_head"], "layer 'lm_head' is the output head, which takes no adapter in this version", "down_proj"),
-        (["embed_tokens"], "layer 'embed_tokens' is an embedding, which takes no adapter in this version", "down_proj"),
-        ([], "no linear layer is named (nothing)", "layers of this model: "),
-    ],
-)
-def test_unknown_layer_is_an_error(setting: Any, what: str, fix: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        resolve_target_modules(base(), LoraConfig(target_modules=setting))
-    assert caught.value.problems[0].what == what
-    assert fix in caught.value.problems[0].fix
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_fresh_adapter_changes_nothing_and_trains_nothing_else(variant: Any, family: str) -> None:
+def test_fresh_adapter_changes_nothing_and_trains_nothing_else(family: str) -> None:
     plain = base(family)
     before = plain(input_ids=IDS).logits
-    model, choices = build_adapter(plain, LoraConfig(variant=variant, r=3, alpha=6, dropout=0.25), seed=0)
+    model, choices = build_adapter(plain, LoraConfig(r=3, alpha=6, dropout=0.25), seed=0)
     assert torch.equal(model.eval()(input_ids=IDS).logits, before)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}

@@ -1,6 +1,5 @@
 """The token budget: a power of two that memory allows, or what was set."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +8,8 @@ import pytest
 import torch
 
 from loralab.models import memory
-from loralab.models.memory import activation_bytes, free_bytes, pair_bytes, resolve_token_budget
+from loralab.models.limits import Limits
+from loralab.models.memory import TokenMemory, activation_bytes, free_bytes, pair_bytes, resolve_token_budget
 from support.families import build_family
 
 CPU = torch.device("cpu")
@@ -74,15 +74,29 @@ def test_estimate_grows_with_what_is_kept(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "used", "expected"),
-    [("max", "5", 1000), ("700", "300", 400), ("9999", "0", 1000), ("100", "300", 0), (None, None, 1000)],
+    ("limits", "expected"),
+    [
+        (Limits(2), 1000),
+        (Limits(2, memory_bytes=700, used_bytes=300), 400),
+        (Limits(1, memory_bytes=9999, used_bytes=0), 1000),
+        (Limits(2, memory_bytes=100, used_bytes=300), 0),
+        (Limits(None), 1000),
+    ],
 )
 def test_free_memory_heeds_the_limit_of_the_container(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str | None, used: str | None, expected: int
+    monkeypatch: pytest.MonkeyPatch, limits: Limits, expected: int
 ) -> None:
-    if limit is not None and used is not None:
-        (tmp_path / "memory.max").write_text(f"{limit}\n")
-        (tmp_path / "memory.current").write_text(f"{used}\n")
-    monkeypatch.setattr(memory, "Path", lambda _: tmp_path)
+    monkeypatch.setattr(memory, "read_limits", lambda: limits)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     assert free_bytes(CPU) == expected
+
+
+def test_counted_tokens_take_the_place_of_the_rule_of_thumb() -> None:
+    counted = TokenMemory(per_token=1e6, fixed=2e8)
+    choice = resolve_token_budget("auto", **OPTIONS, counted=counted, free=int(2 * (2e8 + 1100e6)))
+    assert choice.value == 1024
+    assert "977 KiB of activations per token" in choice.reason
+    less = resolve_token_budget("auto", **OPTIONS, counted=counted, free=int(2 * (2e8 + 1000e6)))
+    assert less.value == 512
+    nothing = resolve_token_budget("auto", **OPTIONS, counted=counted, free=int(1e8))
+    assert nothing.value == 256

@@ -23,6 +23,7 @@ from support.layouts import draw_adapter, largest_difference, sharing_rows, tran
 VOCABULARY = 97
 OVERRIDDEN = {
     "__init__",
+    "create_optimizer",
     "evaluate",
     "floating_point_ops",
     "get_batch_samples",

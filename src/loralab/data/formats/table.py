@@ -6,7 +6,7 @@ Owns the table, column mapping and format detection. Knows no tokenizer and no t
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
-from loralab.config.checks import Finding
+from loralab.config.findings import Finding
 from loralab.config.schema import Config
 from loralab.data.example import Example
 from loralab.data.formats.chat import (

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from loralab.config.checks import Finding
+from loralab.config.findings import Finding
 from loralab.config.paths import local_path
 from loralab.config.schema import Config
 from loralab.data.example import Message

@@ -1,6 +1,7 @@
 """What a container leaves of processors and memory: the control groups of this process.
 
-Owns reading both versions of control groups. Judging what they leave is `machine.py`'s.
+Owns reading both versions of control groups, for the token budget, `plan` and `doctor` alike. No torch here:
+`doctor` reads it where torch is what is broken.
 """
 
 from collections.abc import Iterator
@@ -28,6 +29,11 @@ class Limits:
     cpus: float | None = None
     memory_bytes: int | None = None
     used_bytes: int | None = None
+
+    @property
+    def left_bytes(self) -> int | None:
+        """Memory that the limit leaves, or None where there is none."""
+        return None if self.memory_bytes is None else max(self.memory_bytes - (self.used_bytes or 0), 0)
 
 
 def read_limits(root: Path = CONTROL_GROUPS, membership: Path = MEMBERSHIP) -> Limits:

@@ -1,0 +1,152 @@
+"""The `plan` command: what `train` would do, told before it does it.
+
+Reads top to bottom in the order of the work. Without the probe no weight is loaded: the model is built
+on the meta device, the rows are the real ones, and everything that is counted is counted on those.
+"""
+
+from typing import Any
+
+from loralab.config.load import LoadedConfig
+from loralab.config.schema import Config
+from loralab.data.dataset import PreparedData, prepare_data
+from loralab.errors import ModelError
+from loralab.layout.planner import Planner
+from loralab.models.blueprint import Blueprint, Untraceable, describe_trainable, describe_weights
+from loralab.models.load import check_length, check_local_model, load_model_config, load_tokenizer
+from loralab.models.memory import free_bytes
+from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
+from loralab.models.stored_weights import is_mapped
+from loralab.models.trainable_tokens import resolve_token_ids
+from loralab.progress import Reporter
+from loralab.training.arguments import check_optimizer
+from loralab.workflows.configure import run_path
+from loralab.workflows.evaluate import resolve_split
+from loralab.workflows.memory_record import predict_run_memory
+from loralab.workflows.plan_advice import Situation, advise
+from loralab.workflows.plan_disk import predict_disk
+from loralab.workflows.plan_probe import Probe, run_probe
+from loralab.workflows.plan_steps import (
+    RunSteps,
+    all_steps,
+    count_layouts,
+    describe_schedule,
+    fullest_step,
+    possible_layouts,
+)
+from loralab.workflows.record import describe_choices
+from loralab.workflows.step_layout import build_blueprint, build_sampler, expect_planner
+from loralab.workflows.step_memory import needed_bytes, optimizer_bytes, trained_shapes
+
+
+def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter) -> dict[str, Any]:
+    """Say what a run would do, without writing to its folder.
+
+    Args:
+        loaded: the configuration.
+        probe: load the model and run a few of the run's own steps, for memory and time as they are.
+        reporter: told of progress.
+
+    Returns:
+        `parameters`, `schedule`, `tokens`, `memory`, `fits`, `advice`, `time`, `disk`, and `choices` with reasons.
+
+    Raises:
+        UserError: what `train` would raise before its first step.
+    """
+    config = loaded.config
+    choices, blueprint, data = _gather(loaded, reporter)
+    free = free_bytes(blueprint.device)
+    measured: Probe | None = None
+    if probe:
+        measured = run_probe(loaded, run_path(loaded), reporter=reporter)
+        planner, chosen = measured.planner, measured.choices
+    else:
+        planner, chosen = expect_planner(blueprint, config, free=max(free - _held_bytes(config, blueprint), 0))
+    choices |= blueprint.choices | chosen
+    memory = predict_run_memory(config, data, planner, blueprint)
+    if measured is not None:
+        memory = measured.memory(memory)
+    sampler, sampling = build_sampler(config, data.splits["train"], shares=data.shares)
+    schedule = describe_schedule(config, data, sampler)
+    run = all_steps(sampler, schedule["total_steps"])
+    trees = blueprint.model.tree_kernel is not None or planner.layout != "padded"
+    tokens = count_layouts(
+        run,
+        data.splits["train"],
+        planner,
+        possible=possible_layouts(planner.layout, trees),
+        reporter=reporter,
+    )
+    needed = needed_bytes(memory)
+    return {
+        "name": loaded.name,
+        "choices": describe_choices(choices),
+        "parameters": {
+            **describe_weights(blueprint.model),
+            "by_layer": describe_trainable(blueprint.model),
+        },
+        "schedule": schedule | {"sampling": sampling},
+        "tokens": tokens | {"token_budget": planner.token_budget, "layout": planner.layout},
+        "memory": memory | {"needed_bytes": needed, "free_bytes": free, "device": str(blueprint.device)},
+        "fits": None if needed is None else needed <= free,
+        "advice": _advise(config, data, run, planner, blueprint, free=free) if needed and needed > free else [],
+        "time": measured.time(tokens, schedule) if measured is not None else _UNKNOWN_TIME,
+        "disk": predict_disk(
+            config,
+            data,
+            optimizer=optimizer_bytes(config.training.optim, trained_shapes(blueprint)),
+            weights=describe_weights(blueprint.model),
+            checkpoints=schedule["checkpoints"],
+            folder=run_path(loaded),
+        ),
+    }
+
+
+_UNKNOWN_TIME = {"seconds": None, "why": "not measured: --no-probe"}
+
+
+def _gather(loaded: LoadedConfig, reporter: Reporter) -> tuple[dict[str, Resolved[Any]], Blueprint, PreparedData]:
+    """Resolve and check in the order of `train`, up to the point where it loads weights."""
+    config = loaded.config
+    check_local_model(config.model.name)
+    note = select_single_gpu(config.model.device)
+    device = resolve_device("cuda:0" if note else config.model.device)
+    precision = resolve_precision(config.model, device.value)
+    check_optimizer(config.training.optim, device.value)
+    check_length(load_model_config(config.model), config.data.max_length)
+    tokenizer = load_tokenizer(config.model)
+    lora = resolve_token_ids(config.lora, tokenizer)
+    data = prepare_data(config.data, tokenizer, reporter=reporter)
+    resolve_split(config.evaluation.split, data.splits)
+    try:
+        blueprint = build_blueprint(config, lora, dtype=precision.value, device=device.value)
+    except Untraceable as error:
+        raise ModelError(
+            str(error),
+            where="key model.name",
+            fix="start the run with training.max_steps=2: run.json says what it took",
+        ) from error
+    settled = blueprint.settled
+    held = Resolved(str(settled.quantization.value or "none"), settled.quantization.reason)
+    chosen: dict[str, Resolved[Any]] = {
+        "device": device,
+        "precision": precision,
+        "quantization": held,
+        "attn_implementation": settled.attention,
+    }
+    return chosen | settled.others, blueprint, data
+
+
+def _advise(
+    config: Config, data: PreparedData, run: RunSteps, planner: Planner, blueprint: Blueprint, *, free: int
+) -> list[dict[str, Any]]:
+    train = data.splits["train"]
+    examples = [train[row] for row in fullest_step(run, train)]
+    dtype = blueprint.model.embedding.weight.dtype
+    return advise(Situation(config, examples, planner, blueprint.device, dtype), free=free)
+
+
+def _held_bytes(config: Config, blueprint: Blueprint) -> int:
+    """Return what is taken once the model is there, of what is free now."""
+    weights = describe_weights(blueprint.model)
+    frozen = 0 if is_mapped(config.model, blueprint) else weights["frozen_bytes"]
+    return int(frozen + (weights["quantized"] or {}).get("bytes", 0) + weights["trainable_bytes"])

@@ -1,0 +1,42 @@
+"""What a run writes: its adapter, checkpoints and caches, in bytes, and what the disk has."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loralab.config.schema import Config
+from loralab.data.dataset import PreparedData
+
+
+def predict_disk(
+    config: Config, data: PreparedData, *, optimizer: int, weights: Mapping[str, Any], checkpoints: int, folder: Path
+) -> dict[str, Any]:
+    """Return what a run writes and what is free where it writes.
+
+    Args:
+        config: the configuration.
+        data: its data; the tokenized rows are cached already.
+        optimizer: bytes of the optimizer's moments.
+        weights: of `describe_weights`.
+        checkpoints: how many are written.
+        folder: of the run.
+    """
+    adapter = int(weights["trainable_bytes"])
+    checkpoint = adapter + optimizer
+    limit = config.training.save_total_limit
+    # One more while the newest is written, and the best beside the newest.
+    kept = checkpoints if limit is None else min(checkpoints, limit)
+    most = min(checkpoints, kept + 1)
+    folders = {store.folder for store in data.splits.values()}
+    cached = sum(file.stat().st_size for each in folders for file in each.iterdir() if file.is_file())
+    place = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), Path())
+    return {
+        "adapter_bytes": adapter,
+        "checkpoint_bytes": checkpoint,
+        "checkpoints_written": checkpoints,
+        "checkpoints_kept": kept,
+        "run_folder_bytes": adapter + most * checkpoint,
+        "token_cache_bytes": cached,
+        "free_bytes": shutil.disk_usage(place).free,
+    }
