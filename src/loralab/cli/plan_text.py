@@ -22,6 +22,7 @@ _PARTS = {
     "dequantization": "dequantized weight",
     "kept_by_allocator": "freed, kept by the C library",
     "runtime": "threads and kernels",
+    "data": "tokenizer and rows",
 }
 
 

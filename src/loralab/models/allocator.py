@@ -64,6 +64,13 @@ def returning_memory() -> Iterator[None]:
         library.malloc_trim(0)
 
 
+def release_freed_memory() -> None:
+    """Give back what was freed and kept, once: before steps, what came before them is not needed."""
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
 class _Heap:
     """glibc's heap as far as large chunks go: best fit, neighbours joined, the top given back when large."""
 

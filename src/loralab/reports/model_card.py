@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from loralab.config.lora_checks import FACTS
 from loralab.reports.facts import Facts, dig, dig_table, load_facts
 from loralab.reports.provenance import describe_data
 from loralab.reports.sections import describe_overview, describe_scores
@@ -24,7 +25,10 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 ABSOLUTE_PATH = re.compile(r"(?<![\w/.:<>])(?:file:/{2})?(?:~?/|[A-Za-z]:[\\/]|\\\\)[^\s'\"`|<>,;:()\[\]{}]+")
 MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]<>#|~$])")
 HYPERPARAMETERS = {
-    "lora": ("variant", "r", "alpha", "dropout", "target_modules"),
+    "lora": (
+        "variant", "r", "alpha", "dropout", "target_modules", "layers_to_transform", "rank_pattern", "alpha_pattern",
+        "modules_to_save", "trainable_token_indices", "loraplus_lr_ratio", "eva_rho", "eva_rows",
+    ),
     "training": (
         "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
         "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
@@ -107,9 +111,12 @@ def _versions(facts: Facts) -> list[tuple[str, str]]:
 
 
 def _hyperparameters(facts: Facts) -> Iterator[tuple[str, str]]:
-    """Yield the settings that shape the adapter, with what "auto" became."""
+    """Yield the settings that shape the adapter, with what "auto" became; of the adapter's, those that act."""
+    variant = FACTS.get(str(dig(facts.config, "lora", "variant")), FACTS["lora"])
     for section, fields in HYPERPARAMETERS.items():
         for field in fields:
+            if section == "lora" and field != "variant" and field not in variant.keys:
+                continue
             value = dig(facts.config, section, field)
             if value == "auto":
                 value = dig(facts.record, "resolved", field, "value") or value

@@ -30,6 +30,7 @@ def predict_run_memory(
     planner: Planner,
     blueprint: Blueprint | str,
     *,
+    data_bytes: int,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Return what a run will take, as `predict_memory` has it.
@@ -39,6 +40,7 @@ def predict_run_memory(
         data: its data.
         planner: how steps are laid out.
         blueprint: the model without numbers, or why there is none.
+        data_bytes: what tokenizer and rows take of the device's memory, measured.
         processes: those that share each step.
     """
     if isinstance(blueprint, str):
@@ -53,7 +55,7 @@ def predict_run_memory(
     meter = StepMeter(blueprint, planner.layout)
     evaluated = find_evaluated(config, data.splits)
     batch = evaluation_batch(evaluated, planner, config.evaluation.batch_size) if evaluated is not None else None
-    return predict_memory(config, meter, batch=largest, typical=typical, evaluated=batch)
+    return predict_memory(config, meter, batch=largest, typical=typical, evaluated=batch, data_bytes=data_bytes)
 
 
 def _own(step: Sequence[int], rank: int, size: int) -> Sequence[int]:

@@ -32,6 +32,18 @@ def _resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def process_bytes(device: torch.device) -> int:
+    """Return the main memory of this process, as a watch measures it; 0 where a run does not go by that.
+
+    Args:
+        device: where the run computes.
+    """
+    if device.type == "cuda":
+        return 0
+    found = _anonymous()
+    return _resident() if found is None else found
+
+
 class MemoryWatch:
     """Measures while it is entered.
 

@@ -22,6 +22,7 @@ from loralab.training.arguments import check_optimizer
 from loralab.workflows.configure import run_path
 from loralab.workflows.evaluate import resolve_split
 from loralab.workflows.memory_record import predict_run_memory
+from loralab.workflows.memory_watch import process_bytes
 from loralab.workflows.plan_advice import Situation, advise
 from loralab.workflows.plan_disk import predict_disk
 from loralab.workflows.plan_probe import Probe, run_probe
@@ -53,7 +54,7 @@ def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter) -> dict[str, 
         UserError: what `train` would raise before its first step.
     """
     config = loaded.config
-    choices, blueprint, data = _gather(loaded, reporter)
+    choices, blueprint, data, data_bytes = _gather(loaded, reporter)
     free = free_bytes(blueprint.device)
     measured: Probe | None = None
     if probe:
@@ -62,7 +63,7 @@ def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter) -> dict[str, 
     else:
         planner, chosen = expect_planner(blueprint, config, free=max(free - _held_bytes(config, blueprint), 0))
     choices |= blueprint.choices | chosen
-    memory = predict_run_memory(config, data, planner, blueprint)
+    memory = predict_run_memory(config, data, planner, blueprint, data_bytes=data_bytes)
     if measured is not None:
         memory = measured.memory(memory)
     sampler, sampling = build_sampler(config, data.splits["train"], shares=data.shares)
@@ -104,7 +105,7 @@ def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter) -> dict[str, 
 _UNKNOWN_TIME = {"seconds": None, "why": "not measured: --no-probe"}
 
 
-def _gather(loaded: LoadedConfig, reporter: Reporter) -> tuple[dict[str, Resolved[Any]], Blueprint, PreparedData]:
+def _gather(loaded: LoadedConfig, reporter: Reporter) -> tuple[dict[str, Resolved[Any]], Blueprint, PreparedData, int]:
     """Resolve and check in the order of `train`, up to the point where it loads weights."""
     config = loaded.config
     check_local_model(config.model.name)
@@ -113,9 +114,11 @@ def _gather(loaded: LoadedConfig, reporter: Reporter) -> tuple[dict[str, Resolve
     precision = resolve_precision(config.model, device.value)
     check_optimizer(config.training.optim, device.value)
     check_length(load_model_config(config.model), config.data.max_length)
+    before = process_bytes(device.value)
     tokenizer = load_tokenizer(config.model)
     lora = resolve_token_ids(config.lora, tokenizer)
     data = prepare_data(config.data, tokenizer, reporter=reporter)
+    data_bytes = max(process_bytes(device.value) - before, 0)
     resolve_split(config.evaluation.split, data.splits)
     try:
         blueprint = build_blueprint(config, lora, dtype=precision.value, device=device.value)
@@ -133,7 +136,7 @@ def _gather(loaded: LoadedConfig, reporter: Reporter) -> tuple[dict[str, Resolve
         "quantization": held,
         "attn_implementation": settled.attention,
     }
-    return chosen | settled.others, blueprint, data
+    return chosen | settled.others, blueprint, data, data_bytes
 
 
 def _advise(

@@ -71,7 +71,7 @@ class Probe:
         rate = self.tokens / max(self.seconds, 1e-9)
         seconds = tokens["laid_out"] / rate
         return {
-            "seconds": round(seconds, 1),
+            "seconds": round(seconds, 3),
             "seconds_per_step": round(seconds / max(schedule["total_steps"], 1), 3),
             "laid_out_tokens_per_second": round(rate, 1),
             "probed_tokens": self.tokens,

@@ -55,6 +55,8 @@ def replay(
     # The budget never changes the loss, but it does the last bits of its sums.
     budget = record.get("token_budget", {}).get("value")
     same_cuts = [f"training.token_budget={budget}"] if budget else []
+    if record.get("resolved", {}).get("cache_frozen_trunk", {}).get("value") == "off":
+        same_cuts.append("training.cache_frozen_trunk=off")  # it may have been off for lack of room
     chosen = ["model.trust_remote_code=false", *same_cuts, *overrides, f"output.dir={target}"]
     loaded = load_run_config(folder.config, chosen, name=str(record.get("name", path.name)))
     again = train(loaded, reporter=reporter, warm_start=record.get("warm_start"))
@@ -135,7 +137,9 @@ def _differences(before: RunFolder, after: RunFolder) -> Iterator[str]:
     yield from (flaw.what for flaw in _config_flaws(before, old))
     yield from contract_changes(_identity(old), _identity(new))
     yield from config_differences(
-        before, after, ignored=("output.dir", "model.trust_remote_code", "training.token_budget")
+        before,
+        after,
+        ignored=("output.dir", "model.trust_remote_code", "training.token_budget", "training.cache_frozen_trunk"),
     )
     if _process_count(old) != _process_count(new):
         yield f"processes was {_process_count(old)}, now {_process_count(new)}"

@@ -130,6 +130,7 @@ def predict_memory(
     batch: MicroBatch,
     typical: MicroBatch | None = None,
     evaluated: MicroBatch | None = None,
+    data_bytes: int = 0,
 ) -> dict[str, Any]:
     """Return the peak of a run and its parts.
 
@@ -139,6 +140,7 @@ def predict_memory(
         batch: the largest micro-batch of training.
         typical: one of the middle, or None.
         evaluated: the largest one of an evaluation, or None where there is none.
+        data_bytes: what tokenizer and rows take of the device's memory.
 
     Returns:
         `predicted_bytes` (None where it cannot be told, with `why`), `parts`, `mapped_bytes` (weights that are
@@ -151,7 +153,7 @@ def predict_memory(
     held = (0 if mapped else weights["frozen_bytes"]) + (weights["quantized"] or {}).get("bytes", 0)
     optimizer = optimizer_bytes(config.training.optim, trained_shapes(blueprint))
     runtime = _RUNTIME_BYTES if blueprint.device.type == "cpu" else 0
-    loading = runtime + held + _loading_extra(blueprint, weights, mapped=mapped)
+    loading = runtime + data_bytes + held + _loading_extra(blueprint, weights, mapped=mapped)
     facts: dict[str, Any] = {
         "mapped_bytes": weights["frozen_bytes"] if mapped else 0,
         "loading_bytes": loading,
@@ -169,9 +171,10 @@ def predict_memory(
         "gradients": weights["trainable_bytes"],
         **_step_parts(blueprint, weights, batch, step),
         "runtime": runtime,
+        "data": data_bytes,
     }
     training = sum(parts.values())
-    evaluation = sum(parts[name] for name in ("weights", "adapter", "optimizer", "runtime")) + measured.peak
+    evaluation = sum(parts[name] for name in ("weights", "adapter", "optimizer", "runtime", "data")) + measured.peak
     parts["evaluation"] = measured.peak  # instead of gradients and what a step takes, not beside them
     return {"predicted_bytes": max(training, evaluation, loading), "parts": parts, **facts}
 

@@ -19,6 +19,7 @@ from loralab.data.dataset import prepare_data
 from loralab.errors import ConfigError, RunFolderError, StoppedBySignal
 from loralab.evaluation.perplexity import Interrupted
 from loralab.models.adapters import WEIGHTS_FILE, adapter_sha256, build_adapter
+from loralab.models.allocator import release_freed_memory
 from loralab.models.determinism import resolve_determinism, restored_algorithms
 from loralab.models.load import (
     check_length,
@@ -47,7 +48,7 @@ from loralab.workflows.configure import run_path
 from loralab.workflows.evaluate import answer_samples, evaluate_split, resolve_split, stop_shares
 from loralab.workflows.frozen_trunk import close_frozen_trunk, open_frozen_trunk
 from loralab.workflows.memory_record import measured_memory, predict_run_memory
-from loralab.workflows.memory_watch import MemoryWatch
+from loralab.workflows.memory_watch import MemoryWatch, process_bytes
 from loralab.workflows.output import claim_output, has_begun
 from loralab.workflows.record import (
     RunRecord,
@@ -233,10 +234,12 @@ def prepare_run(
     if note:
         reporter.say(note)
     check_length(load_model_config(config.model), config.data.max_length)
+    before = process_bytes(device.value)
     tokenizer = load_tokenizer(config.model)
     lora = resolve_token_ids(config.lora, tokenizer)  # before the data: a mistake there is found at once
     with processes.first_goes_ahead():  # the others find the tokenized rows in the cache
         data = prepare_data(config.data, tokenizer, reporter=reporter)
+    data_bytes = max(process_bytes(device.value) - before, 0)
     resolve_split(config.evaluation.split, data.splits)  # now, not after hours of training
     blueprint = sketch_blueprint(config, lora, dtype=precision.value, device=device.value)
     kept = residual_rank(config.lora) if saved is None else None
@@ -267,7 +270,8 @@ def prepare_run(
     for name, choice in choices.items():
         reporter.say(f"{name}: {str(choice.value).removeprefix('torch.')} ({choice.reason})")
     base_facts = describe_model(config.model, base)
-    memory = predict_run_memory(config, data, planner, blueprint, processes=processes)
+    memory = predict_run_memory(config, data, planner, blueprint, data_bytes=data_bytes, processes=processes)
+    release_freed_memory()
     record, at = RunRecord(folder), device.value
     return Run(config, folder, data, model, at, base_facts, choices, reporter, record, planner, processes, memory)
 
