@@ -14,7 +14,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,55 @@ def time_trl(model: Any, rows: Sequence[TokenizedExample], arguments: argparse.N
         return seconds, peak, named
 
 
+@dataclass
+class Timed:
+    """What epochs of each contender gave, by name.
+
+    Attributes:
+        rates: tokens per second of each epoch but the first.
+        losses: of every step.
+        peaks: bytes, without what the other contender holds.
+        warm_seconds: of the first epoch.
+        failed: those that ran out of memory.
+    """
+
+    rates: dict[str, list[float]]
+    losses: dict[str, list[float]]
+    peaks: dict[str, int]
+    warm_seconds: dict[str, float]
+    failed: list[str]
+
+
+def time_pairs(
+    epochs: Mapping[str, Epoch], *, repeats: int, tokens: int, held: Mapping[str, int], device: torch.device
+) -> Timed:
+    """Run an epoch of each in turn, a first one untimed."""
+    names = list(epochs)
+    timed = Timed({n: [] for n in names}, {n: [] for n in names}, dict.fromkeys(names, 0), {}, [])
+    on_gpu = device.type == "cuda"
+    for number in range(repeats + 1):
+        for name in (name for name in names if name not in timed.failed):
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            wait(device)
+            started = time.perf_counter()
+            try:
+                timed.losses[name] += epochs[name]()
+            except torch.OutOfMemoryError:
+                timed.failed.append(name)
+                continue
+            wait(device)
+            seconds = time.perf_counter() - started
+            if number == 0:
+                timed.warm_seconds[name] = round(seconds, 2)
+                continue
+            timed.rates[name].append(tokens / seconds)
+            if on_gpu:
+                other = "plain" if name == "loralab" else "loralab"
+                timed.peaks[name] = max(timed.peaks[name], torch.cuda.max_memory_allocated() - held[other])
+    return timed
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one case."""
     device = torch.device(arguments.device)
@@ -211,35 +261,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     plain = build_plain(arguments, dtype, device)
     held["plain"] = allocated(device) - before
     epochs = {"loralab": our_epoch(ours, batches, planner, device), "plain": plain_epoch(plain, batches, device)}
-    rates: dict[str, list[float]] = {name: [] for name in epochs}
-    losses: dict[str, list[float]] = {name: [] for name in epochs}
-    peaks: dict[str, int] = dict.fromkeys(epochs, 0)
-    warm_seconds = dict.fromkeys(epochs, 0.0)
-    for number in range(arguments.repeats + 1):
-        for name, epoch in epochs.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            wait(device)
-            started = time.perf_counter()
-            losses[name] += epoch()
-            wait(device)
-            seconds = time.perf_counter() - started
-            other = "plain" if name == "loralab" else "loralab"
-            if number == 0:
-                warm_seconds[name] = round(seconds, 2)
-                continue
-            rates[name].append(tokens / seconds)
-            if device.type == "cuda":
-                peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() - held[other])
-    pairs = [a / b for a, b in zip(rates["loralab"], rates["plain"], strict=True)]
+    timed = time_pairs(epochs, repeats=arguments.repeats, tokens=tokens, held=held, device=device)
+    rates, losses, failed = timed.rates, timed.losses, timed.failed
+    pairs = [] if failed else [a / b for a, b in zip(rates["loralab"], rates["plain"], strict=True)]
     laid_out = sum(planner(batch).tokens for batch in batches)
     result: dict[str, Any] = {
-        "tokens_per_second": {name: round(statistics.median(values)) for name, values in rates.items()},
-        "ratio_to_plain": [round(v, 3) for v in (min(pairs), statistics.median(pairs), max(pairs))],
-        "peak_gib": {name: round(peak / 2**30, 2) for name, peak in peaks.items()},
+        "tokens_per_second": {name: round(statistics.median(values)) for name, values in rates.items() if values},
+        "ratio_to_plain": [round(v, 3) for v in (min(pairs), statistics.median(pairs), max(pairs))] if pairs else None,
+        "out_of_memory": failed,
+        "peak_gib": {name: round(peak / 2**30, 2) for name, peak in timed.peaks.items()},
         "base_gib": {name: round(size / 2**30, 2) for name, size in held.items()},
-        "loss_first": [round(losses[name][0], 4) for name in epochs],
-        "loss_difference": max(abs(a - b) / b for a, b in zip(*losses.values(), strict=True)),
+        "loss_first": [round(losses[name][0], 4) for name in epochs if losses[name]],
+        "loss_difference": None if failed else max(abs(a - b) / b for a, b in zip(*losses.values(), strict=True)),
         "attention": ours.tree_kernel,
         "head": ours.full_logits_reason or "gathered",
         "steps": len(batches),
@@ -247,11 +280,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "laid_out_share": round(laid_out / tokens, 3),
         "padded_share": round(sum(padded(b)[0].numel() for b in batches) / tokens, 3),
         "start_seconds": round(started_seconds, 1),
-        "warm_epoch_seconds": warm_seconds,
+        "warm_epoch_seconds": timed.warm_seconds,
         **choice,
     }
     if SFTTrainer is not None and arguments.trl:
         del ours, epochs
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         seconds, peak, named = time_trl(plain, rows, arguments, device)
         result["tokens_per_second"]["trl"] = round(tokens / seconds)
         result["peak_gib"]["trl"] = round(peak / 2**30, 2)

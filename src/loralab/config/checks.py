@@ -147,11 +147,12 @@ def _check_effect(config: Config) -> list[Finding]:
 
 
 def _check_precision(config: Config) -> list[Finding]:
-    if config.model.precision == "float16" and config.model.device == "cpu":
+    if config.model.precision == "float16" and config.model.device in ("cpu", "mps"):
+        device = "a CPU" if config.model.device == "cpu" else config.model.device
         return [
             Finding(
                 "model.precision",
-                "float16 does not train on a CPU (its range needs loss scaling, which only CUDA has)",
+                f"float16 does not train on {device} (its range needs loss scaling, which is offered on CUDA alone)",
                 "set model.precision: bfloat16 (same size, wider range) or float32",
             )
         ]

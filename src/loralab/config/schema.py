@@ -44,7 +44,7 @@ class ModelConfig(Section):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Storage and compute type of the frozen weights; auto takes bfloat16 where "
-        "the hardware multiplies it, else float32.",
+        "the hardware multiplies it, float16 with loss scaling on older CUDA devices, else float32.",
     )
     quantization: Literal["none", "nf4", "fp4", "int8"] = Field(
         "none",

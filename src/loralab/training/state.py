@@ -32,6 +32,8 @@ class RunState:
         train_examples: rows trained on so far.
         alive: whether every trained tensor has been seen to learn.
         attended: whether the newest step had a label with more than one token before it.
+        loss_scale: what the loss is multiplied by before the backward sweep, or None where it is not.
+        good_steps: steps since that scale was last changed.
     """
 
     window_total: float = 0.0
@@ -49,6 +51,8 @@ class RunState:
     token_budget: int | None = None
     alive: bool = False
     attended: bool = False
+    loss_scale: float | None = None
+    good_steps: int = 0
     window_tokens: int = field(default=0)
     _started: float = field(default_factory=time.perf_counter, repr=False)
     _window_started: float = field(default_factory=time.perf_counter, repr=False)

@@ -5,6 +5,7 @@ tokens, one gradient synchronisation. Only public methods of Trainer are overrid
 """
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,7 +23,10 @@ from loralab.training.arguments import raise_rates
 from loralab.training.distributed import ALONE, Processes
 from loralab.training.liveness import check_reached, no_gradient_at_all
 from loralab.training.loss import LossSum, run_micro_batches
+from loralab.training.loss_scaling import resolve_loss_scaler
 from loralab.training.state import RunState
+
+logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[], dict[str, float]]
 Shrunk = Callable[[int, int], None]
@@ -39,6 +43,7 @@ class StepTrainer(Trainer):
         on_shrink: told of the step and the new token budget when that happened.
         processes: those that share each step.
         loraplus_lr_ratio: learning rate of every B, as a multiple of the others'.
+        note: told of what happened to a step, besides running out of memory; by the first process.
         **kwargs: for Trainer.
     """
 
@@ -52,6 +57,7 @@ class StepTrainer(Trainer):
         on_shrink: Shrunk,
         processes: Processes = ALONE,
         loraplus_lr_ratio: float = 1.0,
+        note: Callable[[str], None] = logger.warning,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -62,6 +68,8 @@ class StepTrainer(Trainer):
         self._on_shrink = on_shrink
         self._processes = processes
         self._loraplus_lr_ratio = loraplus_lr_ratio
+        trained: Any = self.model
+        self._scaler = resolve_loss_scaler(trained, run_state, note=note if processes.first else _say_nothing)
         self._reduced_once = processes.count == 1
 
     def get_train_dataloader(self) -> DataLoader[StepBatch]:
@@ -102,24 +110,32 @@ class StepTrainer(Trainer):
             This rank's share of the step's mean loss, scaled so that the mean over ranks is exact.
 
         Raises:
-            TrainingDivergedError: the loss is not finite; the rows are named.
+            TrainingDivergedError: the loss is not finite, or float16 gradients under any scale; the rows are named.
             OutOfMemoryError: memory runs out with one example at a time.
         """
         step: StepBatch = inputs
         model.train()
         count = int(num_items_in_batch) if num_items_in_batch is not None else step.supervised_tokens
-        scale = self._processes.count / max(count, 1)
-
-        result, step = self._run_step(model, step, scale)
-        attended = 0 if self._run_state.alive else _deepest_label(step)
-        own = np.array(
-            [float(result.total), step.example_tokens, step.tokens, len(step.rows), attended], dtype=np.float64
-        )
-        total, tokens, laid_out, examples, deepest = (float(value) for value in self._processes.sum(own))
-        self._run_state.attended = deepest > 0
-        if not math.isfinite(total):
-            parts = self._processes.gather((float(result.total), step.rows))
-            raise _diverged(parts, self.state.global_step + 1)
+        scale, scaler, number = self._processes.count / max(count, 1), self._scaler, self.state.global_step + 1
+        while True:
+            result, step = self._run_step(model, step, scale if scaler is None else scale * scaler.scale)
+            # Gradients are summed over the processes by now, and so is what follows: all of them go the same way.
+            overflowed = scaler is not None and scaler.overflowed(model)
+            attended = 0 if self._run_state.alive else _deepest_label(step)
+            own = [float(result.total), step.example_tokens, step.tokens, len(step.rows), attended, overflowed]
+            sums = self._processes.sum(np.array(own, dtype=np.float64))
+            total, tokens, laid_out, examples, deepest, overflows = (float(value) for value in sums)
+            self._run_state.attended = deepest > 0
+            if not math.isfinite(total):
+                parts = self._processes.gather((float(result.total), step.rows))
+                raise _diverged(parts, number, half=scaler is not None)
+            if scaler is None or not overflows:
+                break
+            if not scaler.lower():
+                raise _overflowed(self._processes.gather(step.rows), number, scale=scaler.scale)
+            model.zero_grad(set_to_none=True)
+        if scaler is not None:
+            scaler.unscale(model, step=number)
         self._run_state.add_step(
             total=total, count=count, tokens=int(tokens), laid_out_tokens=int(laid_out), examples=int(examples)
         )
@@ -227,14 +243,34 @@ def _deepest_label(step: StepBatch) -> int:
     return max((int(depth.max()) for depth in depths), default=0)
 
 
-def _diverged(parts: Sequence[tuple[float, Sequence[tuple[int, int]]]], number: int) -> TrainingDivergedError:
+def _say_nothing(_: str) -> None:
+    pass
+
+
+def _diverged(
+    parts: Sequence[tuple[float, Sequence[tuple[int, int]]]], number: int, *, half: bool
+) -> TrainingDivergedError:
     """Name the rows whose loss is no number, given each process's loss and its rows."""
     total, found = next((total, rows) for total, rows in parts if not math.isfinite(total))
-    rows = ", ".join(f"{row}" if source == 0 else f"{row} of source {source + 1}" for source, row in found[:16])
-    more = "" if len(found) <= 16 else f" and {len(found) - 16} more"
+    calm = "lower training.learning_rate, set training.max_grad_norm: 1.0, or look at these rows"
+    wider = "set model.precision: float32 (in float16 the base may exceed 65,504, which no loss scale helps), "
     return TrainingDivergedError(
         f"the loss is {total} at step {number}",
-        where=f"training rows {rows}{more}",
-        fix="lower training.learning_rate, set training.max_grad_norm: 1.0, or look at these rows; "
+        where=f"training rows {_listed(found)}",
+        fix=f"{wider if half else ''}{calm}; the last checkpoint is unharmed",
+    )
+
+
+def _overflowed(parts: Sequence[Sequence[tuple[int, int]]], number: int, *, scale: float) -> TrainingDivergedError:
+    """Name the rows whose gradients no loss scale keeps finite, given each process's rows."""
+    return TrainingDivergedError(
+        f"gradients are not finite at step {number}, down to a loss scale of {scale:g}",
+        where=f"training rows {_listed([row for rows in parts for row in rows])}",
+        fix="set model.precision: float32, lower training.learning_rate, or look at these rows; "
         "the last checkpoint is unharmed",
     )
+
+
+def _listed(found: Sequence[tuple[int, int]]) -> str:
+    rows = ", ".join(f"{row}" if source == 0 else f"{row} of source {source + 1}" for source, row in found[:16])
+    return rows if len(found) <= 16 else f"{rows} and {len(found) - 16} more"

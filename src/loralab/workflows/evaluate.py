@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from loralab.config.paths import local_path
-from loralab.config.schema import DataConfig, EvaluationConfig
+from loralab.config.schema import Config, DataConfig, EvaluationConfig
 from loralab.data.dataset import PreparedData, prepare_data
 from loralab.data.prompts.prompter import Prompter
 from loralab.data.tokens.store import TokenStore
@@ -20,6 +20,7 @@ from loralab.evaluation.perplexity import SplitLoss, compare_losses, measure_los
 from loralab.layout.planner import Planner
 from loralab.lookup import suggest
 from loralab.models.load import check_length, max_positions
+from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
 from loralab.run import read_json, write_json
@@ -52,6 +53,13 @@ def resolve_split(setting: str, splits: Mapping[str, TokenStore]) -> str | None:
             return setting
         raise DataError(f"no such split: {setting!r}", where="key evaluation.split", fix=suggest(setting, splits))
     return next((name for name in ("test", "validation") if name in splits), None)
+
+
+def resolve_evaluation(config: Config) -> dict[str, Resolved[Any]]:
+    """Choose when the validation loss is measured while training."""
+    if config.data.validation is None:
+        return {"evaluation_strategy": Resolved("no", "data.validation is null")}
+    return {"evaluation_strategy": Resolved(config.evaluation.strategy, "set in evaluation.strategy or by default")}
 
 
 def evaluate_split(

@@ -20,7 +20,7 @@ from loralab.models.trainable_tokens import resolve_token_ids
 from loralab.progress import Reporter
 from loralab.training.arguments import check_optimizer
 from loralab.workflows.configure import run_path
-from loralab.workflows.evaluate import resolve_split
+from loralab.workflows.evaluate import resolve_evaluation, resolve_split
 from loralab.workflows.memory_record import predict_run_memory
 from loralab.workflows.memory_watch import process_bytes
 from loralab.workflows.plan_advice import Situation, advise
@@ -62,7 +62,7 @@ def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter) -> dict[str, 
         planner, chosen = measured.planner, measured.choices
     else:
         planner, chosen = expect_planner(blueprint, config, free=max(free - _held_bytes(config, blueprint), 0))
-    choices |= blueprint.choices | chosen
+    choices |= blueprint.choices | chosen | resolve_evaluation(config)
     memory = predict_run_memory(config, data, planner, blueprint, data_bytes=data_bytes)
     if measured is not None:
         memory = measured.memory(memory)

@@ -43,6 +43,7 @@ class Probe:
         source: what it was read from.
         tokens: laid-out tokens of the timed micro-batches.
         seconds: of the timed micro-batches, the optimizer included.
+        first_seconds: what the very first one took longer than the same one later.
     """
 
     planner: Planner
@@ -51,6 +52,7 @@ class Probe:
     source: str
     tokens: int
     seconds: float
+    first_seconds: float
 
     def memory(self, predicted: Mapping[str, Any]) -> dict[str, Any]:
         """Return a prediction with the measured peak in the place of the counted one."""
@@ -69,7 +71,7 @@ class Probe:
             schedule: of `describe_schedule`.
         """
         rate = self.tokens / max(self.seconds, 1e-9)
-        seconds = tokens["laid_out"] / rate
+        seconds = tokens["laid_out"] / rate + self.first_seconds
         return {
             "seconds": round(seconds, 3),
             "seconds_per_step": round(seconds / max(schedule["total_steps"], 1), 3),
@@ -99,23 +101,31 @@ def run_probe(loaded: LoadedConfig, path: Path, *, reporter: Reporter) -> Probe:
         trained = [weight for weight in run.model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0)
         run.model.train()
-        _step(run, largest, optimizer)
-        tokens, seconds = 0, 0.0
+        first = _step(run, largest, optimizer)
+        timed: dict[str, list[float]] = {"typical": [], "largest": []}
         for done in range(_ROUNDS):
-            for batch in (typical, largest):
-                started = time.perf_counter()
-                _step(run, batch, optimizer)
-                seconds += time.perf_counter() - started
-                tokens += batch.tokens
+            timed["typical"].append(_step(run, typical, optimizer))
+            timed["largest"].append(_step(run, largest, optimizer))
             reporter.progress("probe", done + 1, _ROUNDS)
         reporter.finish("probe")
         peak = watch.peak_bytes(run.device)
-        return Probe(run.planner, run.choices, peak, watch.source(run.device), tokens, seconds)
+        return Probe(
+            planner=run.planner,
+            choices=run.choices,
+            peak_bytes=peak,
+            source=watch.source(run.device),
+            tokens=_ROUNDS * (typical.tokens + largest.tokens),
+            seconds=sum(map(sum, timed.values())),
+            first_seconds=max(first - min(timed["largest"]), 0.0),
+        )
 
 
-def _step(run: Run, batch: MicroBatch, optimizer: torch.optim.Optimizer) -> None:
+def _step(run: Run, batch: MicroBatch, optimizer: torch.optim.Optimizer) -> float:
+    """Run one micro-batch and the optimizer, and return the seconds that took."""
+    started = time.perf_counter()
     run_micro_batches(run.model, [batch], device=run.device, backward=torch.Tensor.backward, dropout_key=(0, 0))
     optimizer.step()
     optimizer.zero_grad()
     if run.device.type == "cuda":
         torch.cuda.synchronize(run.device)
+    return time.perf_counter() - started

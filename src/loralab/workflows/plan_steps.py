@@ -80,6 +80,8 @@ def fullest_step(run: RunSteps, store: TokenStore) -> Sequence[int]:
 def largest_micro_batches(run: RunSteps, store: TokenStore, planner: Planner) -> tuple[MicroBatch, MicroBatch]:
     """Return the largest micro-batch of the steps that are likely to hold it, and one of the middle.
 
+    The steps with most tokens are laid out, and some of the others.
+
     Args:
         run: rows of the steps.
         store: the training split.
@@ -110,7 +112,7 @@ def evaluation_batch(store: TokenStore, planner: Planner, batch_size: int) -> Mi
     starts = range(0, len(store), batch_size)
     place = max(starts, key=lambda start: int(lengths[start : start + batch_size].sum()))
     batches = planner(store[place : place + batch_size]).micro_batches
-    return max(batches, key=lambda batch: batch.input_ids.numel())
+    return max(batches, key=lambda batch: batch.input_ids.numel())  # every stored row has a label
 
 
 def count_layouts(

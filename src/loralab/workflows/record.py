@@ -138,6 +138,14 @@ class RunRecord:
         write_json(self.folder.record, self.content)
 
 
+class UnwrittenRecord(RunRecord):
+    """The record in a process that does not write."""
+
+    def update(self, **values: Any) -> None:
+        """Set `values`."""
+        self.content.update(values)
+
+
 def _unwritable(folder: RunFolder, error: OSError) -> StorageError:
     return StorageError(
         f"cannot write to {str(folder.path)!r}: {error.strerror}",

@@ -68,7 +68,7 @@ def resolve_planner(
     max_length: int,
     device: torch.device,
     sharing: int = 1,
-    blueprint: Blueprint | None = None,
+    blueprint: Blueprint | str = "not drawn",
 ) -> tuple[Planner, dict[str, Resolved[Any]]]:
     """Choose how steps are laid out, and let the model's attention follow.
 
@@ -78,7 +78,7 @@ def resolve_planner(
         max_length: longest example, in tokens.
         device: where the model is.
         sharing: processes of this run on this machine.
-        blueprint: what counts the memory of a token, or None for the rule of thumb.
+        blueprint: what counts the memory of a token, or why there is none; the rule of thumb stands in then.
 
     Returns:
         The planner, and the choices with their reasons.
@@ -123,9 +123,9 @@ def expect_planner(
     return planner, {"layout": layout, "attention": shown, "token_budget": budget}
 
 
-def count_token_memory(config: Config, blueprint: Blueprint | None, layout: Layout) -> TokenMemory | None:
+def count_token_memory(config: Config, blueprint: Blueprint | str, layout: Layout) -> TokenMemory | None:
     """Return what a micro-batch takes by its tokens where `token_budget` goes by it, and where it can be counted."""
-    if blueprint is None or isinstance(config.training.token_budget, int):
+    if isinstance(blueprint, str) or isinstance(config.training.token_budget, int):
         return None
     counted = StepMeter(blueprint, layout).count_tokens()
     return None if isinstance(counted, str) else counted

@@ -45,13 +45,14 @@ from loralab.training.state import RunState
 from loralab.workflows.adapter_folder import save_adapter
 from loralab.workflows.adapter_start import activation_batches, check_warm_start, find_saved_start
 from loralab.workflows.configure import run_path
-from loralab.workflows.evaluate import answer_samples, evaluate_split, resolve_split, stop_shares
+from loralab.workflows.evaluate import answer_samples, evaluate_split, resolve_evaluation, resolve_split, stop_shares
 from loralab.workflows.frozen_trunk import close_frozen_trunk, open_frozen_trunk
 from loralab.workflows.memory_record import measured_memory, predict_run_memory
 from loralab.workflows.memory_watch import MemoryWatch, process_bytes
 from loralab.workflows.output import claim_output, has_begun
 from loralab.workflows.record import (
     RunRecord,
+    UnwrittenRecord,
     check_same_config,
     closing_record,
     describe_choices,
@@ -261,12 +262,12 @@ def prepare_run(
         max_length=config.data.max_length,
         device=device.value,
         sharing=processes.local_count,
-        blueprint=None if isinstance(blueprint, str) else blueprint,
+        blueprint=blueprint,
     )
     # The least of all, so that a resume, which goes on with the recorded one, cuts every process's steps alike.
     planner = planner.with_budget(-processes.largest(-planner.token_budget))
     layout_choices["token_budget"] = replace(layout_choices["token_budget"], value=planner.token_budget)
-    choices |= base_choices | adapter_choices | layout_choices | _resolve_evaluation(config)
+    choices |= base_choices | adapter_choices | layout_choices | resolve_evaluation(config)
     for name, choice in choices.items():
         reporter.say(f"{name}: {str(choice.value).removeprefix('torch.')} ({choice.reason})")
     base_facts = describe_model(config.model, base)
@@ -274,20 +275,6 @@ def prepare_run(
     release_freed_memory()
     record, at = RunRecord(folder), device.value
     return Run(config, folder, data, model, at, base_facts, choices, reporter, record, planner, processes, memory)
-
-
-def _resolve_evaluation(config: Config) -> dict[str, Resolved[Any]]:
-    if config.data.validation is None:
-        return {"evaluation_strategy": Resolved("no", "data.validation is null")}
-    return {"evaluation_strategy": Resolved(config.evaluation.strategy, "set in evaluation.strategy or by default")}
-
-
-class _UnwrittenRecord(RunRecord):
-    """The record in a process that does not write."""
-
-    def update(self, **values: Any) -> None:
-        """Set `values`."""
-        self.content.update(values)
 
 
 def _begin_record(run: Run, loaded: LoadedConfig, *, resumed: bool, source: Mapping[str, str] | None) -> RunRecord:
@@ -310,7 +297,7 @@ def _begin_record(run: Run, loaded: LoadedConfig, *, resumed: bool, source: Mapp
     if source is not None:
         facts["warm_start"] = dict(source)
     if not run.processes.first:
-        return _UnwrittenRecord(run.folder, {"events": [], **facts})
+        return UnwrittenRecord(run.folder, {"events": [], **facts})
     run.reporter.say(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
     changes = environment_changes(read_json(run.folder.record), facts) if resumed else []
     record = (RunRecord.reopen if resumed else RunRecord.begin)(run.folder, loaded, facts)

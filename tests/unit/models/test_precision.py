@@ -59,7 +59,11 @@ def test_device_that_is_not_there(setting: str, gpus: int, message: str, monkeyp
         ("float32", CUDA, True, (9, 0), torch.float32, "set in model.precision"),
         ("bfloat16", CPU, False, (8, 0), torch.bfloat16, "set in model.precision"),
         ("auto", CUDA, False, (8, 0), torch.bfloat16, "compute capability 8.0 multiplies bfloat16"),
-        ("auto", CUDA, True, (7, 5), torch.float32, "compute capability 7.5 has no bfloat16"),
+        ("float16", CUDA, False, (9, 0), torch.float16, "set in model.precision (trains with loss scaling)"),
+        ("auto", CUDA, True, (7, 5), torch.float16, "compute capability 7.5 has no bfloat16; it multiplies float16"),
+        ("auto", CUDA, True, (7, 0), torch.float16, "compute capability 7.0 has no bfloat16; it multiplies float16"),
+        ("auto", CUDA, True, (6, 1), torch.float16, "compute capability 6.1 has no bfloat16; float16 takes half the"),
+        ("auto", CUDA, True, (5, 2), torch.float32, "compute capability 5.2 computes neither bfloat16 nor float16"),
         ("auto", CPU, True, (8, 0), torch.bfloat16, "this processor has bfloat16 instructions"),
         ("auto", CPU, False, (8, 0), torch.float32, "no bfloat16 instructions on this cpu"),
         ("auto", MPS, True, (8, 0), torch.float32, "no bfloat16 instructions on this mps"),
@@ -85,7 +89,16 @@ def test_precision(
 def test_float16_needs_cuda(device: torch.device) -> None:
     with pytest.raises(ConfigError, match=f"float16 does not train on {device.type}") as caught:
         resolve_precision(ModelConfig(name="m", precision="float16"), device)
-    assert caught.value.problems[0].where == "key model.precision"
+    (problem,) = caught.value.problems
+    assert "which is offered on CUDA alone" in problem.what
+    assert problem.where == "key model.precision"
+    assert problem.fix == "set model.precision: bfloat16 (same size, wider range) or float32"
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (6, 0)])
+def test_float16_that_was_chosen_says_how_it_trains(capability: tuple[int, int], monkeypatch: Any) -> None:
+    machine(monkeypatch, gpus=1, capability=capability)
+    assert resolve_precision(ModelConfig(name="m"), CUDA).reason.endswith("and trains with loss scaling")
 
 
 @pytest.mark.parametrize(
