@@ -4,6 +4,7 @@ Owns the order of sources, the origin of every value and the wording of configur
 """
 
 import copy
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,8 @@ from loralab.errors import ConfigError, Problem
 from loralab.lookup import nearest_name, suggest
 
 Check = Callable[[Config], list[Finding]]
+# One of the values that pydantic lists for a field that takes only certain ones.
+_CHOICE = re.compile(r"'([^']*)'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +273,10 @@ def _describe_field(key: str, errors: Sequence[ErrorDetails], origin: Mapping[st
         name = str(inside["loc"][-1])
         return Problem(f"unknown key in {key}: {name!r}", where, suggest(name, DataSource.model_fields))
     wanted = " or ".join(dict.fromkeys(_lower_first(error["msg"]) for error in errors))
-    return Problem(f"{key} got {first['input']!r}: {wanted}", where, f"{key}: {describe_field(key)}")
+    choices = [name for e in errors for name in _CHOICE.findall(e.get("ctx", {}).get("expected", ""))]
+    near = nearest_name(str(first["input"]), choices) if choices else None
+    hint = f"did you mean {near!r}? " if near else ""
+    return Problem(f"{key} got {first['input']!r}: {wanted}", where, f"{hint}{key}: {describe_field(key)}")
 
 
 def _lower_first(text: str) -> str:

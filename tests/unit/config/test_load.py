@@ -303,3 +303,12 @@ def test_number_of_too_many_digits_on_the_command_line() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config({"model": {"name": "m"}, "data": {"train": "f"}}, [f"training.seed={'1' * 5000}"])
     assert caught.value.problems[0].where.startswith("command line")
+
+
+def test_a_value_near_one_of_the_choices_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({"model": {"name": "m"}, "data": {"train": "f"}, "lora": {"variant": "doraa"}})
+    assert caught.value.problems[0].fix == "did you mean 'dora'? lora.variant: Kind of adapter."
+    with pytest.raises(ConfigError) as caught:
+        load_config({"model": {"name": "m"}, "data": {"train": "f"}, "lora": {"variant": "xyzzy"}})
+    assert caught.value.problems[0].fix == "lora.variant: Kind of adapter."
