@@ -98,8 +98,10 @@ def _judge(gpu: Mapping[str, Any], architectures: Sequence[str], *, hip: bool) -
     if architectures and not hip:
         found += _judge_build(gpu["name"], (major, minor), architectures)
     if (major, minor) < (8, 0) and not hip:
-        why = "it does not multiply bfloat16: precision auto takes float32, with twice the memory"
-        fix = "a smaller model or batch size; nothing to mend"
+        half = (major, minor) >= (5, 3)
+        taken = "float16 with loss scaling" if half else "float32, with twice the memory"
+        why = f"it does not multiply bfloat16: precision auto takes {taken}"
+        fix = "nothing to mend" if half else "a smaller model or batch size; nothing to mend"
         found.append(Finding("note", f"{gpu['name']} has compute capability {major}.{minor}", why, fix))
     if gpu["free_bytes"] < _FREE_SHARE * gpu["total_bytes"]:
         what = f"{render_bytes(gpu['free_bytes'])} of {gpu['name']}'s {render_bytes(gpu['total_bytes'])} are free"

@@ -157,16 +157,16 @@ def _examine(model: SupervisedPeftModel, kernel: str) -> str | None:
         return f"unknown: a wrong layout changes logits by no more than {power:.1e} of their spread"
     half = model.embedding.weight.dtype != torch.float32
     limit = _SAME_HALF * power if half else _SAME_FLOAT32 * max(power, 1.0)
-    if error > limit:
+    if not error <= limit:  # logits that are no numbers fail
         return f"logits differ from each path alone by {error:.1e} of their spread"
     still = _STILL_ACCELERATOR if half and model.embedding.weight.device.type != "cpu" else _STILL
     twins = _distance(logits[probe.segments["first"]], logits[probe.segments["twin"]]) / spread
-    if twins > still * power:
+    if not twins <= still * power:
         return f"equal roots give different logits ({twins:.1e} of their spread): place in the row matters"
     outside = torch.ones(len(probe.ids), dtype=torch.bool, device=logits.device)
     outside[probe.segments["a"]] = False
     inside_moved, outside_moved = (_distance(moved[part], logits[part]) for part in (~outside, outside))
-    if outside_moved > still * inside_moved:
+    if not outside_moved <= still * inside_moved:
         return f"a branch moves logits outside it ({outside_moved / inside_moved:.1e} of its own change)"
     _run_backward(model, probe)
     return _examine_chains(model, probe, kernel, alone, limit=limit * spread)
@@ -181,7 +181,7 @@ def _examine_chains(
         logits, _ = _tree_logits(model, chains, chains.ids, kernel)
     for name in ("first", "lone"):
         error = _distance(logits[chains.segments[name]], alone[probe.segments[name].stop - 1])
-        if error > limit:
+        if not error <= limit:
             return f"logits of a row of chains differ from each alone by {error:.1e}"
     _run_backward(model, chains)
     return None

@@ -188,6 +188,8 @@ def _master(weight: Tensor) -> nn.Parameter:
 
 def _check_runs(model: Any, names: Sequence[str]) -> None:
     ids = torch.zeros((1, _PROBE_TOKENS), dtype=torch.long, device=next(model.parameters()).device)
+    was_training = model.training
+    model.eval()  # keyed dropout wants to know the tokens of a training forward
     try:
         with torch.no_grad():
             model.get_base_model()(input_ids=ids, use_cache=False)
@@ -197,3 +199,5 @@ def _check_runs(model: Any, names: Sequence[str]) -> None:
             where=_WHERE,
             fix="set model.precision: float32, or leave these layers out",
         ) from error
+    finally:
+        model.train(was_training)

@@ -168,6 +168,7 @@ def _build_trainer(
         on_shrink=functools.partial(_note_smaller_budget, run),
         processes=run.processes,
         loraplus_lr_ratio=config.lora.loraplus_lr_ratio if config.lora.variant == "lora_plus" else 1.0,
+        note=functools.partial(_note_event, run),
     )
     if run.processes.rank > 0:  # dropout in the base model, where it is on, must not be the same everywhere
         torch.manual_seed(config.training.seed + run.processes.rank)

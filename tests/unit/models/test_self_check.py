@@ -212,3 +212,10 @@ def test_code_from_elsewhere_takes_no_trees() -> None:
     config = build_family("llama", vocabulary=VOCABULARY).config
     model, _ = build_adapter(Elsewhere(config), LoraConfig(r=2), seed=0)
     assert resolve_tree_kernel(model) == Resolved(None, "its code is not part of transformers")
+
+
+def test_logits_that_are_no_numbers_fail() -> None:
+    model = build()
+    with torch.no_grad():
+        model.language_model.model.norm.weight.fill_(float("nan"))
+    assert find_tree_failure(model, "per_tree") is not None

@@ -157,3 +157,8 @@ def test_a_layer_that_the_model_reads_without_calling_it_is_refused_in_bfloat16(
     with pytest.raises(ConfigError, match=r"does not run with float32 masters of .*\.dt_proj: ") as caught:
         adapted(mamba, "dt_proj")
     assert "model.precision: float32" in caught.value.problems[0].fix
+
+
+def test_layers_are_trained_whole_beside_dropout_in_half_precision() -> None:
+    model = adapted(base().to(torch.bfloat16), "norm", dropout=0.1)
+    assert [weight.dtype for weight in whole(model).values()] == [torch.float32]
