@@ -44,6 +44,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2 nf4": ("gpt2", {"model.quantization": "nf4"}),
     "gpt2 nf4 B 2": ("gpt2", {"model.quantization": "nf4", TRAINING: 2}),
     "gpt2 recomputed": ("gpt2", {"training.gradient_checkpointing": True}),
+    "gpt2 recomputed B 2": ("gpt2", {"training.gradient_checkpointing": True, TRAINING: 2}),
+    "qwen recomputed B 2": ("qwen", {"training.gradient_checkpointing": True, TRAINING: 2}),
     "gpt2 padded": ("gpt2", {"training.layout": "padded"}),
     "gpt2 budget 512": ("gpt2", {"training.token_budget": 512}),
     "qwen B 4": ("qwen", {TRAINING: 4}),

@@ -87,9 +87,10 @@ def _tokens(tokens: Mapping[str, Any], schedule: Mapping[str, Any]) -> dict[str,
     counted = "" if whole else f" (by {tokens['laid_out_steps']} of {tokens['steps']:,} steps)"
     layouts = ", ".join(f"{name} {count:,}" for name, count in tokens["epoch"].items())
     share = tokens["laid_out"] / max(tokens["rows"], 1)
+    within = schedule["total_steps"] < schedule["steps_per_epoch"]
     return {
         "layout": f"{tokens['layout']}, at most {tokens['token_budget']:,} tokens at once",
-        "an epoch": f"{layouts}, padding included{counted}",
+        "the steps" if within else "an epoch": f"{layouts}, padding included{counted}",
         "in all": f"{tokens['laid_out']:,} laid out of {tokens['rows']:,} ({share:.1%}){counted}",
         "supervised": f"{tokens['supervised']:,}",
         "micro-batches": f"{tokens['micro_batches']:,} in {schedule['total_steps']:,} steps{counted}",

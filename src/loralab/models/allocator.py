@@ -23,9 +23,12 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt's settings, from m
 _PAGE, _CHUNK, _HEADER = 4096, 16, 8
 # What a request for an aligned place adds, and what is left before the place.
 _SEARCHED, _CUT_OFF = 96, 48
-# Share of chunks before which something small settles and stays. From 8 steps each of GPT-2-small and
-# Qwen2.5-0.5B at 512, 1024 and 2048 tokens: between 0.15 and 0.2.
-_PINNED = 0.18
+# Share of chunks before which something small settles and stays. Fitted to two to five steps each of the shapes of
+# GPT-2-small and Qwen2.5-0.5B at 512, 1024 and 2048 tokens in bfloat16 (glibc 2.36): between 0.15 and 0.2.
+KEPT_PINNED = 0.18
+# The same where activations are recomputed: many more come and go while few are held. Fitted to one run
+# of GPT-2-small's shape; the weakest point of the estimate.
+RECOMPUTED_PINNED = 0.6
 _GOLDEN = 0.6180339887498949
 
 
@@ -74,8 +77,9 @@ def release_freed_memory() -> None:
 class _Heap:
     """glibc's heap as far as large chunks go: best fit, neighbours joined, the top given back when large."""
 
-    def __init__(self) -> None:
+    def __init__(self, pinned: float) -> None:
         self.peak = 0
+        self._pinned = pinned
         self._top = self._end = self._mapped = 0
         self._free: list[tuple[int, int]] = []  # size and start, in order
         self._size_at: dict[int, int] = {}
@@ -97,7 +101,7 @@ class _Heap:
     def _place(self, size: int) -> int:
         # Evenly spread instead of drawn: the same trace gives the same number.
         self._drawn = (self._drawn + _GOLDEN) % 1.0
-        skipped = _CUT_OFF if self._drawn < _PINNED else 0
+        skipped = _CUT_OFF if self._drawn < self._pinned else 0
         index = bisect.bisect_left(self._free, (size + _SEARCHED, 0))
         if index == len(self._free):
             start = self._top + skipped
@@ -143,14 +147,15 @@ class _Heap:
         del self._free[bisect.bisect_left(self._free, (size, start))]
 
 
-def heap_peak(computations: Sequence[Sequence[tuple[int, int]]]) -> int:
+def heap_peak(computations: Sequence[Sequence[tuple[int, int]]], *, pinned: float = KEPT_PINNED) -> int:
     """Return the memory that a process holds at most for tensors that come and go, in bytes.
 
     Args:
         computations: one after the other: number and bytes of each tensor that comes, number and -1 of each that
             goes; what is left at the end of one goes before the next.
+        pinned: share of chunks before which something small settles and stays.
     """
-    heap = _Heap()
+    heap = _Heap(pinned)
     for events in computations:
         alive: set[int] = set()
         for number, size in events:

@@ -47,12 +47,14 @@ class Blueprint:
         settled: what was chosen for the base.
         choices: what was chosen for the adapter.
         device: where the run computes.
+        checkpointing: whether activations are recomputed.
     """
 
     model: SupervisedPeftModel
     settled: SettledBase
     choices: dict[str, Resolved[str]]
     device: torch.device
+    checkpointing: bool
 
     def trace(self, run: Callable[[], object]) -> MemoryTrace | str:
         """Return the tensors of a computation with the model, or the reason why it cannot be followed."""
@@ -116,7 +118,7 @@ def _draw(
         model, choices = build_adapter(base, shape, seed=seed)
     for name in ("head", "first_weights"):  # what only numbers tell
         choices.pop(name, None)
-    return Blueprint(model, settled, choices, device)
+    return Blueprint(model, settled, choices, device, checkpointing)
 
 
 def _blank_base(

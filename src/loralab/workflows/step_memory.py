@@ -19,7 +19,7 @@ from loralab.config.schema import Config
 from loralab.data.example import Branch, TokenizedExample
 from loralab.layout.collate import MicroBatch
 from loralab.layout.planner import Layout, Planner
-from loralab.models.allocator import heap_peak, keeps_freed_memory
+from loralab.models.allocator import KEPT_PINNED, RECOMPUTED_PINNED, heap_peak, keeps_freed_memory
 from loralab.models.blueprint import Blueprint, describe_weights
 from loralab.models.memory import TokenMemory
 from loralab.models.memory_trace import META, MemoryTrace
@@ -100,7 +100,8 @@ class StepMeter:
         if self.blueprint.device.type != "cpu" or not keeps_freed_memory():
             return StepBytes(alive, alive)
         first, between = followed[0].events, followed[-1].events
-        return StepBytes(heap_peak([first, between, first, between, first]), alive)
+        pinned = RECOMPUTED_PINNED if self.blueprint.checkpointing else KEPT_PINNED
+        return StepBytes(heap_peak([first, between, first, between, first], pinned=pinned), alive)
 
     def count_tokens(self) -> TokenMemory | str:
         """Return what a micro-batch takes by its tokens, or why that cannot be told."""
