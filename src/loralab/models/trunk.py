@@ -14,6 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from loralab.errors import StorageError
 from loralab.models.trunk_store import TrunkStore
 
 
@@ -233,7 +234,14 @@ class CachedTrunk:
         rows = self.store.find(prefixes.cpu()[real].numpy())
         if rows is None:
             return None
-        found = self.store.read(rows)
+        try:
+            found = self.store.read(rows)
+        except OSError as error:
+            raise StorageError(
+                f"what was kept of the frozen layers cannot be read: {error}",
+                where=str(self.store.folder),
+                fix="leave the folder alone while the run is under way; --resume computes it anew",
+            ) from error
         states = torch.zeros((*real.shape, found.shape[-1]), dtype=found.dtype)
         states[real] = found
         return states.to(prefixes.device)

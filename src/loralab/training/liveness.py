@@ -55,10 +55,9 @@ class LivenessCheck(TrainerCallback):
     def __init__(self, run_state: RunState, *, note: Callable[[str], None]) -> None:
         self.run_state = run_state
         self.note = note
-        self._reached: set[str] = set()
+        self._reached = set(run_state.reached)
         self._rows: dict[str, torch.Tensor] = {}
-        self._begun = False
-        self._steps = 0
+        self._begun = run_state.live_steps > 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -96,8 +95,8 @@ class LivenessCheck(TrainerCallback):
         first = self.run_state.attended and not self._begun
         self._begun |= first
         if self.run_state.attended:
-            self._steps += any(group["lr"] > 0 for group in optimizer.param_groups)
-        last = self._steps >= WINDOW
+            self.run_state.live_steps += any(group["lr"] > 0 for group in optimizer.param_groups)
+        last = self.run_state.live_steps >= WINDOW
         dead = [t for t in tensors if t.name not in self._reached and not _may_rest(t)]
         if dead and not last:
             waiting = _waiting(tensors) if first else {t.name for t in tensors}
@@ -106,7 +105,9 @@ class LivenessCheck(TrainerCallback):
             raise _dead(dead, len(tensors), step=state.global_step + 1)
         if last:
             self._say_resting(tensors, model)
-            self.run_state.alive = True
+            self.run_state.alive, self.run_state.reached = True, []
+        else:
+            self.run_state.reached = sorted(self._reached)
 
     def _look(self, tensors: Sequence[_Tensor]) -> None:
         gradients = [t.weight.grad for t in tensors]

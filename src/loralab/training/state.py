@@ -31,6 +31,8 @@ class RunState:
         token_budget: most tokens of a micro-batch, or None before the first step.
         train_examples: rows trained on so far.
         alive: whether every trained tensor has been seen to learn.
+        live_steps: steps with a positive learning rate in which learning was looked for.
+        reached: trained tensors that have had a gradient which is not zero, until all have.
         attended: whether the newest step had a label with more than one token before it.
         loss_scale: what the loss is multiplied by before the backward sweep, or None where it is not.
         good_steps: steps since that scale was last changed.
@@ -50,6 +52,8 @@ class RunState:
     laid_out_tokens: int = 0
     token_budget: int | None = None
     alive: bool = False
+    live_steps: int = 0
+    reached: list[str] = field(default_factory=list)
     attended: bool = False
     loss_scale: float | None = None
     good_steps: int = 0

@@ -15,7 +15,6 @@ from loralab.models.trunk_store import TrunkStore
 from loralab.training.arguments import count_steps
 from loralab.training.callbacks import StopRequest
 from loralab.training.sampler import StepSampler
-from loralab.workflows.evaluate import resolve_split
 from loralab.workflows.record import describe_choices
 from loralab.workflows.steps import Run
 from loralab.workflows.trunk_building import RECORD, TrunkPlan, build_trunk_cache, note_trunk, shown_size, trunk_folder
@@ -61,13 +60,17 @@ def open_frozen_trunk(run: Run, request: StopRequest) -> None:
         shutil.rmtree(trunk_folder(run), ignore_errors=True)
 
 
-def close_frozen_trunk(run: Run) -> None:
-    """Note how often the cache was used, and remove it."""
+def leave_frozen_trunk(run: Run) -> None:
+    """Use the cache no more, and note how often it was: `loralab eval` measures without it, to the same last bit."""
     cached, run.model.cached_trunk = run.model.cached_trunk, None
-    if cached is None:
-        return
-    note_trunk(run, forwards_from_cache=cached.hits, forwards_in_full=cached.misses)
-    shutil.rmtree(trunk_folder(run), ignore_errors=True)
+    if cached is not None and cached.hits + cached.misses:
+        note_trunk(run, forwards_from_cache=cached.hits, forwards_in_full=cached.misses)
+
+
+def remove_frozen_trunk(run: Run) -> None:
+    """Remove the cache of a run that has nothing more to do."""
+    if run.processes.first:
+        shutil.rmtree(trunk_folder(run), ignore_errors=True)
 
 
 def _plan(run: Run, recorded: Mapping[str, Any] | None) -> TrunkPlan:
@@ -150,12 +153,8 @@ def _splits_passed_again(run: Run) -> list[str]:
     if "validation" in splits:
         evaluations = {"no": 0, "epoch": -(-total // len(sampler)), "steps": total // config.evaluation.steps}
         passes["validation"] = evaluations[run.choices["evaluation_strategy"].value]
-    # The comparison of base and adapter at the end is no reason by itself.
     if max(passes.values()) <= 1:
         raise _NoCache("no row goes through the model more than once while it is trained")
-    final = resolve_split(config.evaluation.split, splits)
-    if final is not None:
-        passes[final] += 2
     return [name for name, count in passes.items() if count > 1]
 
 

@@ -88,3 +88,13 @@ class MemoryWatch:
         if device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(device))
         return max(self._peak, self._read()) - self.level_bytes
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let what is said of a GPU's peak begin here: its counter is the process's, and a run may not be its first.
+
+    Args:
+        device: where the run will compute.
+    """
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats(device)

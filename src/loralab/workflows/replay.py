@@ -131,6 +131,10 @@ def compare_runs(before: RunFolder, after: RunFolder) -> Json:
     }
 
 
+# What the last bits of a cached forward depend on.
+_TRUNK = ("value", "token_budget", "full_at", "frozen_layers")
+
+
 def _differences(before: RunFolder, after: RunFolder) -> Iterator[str]:
     """Yield what may explain a different result, the likeliest cause first."""
     old, new = read_json(before.record), read_json(after.record)
@@ -143,6 +147,8 @@ def _differences(before: RunFolder, after: RunFolder) -> Iterator[str]:
     )
     if _process_count(old) != _process_count(new):
         yield f"processes was {_process_count(old)}, now {_process_count(new)}"
+    trunks = [{k: record.get("frozen_trunk", {}).get(k) for k in _TRUNK} for record in (old, new)]
+    yield from _changed("frozen_trunk", *trunks)
     for part in ("resolved", "versions", "hardware"):
         yield from _changed(part, old.get(part, {}), new.get(part, {}))
 

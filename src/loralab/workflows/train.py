@@ -46,9 +46,9 @@ from loralab.workflows.adapter_folder import save_adapter
 from loralab.workflows.adapter_start import activation_batches, check_warm_start, find_saved_start
 from loralab.workflows.configure import run_path
 from loralab.workflows.evaluate import answer_samples, evaluate_split, resolve_evaluation, resolve_split, stop_shares
-from loralab.workflows.frozen_trunk import close_frozen_trunk, open_frozen_trunk
+from loralab.workflows.frozen_trunk import leave_frozen_trunk, open_frozen_trunk, remove_frozen_trunk
 from loralab.workflows.memory_record import measured_memory, predict_run_memory
-from loralab.workflows.memory_watch import MemoryWatch, process_bytes
+from loralab.workflows.memory_watch import MemoryWatch, forget_peak, process_bytes
 from loralab.workflows.output import claim_output, has_begun
 from loralab.workflows.record import (
     RunRecord,
@@ -193,6 +193,7 @@ def _train(
         open_frozen_trunk(run, request)
         state = run_steps(run, contract, checkpoint, request)
         _stop_if_asked(request, run)
+        leave_frozen_trunk(run)
         request.notice = "stopping; --resume will repeat the final evaluation, no step is lost"
         _keep_best(run, state)
         if processes.first:
@@ -200,7 +201,7 @@ def _train(
         _evaluate(run, request)
         processes.wait()  # the first one alone lets the models answer
         _stop_if_asked(request, run)
-        close_frozen_trunk(run)
+        remove_frozen_trunk(run)
         if processes.first:
             _finish_record(run, state, watch)
             build_report(folder)
@@ -232,6 +233,7 @@ def prepare_run(
     precision = resolve_precision(config.model, device.value)
     check_optimizer(config.training.optim, device.value)
     choices: dict[str, Resolved[Any]] = {"device": device, "precision": precision}
+    forget_peak(device.value)
     if note:
         reporter.say(note)
     check_length(load_model_config(config.model), config.data.max_length)

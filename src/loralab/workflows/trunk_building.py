@@ -19,10 +19,11 @@ import torch
 from loralab.data.example import TokenizedExample
 from loralab.data.tokens.store import TokenStore
 from loralab.layout.collate import MicroBatch
+from loralab.models.precision import Resolved
 from loralab.models.trunk import CachedTrunk, FrozenTrunk
 from loralab.models.trunk_store import PathCollision, TrunkStore
 from loralab.training.callbacks import StopRequest
-from loralab.workflows.record import versions
+from loralab.workflows.record import describe_choices, versions
 from loralab.workflows.steps import Run
 from loralab.workflows.trunk_check import keep_states, paths_of, trunk_states
 
@@ -100,7 +101,10 @@ def build_trunk_cache(run: Run, plan: TrunkPlan, request: StopRequest) -> None:
     cached = CachedTrunk(plan.trunk, store)
     run.model.eval()
     try:
-        _compute(run, plan, cached, request, start=_resumed_at(run, plan, cached))
+        if not _compute(run, plan, cached, request, start=_resumed_at(run, plan, cached)):
+            store.clear()
+            _turn_off(run, "the disk was full before all training rows were stored")
+            return
         run.model.cached_trunk = cached
     except PathCollision:
         store.clear()
@@ -145,7 +149,17 @@ def _resumed_at(run: Run, plan: TrunkPlan, cached: CachedTrunk) -> int:
     return 0
 
 
-def _compute(run: Run, plan: TrunkPlan, cached: CachedTrunk, request: StopRequest, *, start: int) -> None:
+def _turn_off(run: Run, reason: str) -> None:
+    """Note that nothing is cached after all; a resume keeps to it."""
+    run.choices["cache_frozen_trunk"] = Resolved("off", reason)
+    run.record.update(
+        resolved=describe_choices(run.choices),
+        **{RECORD: run.record.content[RECORD] | {"value": "off", "reason": reason}},
+    )
+
+
+def _compute(run: Run, plan: TrunkPlan, cached: CachedTrunk, request: StopRequest, *, start: int) -> bool:
+    """Store what the frozen layers give; return False where the disk is full before all training rows are in."""
     store, total = cached.store, sum(len(run.data.splits[name]) for name in plan.splits)
     done, finished, committed = 0, 0, time.perf_counter()
     for number, (rows, portion) in enumerate(_portions(run, plan)):
@@ -154,14 +168,28 @@ def _compute(run: Run, plan: TrunkPlan, cached: CachedTrunk, request: StopReques
                 break
             if not _add_portion(run, plan, cached, portion):
                 note_trunk(run, full_at=number)
+                if done < _training_rows(run, plan):
+                    return False  # a step with one row that is not stored runs all layers for all of its rows
                 break
             run.reporter.progress("frozen layers", done + rows, total)
         done, finished = done + rows, number + 1
         if time.perf_counter() - committed > _COMMIT_SECONDS:
-            store.commit(portions=finished)
+            _commit(run, store, finished)
             committed = time.perf_counter()
-    store.commit(portions=finished)
+    _commit(run, store, finished)
     run.reporter.finish("frozen layers")
+    return True
+
+
+def _training_rows(run: Run, plan: TrunkPlan) -> int:
+    return len(run.data.splits["train"]) if "train" in plan.splits else 0
+
+
+def _commit(run: Run, store: TrunkStore, portions: int) -> None:
+    try:
+        store.commit(portions=portions)
+    except OSError as error:  # what is stored serves this process; a resume computes it anew
+        _say_event(run, f"what is kept of the frozen layers could not be sealed ({error})")
 
 
 def _add_portion(run: Run, plan: TrunkPlan, cached: CachedTrunk, portion: list[MicroBatch]) -> bool:

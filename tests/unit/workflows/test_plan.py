@@ -114,13 +114,16 @@ def test_schedule(files: Path) -> None:
 
 
 def test_run_that_does_not_fit_gets_advice(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"model": {"name": str(files / "deep")}, "training": {"per_device_train_batch_size": 16}}
-    needed = make(files, **settings)["memory"]["needed_bytes"]
-    monkeypatch.setattr(plan_module, "free_bytes", lambda device: int(0.7 * needed))
+    training = {"per_device_train_batch_size": 16, "token_budget": 4096}  # auto would go by what is free
+    settings = {"model": {"name": str(files / "deep")}, "training": training}
+    monkeypatch.setattr(plan_module, "process_bytes", lambda device: 0)  # measured, and less the second time
+    memory = make(files, **settings)["memory"]
+    needed, runtime = memory["needed_bytes"], memory["parts"]["runtime"]
+    monkeypatch.setattr(plan_module, "free_bytes", lambda device: int(runtime + 0.7 * (needed - runtime)))
     planned = make(files, **settings)
     assert planned["fits"] is False
     assert planned["advice"][-1]["fits"]
-    assert planned["advice"][-1]["set"] == "training.gradient_checkpointing=True"
+    assert planned["advice"][0]["set"].startswith("training.token_budget=")
     monkeypatch.setattr(plan_module, "free_bytes", lambda device: 2 * needed)
     planned = make(files, **settings)
     assert (planned["fits"], planned["advice"]) == (True, [])
