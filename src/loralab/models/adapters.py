@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+# First weights with which PEFT changes the base as well, also when it loads an adapter: the base without the
+# adapter is another model then. Adapters of ours are saved as plain LoRA.
+_REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def build_adapter(
@@ -130,7 +133,7 @@ def read_adapter_config(folder: Path, *, where: str = "argument RUN") -> PeftCon
     """Read an adapter's configuration.
 
     Raises:
-        ModelError: there is no adapter in `folder`, or no safetensors weights.
+        ModelError: there is no adapter in `folder`, no safetensors weights, or it stands on a rewritten base.
     """
     if not (folder / CONFIG_FILE).is_file():
         what = f"no {CONFIG_FILE} in {str(folder)!r}" if folder.is_dir() else f"no such folder: {str(folder)!r}"
@@ -143,6 +146,13 @@ def read_adapter_config(folder: Path, *, where: str = "argument RUN") -> PeftCon
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
         raise ModelError(f"cannot read {CONFIG_FILE}: {error}", where=str(folder), fix="restore the file") from error
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_REWRITING):
+        raise ModelError(
+            f"the adapter stands on a base that PEFT's {start} rewrote, not on the base that it names",
+            where=str(folder / CONFIG_FILE),
+            fix="convert it in PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=...)",
+        )
     return config
 
 

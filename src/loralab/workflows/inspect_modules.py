@@ -159,6 +159,7 @@ def _describe(config: Config, kind: str, layers: Mapping[str, Mapping[str, Store
         part: sorted({t.shape for t in tensors if t.part == part}) for part in dict.fromkeys(t.part for t in tensors)
     }
     found = {rank_and_scale(config, module) for module in layers}
+    updates = [_update(config, module, parts) for module, parts in layers.items()]
     return {
         "kind": kind,
         "count": len(layers),
@@ -168,7 +169,7 @@ def _describe(config: Config, kind: str, layers: Mapping[str, Mapping[str, Store
         "shapes": {part: [list(shape) for shape in shapes] for part, shapes in first.items()},
         "dtypes": sorted({tensor.dtype for tensor in tensors}),
         "norms": {part: _spread([t.norm for t in tensors if t.part == part]) for part in first},
-        "update_norm": _spread([norm for module, parts in layers.items() if (norm := _update(config, module, parts))]),
+        "update_norm": _spread([norm for norm in updates if norm is not None]),
         "untrained": sorted(name for name, parts in layers.items() if is_untrained(config, parts)),
     }
 
@@ -195,4 +196,15 @@ def is_untrained(config: Config, parts: Mapping[str, StoredTensor]) -> bool:
         return False
     names = ("lora_E",) if "lora_E" in parts else tuple(UNTRAINED)  # AdaLoRA's B does not begin at zero
     telling = [tensor for part, tensor in parts.items() if part in names and tensor.values is not None]
+    if _cancels(parts):
+        return True
     return bool(telling) and all(bool((t.values == UNTRAINED[t.part]).all()) for t in telling if t.values is not None)
+
+
+def _cancels(parts: Mapping[str, StoredTensor]) -> bool:
+    """Return whether the second half of A and B takes the first one away: what PiSSA and OLoRA begin with here."""
+    first, second = (parts[name].values if name in parts else None for name in ("lora_A", "lora_B"))
+    if first is None or second is None or len(first) % 2:
+        return False
+    half = len(first) // 2
+    return bool((first[:half] == first[half:]).all() and (second[:, :half] == -second[:, half:]).all())

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from loralab.config.schema import LoraConfig
@@ -145,3 +147,13 @@ def test_hash_is_changed_by_a_bit_a_name_a_shape_or_a_type(tmp_path: Path) -> No
         {**tensors, "a": torch.zeros(8, dtype=torch.bfloat16)},
     ]
     assert len({saved(tmp_path / str(i), each) for i, each in enumerate(variants)}) == len(variants)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapter_on_a_base_that_peft_rewrote_is_refused(start: Any, tmp_path: Path) -> None:
+    """PEFT would rewrite the base at every load: without the adapter it would be no base."""
+    settings = PeftLoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start, task_type="CAUSAL_LM")
+    get_peft_model(base(), settings).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"stands on a base that PEFT's {start} rewrote") as caught:
+        load_adapter(base(), tmp_path)
+    assert "path_initial_model_for_weight_conversion" in caught.value.problems[0].fix

@@ -14,8 +14,9 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from loralab.config.schema import LoraConfig
 from loralab.errors import ModelError, RunFolderError
-from loralab.models.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_sha256
+from loralab.models.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_sha256, build_adapter
 from loralab.workflows import inspect
 from loralab.workflows.inspect import inspect_adapter
 from loralab.workflows.inspect_base import attach
@@ -181,6 +182,16 @@ def test_variant_that_was_never_trained(name: str, tmp_path: Path) -> None:
     (finding,) = said(look(save(tmp_path, VARIANTS[name], train=False)))
     assert finding[0] == "problem"
     assert finding[1].startswith("the adapter was never trained")
+
+
+@pytest.mark.parametrize("variant", ["pissa", "olora"])
+def test_first_factors_that_only_cancel_were_never_trained(variant: Any, tmp_path: Path) -> None:
+    base = tiny.build_model("llama", vocabulary=VOCABULARY).requires_grad_(False)
+    model, _ = build_adapter(base, LoraConfig(variant=variant, r=2), seed=0)
+    model.save_pretrained(str(tmp_path))
+    result = look(tmp_path)
+    assert any(what.startswith("the adapter was never trained") for _, what, *_ in said(result))
+    assert kind(result, "q_proj")["update_norm"]["max"] == pytest.approx(0.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "orthogonal"])
