@@ -128,12 +128,16 @@ def _clock(seconds: float) -> str:
 
 def _disk(disk: Mapping[str, Any]) -> dict[str, str]:
     each, kept = render_bytes(disk["checkpoint_bytes"]), disk["checkpoints_kept"]
-    return {
+    trunk = disk["frozen_trunk_bytes"]
+    facts = {
         "adapter": render_bytes(disk["adapter_bytes"]),
         "checkpoints": f"{kept} kept of {disk['checkpoints_written']} written, {each} each",
-        "run folder": f"{render_bytes(disk['run_folder_bytes'])} at most, {render_bytes(disk['free_bytes'])} free",
+        "all of these": f"{render_bytes(disk['run_folder_bytes'])} at most, {render_bytes(disk['free_bytes'])} free",
         "tokenized rows": f"{render_bytes(disk['token_cache_bytes'])} in the cache",
     }
+    if trunk is not None:
+        facts["frozen layers"] = f"{render_bytes(trunk)} while the run is under way, which then takes less time"
+    return facts
 
 
 def _print_verdict(console: Console, result: Mapping[str, Any]) -> None:

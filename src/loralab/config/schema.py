@@ -171,7 +171,7 @@ class LoraConfig(Section):
     variant: Literal[
         "lora", "rslora", "dora", "lora_plus", "pissa", "olora", "eva", "loftq", "vera", "loha", "lokr", "ia3"
     ] = Field("lora", description="Kind of adapter.")
-    r: PositiveInt = Field(8, description="Rank of the update matrices.")
+    r: Annotated[int, Field(gt=0, le=65_536)] = Field(8, description="Rank of the update matrices.")
     alpha: PositiveFloat = Field(
         16.0, description="Scale: the update is multiplied by alpha / r (rslora: alpha / sqrt(r))."
     )

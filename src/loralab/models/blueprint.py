@@ -16,7 +16,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from loralab.config.schema import LoraConfig, ModelConfig
 from loralab.errors import excerpt
 from loralab.models.adapters import build_adapter
-from loralab.models.attention import TREE_ATTENTION, TreeLayout, carry_layout, use_attention
+from loralab.models.attention import TREE_ATTENTION, TreeLayout, UnsupportedAttention, carry_layout, use_attention
 from loralab.models.families import find_tree_obstacle
 from loralab.models.load import SettledBase, settle_base
 from loralab.models.memory_trace import META, MemoryTrace, WithoutNumbers, trace_memory
@@ -31,7 +31,16 @@ if BITSANDBYTES:
     from loralab.models.quantized import quantized_layers, weight_sizes
 
 # What a model that cannot run without numbers was seen to raise: experts, whose rows depend on the router.
-_REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+_REFUSALS = (
+    RuntimeError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    UnsupportedAttention,
+)
 
 
 class Untraceable(Exception):
@@ -118,6 +127,7 @@ def _draw(
         model, choices = build_adapter(base, shape, seed=seed)
     for name in ("head", "first_weights"):  # what only numbers tell
         choices.pop(name, None)
+    model.planned_device_type = device.type
     return Blueprint(model, settled, choices, device, checkpointing)
 
 
@@ -228,6 +238,7 @@ def expect_tree_kernel(blueprint: Blueprint) -> Resolved[str | None]:
     obstacle = find_tree_obstacle(base.config)
     if obstacle is not None:
         return Resolved(None, obstacle)
+    blueprint.model.eval()  # keyed dropout wants to know the tokens of a training forward
     depth = torch.arange(_ROW, device=META)
     layout = TreeLayout(depth, torch.full_like(depth, _ROW), [_Chain(0, _ROW)], "per_tree")
 

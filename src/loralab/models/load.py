@@ -26,7 +26,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from loralab.config.schema import ModelConfig
-from loralab.errors import ModelError, excerpt
+from loralab.errors import ModelError, OutOfMemoryError, excerpt
 from loralab.lookup import nearest_name
 from loralab.models.allocator import returning_memory
 from loralab.models.precision import Resolved
@@ -209,6 +209,12 @@ def load_base_model(
                 output_loading_info=True,
                 **placing,
             )
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"the base model does not fit into the memory of {device}",
+            where="key model.name",
+            fix="set model.quantization: nf4, or take a smaller base; loralab plan says what a run needs",
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise _explain(error, model, "weights") from error
     finally:

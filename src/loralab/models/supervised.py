@@ -37,6 +37,7 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         stock_attention: the attention that the base was loaded with.
         tree_kernel: name of the attention kernel for token trees, or None where there is none.
         full_logits_reason: why logits come from the model's own forward, or None.
+        planned_device_type: of a model without numbers, the kind of device that the run computes on; else None.
         cached_trunk: what the frozen layers below the lowest adapter gave, or None.
     """
 
@@ -49,6 +50,7 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         self.stock_attention: str = str(self.language_model.config._attn_implementation)
         self.tree_kernel: str | None = None
         self.full_logits_reason: str | None = None
+        self.planned_device_type: str | None = None
         self.cached_trunk: CachedTrunk | None = None
         self._tail: LogitTail = find_logit_tail(self.language_model.config)
         self._keys = DropoutKeys()
@@ -131,8 +133,10 @@ class SupervisedPeftModel(PeftModelForCausalLM):
 
         size = self._vocabulary
         if statistics:
-            return token_statistics(head, hidden, labels, vocabulary=size)
-        return token_losses(head, hidden, labels, vocabulary=size, trained_head=trained)
+            return token_statistics(head, hidden, labels, vocabulary=size, device_type=self.planned_device_type)
+        return token_losses(
+            head, hidden, labels, vocabulary=size, trained_head=trained, device_type=self.planned_device_type
+        )
 
     def _skipping_trunk(self, prefixes: Tensor | None, mask: Tensor) -> AbstractContextManager[None]:
         """Return what a forward runs in that starts behind the frozen layers, where their output is known."""

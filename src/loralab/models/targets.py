@@ -21,9 +21,9 @@ from loralab.models.precision import Resolved
 from loralab.models.trainable_tokens import resolve_trainable_tokens
 from loralab.models.trained_modules import resolve_trained_modules, trained_names
 
-# PEFT refuses these by name: Mamba's kernels take the weights and never call the layers.
+# Mamba's kernels take the weights and never call the layers; PEFT refuses them by name, but for dt_proj.
 FUSED_FAMILIES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
-_FUSED_LAYERS = frozenset({"out_proj", "conv1d"})
+_FUSED_LAYERS = frozenset({"out_proj", "conv1d", "dt_proj"})
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)(\.|$)")
 _PATTERN_SIGNS = re.compile(r"[\\^$*+?{}\[\]|()]")
 _WHERE = "key lora.target_modules"

@@ -36,7 +36,14 @@ class TokenLosses(NamedTuple):
     correct: Tensor | None = None
 
 
-def token_losses(head: Head, hidden: Tensor, labels: Tensor, *, vocabulary: int, trained_head: bool) -> TokenLosses:
+def chunk_elements(device_type: str) -> int:
+    """Return the logits of a chunk, in elements."""
+    return CHUNK_ELEMENTS * (_CUDA_FACTOR if device_type == "cuda" else 1)
+
+
+def token_losses(
+    head: Head, hidden: Tensor, labels: Tensor, *, vocabulary: int, trained_head: bool, device_type: str | None = None
+) -> TokenLosses:
     """Return the loss of every label, with gradients to `hidden` and to a trained head.
 
     Args:
@@ -45,8 +52,9 @@ def token_losses(head: Head, hidden: Tensor, labels: Tensor, *, vocabulary: int,
         labels: token ids to predict (N).
         vocabulary: V, which decides on the size of a chunk.
         trained_head: whether `head` has weights that are trained.
+        device_type: kind of device whose chunks are taken; None takes that of `labels`.
     """
-    chunks = _chunks(labels, vocabulary)
+    chunks = _chunks(labels, vocabulary, device_type)
     if not torch.is_grad_enabled():
         return TokenLosses(torch.cat([_loss(head, hidden, labels, chunk) for chunk in chunks]))
     if trained_head:
@@ -56,7 +64,9 @@ def token_losses(head: Head, hidden: Tensor, labels: Tensor, *, vocabulary: int,
     return TokenLosses(losses)
 
 
-def token_statistics(head: Head, hidden: Tensor, labels: Tensor, *, vocabulary: int) -> TokenLosses:
+def token_statistics(
+    head: Head, hidden: Tensor, labels: Tensor, *, vocabulary: int, device_type: str | None = None
+) -> TokenLosses:
     """Return loss, entropy and correctness of every label; no gradients.
 
     Args:
@@ -64,9 +74,10 @@ def token_statistics(head: Head, hidden: Tensor, labels: Tensor, *, vocabulary: 
         hidden: hidden states at the supervised positions (N, D).
         labels: token ids to predict (N).
         vocabulary: V.
+        device_type: as in `token_losses`.
     """
     losses, entropies, correct = [], [], []
-    for chunk in _chunks(labels, vocabulary):
+    for chunk in _chunks(labels, vocabulary, device_type):
         logits, targets = head(hidden[chunk], chunk).float(), labels[chunk]
         log_probabilities = logits.log_softmax(dim=-1)
         losses.append(functional.nll_loss(log_probabilities, targets, reduction="none"))
@@ -75,8 +86,8 @@ def token_statistics(head: Head, hidden: Tensor, labels: Tensor, *, vocabulary: 
     return TokenLosses(torch.cat(losses), torch.cat(entropies), torch.cat(correct))
 
 
-def _chunks(labels: Tensor, vocabulary: int) -> list[slice]:
-    count, elements = len(labels), CHUNK_ELEMENTS * (_CUDA_FACTOR if labels.device.type == "cuda" else 1)
+def _chunks(labels: Tensor, vocabulary: int, device_type: str | None) -> list[slice]:
+    count, elements = len(labels), chunk_elements(device_type or labels.device.type)
     rows = max(1, elements // vocabulary)
     return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 

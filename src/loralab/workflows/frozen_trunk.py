@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loralab.config.schema import Config
+from loralab.data.dataset import PreparedData
 from loralab.models.families import find_positions, find_tree_obstacle
 from loralab.models.precision import Resolved
+from loralab.models.supervised import SupervisedPeftModel
 from loralab.models.trunk import FrozenTrunk, UncuttableModel, find_trunk
 from loralab.models.trunk_store import TrunkStore
 from loralab.training.arguments import count_steps
@@ -85,9 +88,10 @@ def _plan(run: Run, recorded: Mapping[str, Any] | None) -> TrunkPlan:
     """
     if recorded and recorded["value"] == "off":
         raise _NoCache(recorded["reason"])
-    _check_run(run)
-    splits = recorded["splits"] if recorded else _splits_passed_again(run)
-    trunk = _cut(run)
+    _check_run(run.config, run.model, run.processes.count)
+    strategy = str(run.choices["evaluation_strategy"].value)
+    splits = recorded["splits"] if recorded else _splits_passed_again(run.config, run.data, strategy)
+    trunk = _cut(run.model)
     planner = run.planner.with_budget(int(recorded["token_budget"])) if recorded else run.planner
     kind = examine_trunk(run.model, trunk, planner)
     if isinstance(kind, str):
@@ -97,13 +101,38 @@ def _plan(run: Run, recorded: Mapping[str, Any] | None) -> TrunkPlan:
     return TrunkPlan(trunk, kind.width, kind.dtype, tuple(splits), planner.token_budget, full_at, reason)
 
 
-def _check_run(run: Run) -> None:
-    config, base = run.config, run.model.language_model.config
+def expected_bytes(config: Config, data: PreparedData, model: SupervisedPeftModel, strategy: str) -> int | None:
+    """Return what the cache would take on disk at most, or None where a run would have none.
+
+    Args:
+        config: the configuration.
+        data: its data.
+        model: base with adapter; without numbers will do.
+        strategy: when validation is measured, resolved.
+    """
+    try:
+        _check_run(config, model, 1)
+        _cut(model)
+        size = _size(data, _splits_passed_again(config, data, strategy), model)
+    except _NoCache:
+        return None
+    return size if size <= _MOST_BYTES else None
+
+
+def _size(data: PreparedData, splits: Sequence[str], model: SupervisedPeftModel) -> int:
+    width = int(model.language_model.config.get_text_config().hidden_size)
+    return (
+        sum(int(data.splits[name].lengths().sum()) for name in splits) * width * model.embedding.weight.dtype.itemsize
+    )
+
+
+def _check_run(config: Config, model: SupervisedPeftModel, processes: int) -> None:
+    base = model.language_model.config
     positions, obstacle = find_positions(base), find_tree_obstacle(base)
     if config.training.cache_frozen_trunk == "off":
         raise _NoCache("set in training.cache_frozen_trunk")
-    if run.processes.count > 1:
-        raise _NoCache(f"{run.processes.count} processes share the run, and each would need all of it")
+    if processes > 1:
+        raise _NoCache(f"{processes} processes share the run, and each would need all of it")
     if config.model.base_dropout == "as_configured":
         raise _NoCache("model.base_dropout is as_configured: the frozen layers may give something else each time")
     if positions.kind != "static" and config.data.max_length > (positions.threshold or 0):
@@ -112,11 +141,9 @@ def _check_run(run: Run) -> None:
         raise _NoCache(obstacle)
 
 
-def _cut(run: Run) -> FrozenTrunk:
+def _cut(model: SupervisedPeftModel) -> FrozenTrunk:
     try:
-        trunk = find_trunk(
-            run.model.body, layers=int(run.model.language_model.config.get_text_config().num_hidden_layers)
-        )
+        trunk = find_trunk(model.body, layers=int(model.language_model.config.get_text_config().num_hidden_layers))
     except UncuttableModel as error:
         raise _NoCache(str(error)) from None
     if trunk.first < max(1.0, _LEAST_SHARE * len(trunk)):
@@ -141,18 +168,18 @@ def _check_size(run: Run, trunk: FrozenTrunk, kind: TrunkStore, splits: Sequence
     )
 
 
-def _splits_passed_again(run: Run) -> list[str]:
+def _splits_passed_again(config: Config, data: PreparedData, strategy: str) -> list[str]:
     """Return the splits whose rows go through the model more than once, training first."""
-    config, splits = run.config, run.data.splits
+    splits = data.splits
     rows, training = len(splits["train"]), config.training
     step_rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    sampler = StepSampler(rows=rows, rows_per_step=step_rows, seed=training.seed, shares=run.data.shares)
+    sampler = StepSampler(rows=rows, rows_per_step=step_rows, seed=training.seed, shares=data.shares)
     total = count_steps(training, len(sampler))
     passes: dict[str, float] = dict.fromkeys(("train", "validation", "test"), 0.0)
     passes["train"] = total * sampler.rows_per_epoch / (len(sampler) * rows)
     if "validation" in splits:
         evaluations = {"no": 0, "epoch": -(-total // len(sampler)), "steps": total // config.evaluation.steps}
-        passes["validation"] = evaluations[run.choices["evaluation_strategy"].value]
+        passes["validation"] = evaluations[strategy]
     if max(passes.values()) <= 1:
         raise _NoCache("no row goes through the model more than once while it is trained")
     return [name for name, count in passes.items() if count > 1]

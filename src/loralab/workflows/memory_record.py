@@ -50,7 +50,11 @@ def predict_run_memory(
     total = count_steps(config.training, len(sampler))
     steps = all_steps(sampler, min(total, max(len(sampler), _MOST_STEPS)))
     size = processes.count
-    own = RunSteps([_own(step, processes.rank, size) for step in steps.steps], steps.per_epoch) if size > 1 else steps
+    own = (
+        RunSteps([_own(step, processes.rank, size) for step in steps.steps], steps.per_epoch, steps.total)
+        if size > 1
+        else steps
+    )
     largest, typical = largest_micro_batches(own, train, planner)
     meter = StepMeter(blueprint, planner.layout)
     evaluated = find_evaluated(config, data.splits)

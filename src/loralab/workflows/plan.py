@@ -6,21 +6,26 @@ on the meta device, the rows are the real ones, and everything that is counted i
 
 from typing import Any
 
+import torch
+
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
 from loralab.data.dataset import PreparedData, prepare_data
 from loralab.errors import ModelError
 from loralab.layout.planner import Planner
 from loralab.models.blueprint import Blueprint, Untraceable, describe_trainable, describe_weights
+from loralab.models.determinism import restored_algorithms
 from loralab.models.load import check_length, check_local_model, load_model_config, load_tokenizer
 from loralab.models.memory import free_bytes
 from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
 from loralab.models.stored_weights import is_mapped
 from loralab.models.trainable_tokens import resolve_token_ids
+from loralab.models.variants import needs_activations
 from loralab.progress import Reporter
 from loralab.training.arguments import check_optimizer
 from loralab.workflows.configure import run_path
 from loralab.workflows.evaluate import resolve_evaluation, resolve_split
+from loralab.workflows.frozen_trunk import expected_bytes
 from loralab.workflows.memory_record import predict_run_memory
 from loralab.workflows.memory_watch import process_bytes
 from loralab.workflows.plan_advice import Situation, advise
@@ -56,16 +61,18 @@ def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter) -> dict[str, 
     config = loaded.config
     choices, blueprint, data, data_bytes = _gather(loaded, reporter)
     free = free_bytes(blueprint.device)
-    measured: Probe | None = None
-    if probe:
-        measured = run_probe(loaded, run_path(loaded), reporter=reporter)
-        planner, chosen = measured.planner, measured.choices
-    else:
-        planner, chosen = expect_planner(blueprint, config, free=max(free - _held_bytes(config, blueprint), 0))
-    choices |= blueprint.choices | chosen | resolve_evaluation(config)
+    planner, chosen = expect_planner(blueprint, config, free=max(free - _held_bytes(config, blueprint), 0))
     memory = predict_run_memory(config, data, planner, blueprint, data_bytes=data_bytes)
-    if measured is not None:
-        memory = measured.memory(memory)
+    measured = _probe(loaded, needed_bytes(memory), free=free, reporter=reporter) if probe else "--no-probe"
+    if isinstance(measured, Probe):
+        if measured.planner != planner:
+            planner = measured.planner
+            memory = predict_run_memory(config, data, planner, blueprint, data_bytes=data_bytes)
+        chosen, memory = measured.choices, measured.memory(memory)
+    choices |= blueprint.choices | chosen | resolve_evaluation(config)
+    if needs_activations(config.lora):
+        what = "its ranks are dealt out by what the layers see when the run starts: parameters may differ from these"
+        choices["first_weights"] = Resolved(config.lora.variant, what)
     sampler, sampling = build_sampler(config, data.splits["train"], shares=data.shares)
     schedule = describe_schedule(config, data, sampler)
     run = all_steps(sampler, schedule["total_steps"])
@@ -89,20 +96,33 @@ def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter) -> dict[str, 
         "tokens": tokens | {"token_budget": planner.token_budget, "layout": planner.layout},
         "memory": memory | {"needed_bytes": needed, "free_bytes": free, "device": str(blueprint.device)},
         "fits": None if needed is None else needed <= free,
-        "advice": _advise(config, data, run, planner, blueprint, free=free) if needed and needed > free else [],
-        "time": measured.time(tokens, schedule) if measured is not None else _UNKNOWN_TIME,
+        "advice": advise(_situation(config, data, run, planner, blueprint=blueprint, data_bytes=data_bytes), free=free)
+        if needed and needed > free
+        else [],
+        "time": measured.time(tokens, schedule)
+        if isinstance(measured, Probe)
+        else {"seconds": None, "why": f"not measured: {measured}"},
         "disk": predict_disk(
             config,
             data,
             optimizer=optimizer_bytes(config.training.optim, trained_shapes(blueprint)),
-            weights=describe_weights(blueprint.model),
+            model=blueprint.model,
             checkpoints=schedule["checkpoints"],
             folder=run_path(loaded),
-        ),
+        )
+        | {"frozen_trunk_bytes": expected_bytes(config, data, blueprint.model, choices["evaluation_strategy"].value)},
     }
 
 
-_UNKNOWN_TIME = {"seconds": None, "why": "not measured: --no-probe"}
+def _probe(loaded: LoadedConfig, needed: int | None, *, free: int, reporter: Reporter) -> Probe | str:
+    """Run the probe, or return why it is not run: what does not fit is not tried, since the system would kill it."""
+    if needed is not None and needed > free:
+        return "the run would not fit into memory"
+    try:
+        with restored_algorithms():
+            return run_probe(loaded, run_path(loaded), reporter=reporter)
+    except torch.OutOfMemoryError:
+        return "the probe ran out of memory"
 
 
 def _gather(loaded: LoadedConfig, reporter: Reporter) -> tuple[dict[str, Resolved[Any]], Blueprint, PreparedData, int]:
@@ -123,9 +143,10 @@ def _gather(loaded: LoadedConfig, reporter: Reporter) -> tuple[dict[str, Resolve
     try:
         blueprint = build_blueprint(config, lora, dtype=precision.value, device=device.value)
     except Untraceable as error:
+        dora = config.lora.variant == "dora" and config.model.quantization != "none"
         raise ModelError(
-            str(error),
-            where="key model.name",
+            "DoRA reads the weights of a quantized base while it is built, and a plan has none" if dora else str(error),
+            where="key lora.variant" if dora else "key model.name",
             fix="start the run with training.max_steps=2: run.json says what it took",
         ) from error
     settled = blueprint.settled
@@ -139,13 +160,14 @@ def _gather(loaded: LoadedConfig, reporter: Reporter) -> tuple[dict[str, Resolve
     return chosen | settled.others, blueprint, data, data_bytes
 
 
-def _advise(
-    config: Config, data: PreparedData, run: RunSteps, planner: Planner, blueprint: Blueprint, *, free: int
-) -> list[dict[str, Any]]:
+def _situation(
+    config: Config, data: PreparedData, run: RunSteps, planner: Planner, *, blueprint: Blueprint, data_bytes: int
+) -> Situation:
     train = data.splits["train"]
     examples = [train[row] for row in fullest_step(run, train)]
     dtype = blueprint.model.embedding.weight.dtype
-    return advise(Situation(config, examples, planner, blueprint.device, dtype), free=free)
+    by_id = config.model_copy(update={"lora": resolve_token_ids(config.lora, data.prompter.tokenizer)})
+    return Situation(by_id, examples, planner, blueprint.device, dtype, data_bytes)
 
 
 def _held_bytes(config: Config, blueprint: Blueprint) -> int:

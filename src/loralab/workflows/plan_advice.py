@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from loralab.config.checks import check_config
 from loralab.config.schema import Config
 from loralab.data.example import Branch, TokenizedExample
 from loralab.layout.planner import Planner
@@ -25,11 +26,12 @@ class Situation:
     """The run that does not fit.
 
     Attributes:
-        config: the configuration.
+        config: the configuration, tokens by id.
         examples: rows of the fullest step.
         planner: how it is laid out.
         device: where the run computes.
         dtype: compute type.
+        data_bytes: what tokenizer and rows take.
     """
 
     config: Config
@@ -37,6 +39,7 @@ class Situation:
     planner: Planner
     device: torch.device
     dtype: torch.dtype
+    data_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +73,11 @@ def advise(situation: Situation, *, free: int) -> list[dict[str, Any]]:
         for change in propose(config, situation):
             section, field = change.key.split(".")
             part = getattr(config, section).model_copy(update={field: change.value})
-            config = config.model_copy(update={section: part})
-            needed = _needed(config, situation)
+            tried = config.model_copy(update={section: part})
+            needed = None if check_config(tried) else _needed(tried, situation)
             if needed is None:
                 continue
+            config = tried
             fits = needed <= free
             found.append(
                 {"set": f"{change.key}={change.value}", "needed_bytes": needed, "fits": fits, "costs": change.costs}
@@ -91,7 +95,8 @@ def _needed(config: Config, situation: Situation) -> int | None:
     planner = situation.planner.with_budget(budget) if isinstance(budget, int) else situation.planner
     examples = [_cut(example, config.data.max_length) for example in situation.examples]
     largest = max(planner(examples).micro_batches, key=lambda batch: batch.input_ids.numel())
-    return needed_bytes(predict_memory(config, StepMeter(blueprint, planner.layout), batch=largest))
+    meter = StepMeter(blueprint, planner.layout)
+    return needed_bytes(predict_memory(config, meter, batch=largest, data_bytes=situation.data_bytes))
 
 
 def _cut(example: TokenizedExample, length: int) -> TokenizedExample:

@@ -1,16 +1,18 @@
 """What a run writes: its adapter, checkpoints and caches, in bytes, and what the disk has."""
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft import get_peft_model_state_dict
+
 from loralab.config.schema import Config
 from loralab.data.dataset import PreparedData
+from loralab.models.supervised import SupervisedPeftModel
 
 
 def predict_disk(
-    config: Config, data: PreparedData, *, optimizer: int, weights: Mapping[str, Any], checkpoints: int, folder: Path
+    config: Config, data: PreparedData, *, optimizer: int, model: SupervisedPeftModel, checkpoints: int, folder: Path
 ) -> dict[str, Any]:
     """Return what a run writes and what is free where it writes.
 
@@ -18,11 +20,11 @@ def predict_disk(
         config: the configuration.
         data: its data; the tokenized rows are cached already.
         optimizer: bytes of the optimizer's moments.
-        weights: of `describe_weights`.
+        model: base with adapter; what PEFT saves of it may be more than what is trained.
         checkpoints: how many are written.
         folder: of the run.
     """
-    adapter = int(weights["trainable_bytes"])
+    adapter = sum(tensor.numel() * tensor.element_size() for tensor in get_peft_model_state_dict(model).values())
     checkpoint = adapter + optimizer
     limit = config.training.save_total_limit
     # One more while the newest is written, and the best beside the newest.

@@ -8,9 +8,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from transformers import Trainer
 
 from loralab.config.load import LoadedConfig
 from loralab.layout.collate import MicroBatch
@@ -18,7 +19,7 @@ from loralab.layout.planner import Planner
 from loralab.models.precision import Resolved
 from loralab.progress import Reporter
 from loralab.run import RunFolder
-from loralab.training.arguments import count_steps
+from loralab.training.arguments import build_arguments, count_steps
 from loralab.training.distributed import ALONE
 from loralab.training.loss import run_micro_batches
 from loralab.workflows.memory_watch import MemoryWatch
@@ -98,8 +99,7 @@ def run_probe(loaded: LoadedConfig, path: Path, *, reporter: Reporter) -> Probe:
         sampler, _ = build_sampler(config, train, shares=run.data.shares)
         steps = all_steps(sampler, count_steps(config.training, len(sampler)))
         largest, typical = largest_micro_batches(steps, train, run.planner)
-        trained = [weight for weight in run.model.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=0.0)
+        optimizer = _build_optimizer(run, path, steps_per_epoch=len(sampler))
         run.model.train()
         first = _step(run, largest, optimizer)
         timed: dict[str, list[float]] = {"typical": [], "largest": []}
@@ -118,6 +118,21 @@ def run_probe(loaded: LoadedConfig, path: Path, *, reporter: Reporter) -> Probe:
             seconds=sum(map(sum, timed.values())),
             first_seconds=max(first - min(timed["largest"]), 0.0),
         )
+
+
+def _build_optimizer(run: Run, path: Path, *, steps_per_epoch: int) -> torch.optim.Optimizer:
+    """Return the run's own kind of optimizer with a rate of zero, so that the probe's steps change nothing."""
+    arguments = build_arguments(
+        run.config.training,
+        evaluation=run.config.evaluation.model_copy(update={"strategy": "no"}),
+        staging=path / "probe",  # named only: nothing is written
+        steps_per_epoch=steps_per_epoch,
+        device=run.device,
+        further=run.config.advanced.trainer_args,
+    )
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    trained = [weight for weight in run.model.parameters() if weight.requires_grad]
+    return cast(torch.optim.Optimizer, kind(trained, **{**settings, "lr": 0.0}))
 
 
 def _step(run: Run, batch: MicroBatch, optimizer: torch.optim.Optimizer) -> float:

@@ -23,6 +23,8 @@ from loralab.training.sampler import StepSampler
 # Rows that are laid out in full; of more, a sample of steps.
 _LAID_OUT_ROWS = 20_000
 _SAMPLED_STEPS = 256
+# Steps that are listed one by one; every epoch has the same rows in another order.
+_LISTED_STEPS = 100_000
 # Candidates for the largest micro-batch: the steps with most tokens, and some of the others.
 _LONGEST_STEPS, _OTHER_STEPS = 8, 8
 
@@ -32,12 +34,14 @@ class RunSteps:
     """The rows of every step of a run, in order.
 
     Attributes:
-        steps: positions in the training split.
+        steps: positions in the training split; of a very long run, those of its first epochs.
         per_epoch: steps of an epoch.
+        total: steps of the run.
     """
 
     steps: Sequence[Sequence[int]]
     per_epoch: int
+    total: int
 
 
 def all_steps(sampler: StepSampler, total: int) -> RunSteps:
@@ -49,12 +53,12 @@ def all_steps(sampler: StepSampler, total: int) -> RunSteps:
     """
     steps: list[list[int]] = []
     epoch = 0
-    while len(steps) < total:
+    while len(steps) < min(total, max(_LISTED_STEPS, len(sampler))):
         sampler.set_epoch(epoch)
         steps += sampler.steps()
         epoch += 1
     sampler.set_epoch(0)
-    return RunSteps(steps[:total], len(sampler))
+    return RunSteps(steps[:total], len(sampler), total)
 
 
 def tokens_alone(store: TokenStore) -> npt.NDArray[np.int64]:
@@ -156,17 +160,18 @@ def count_layouts(
     order = np.fromiter((row for step in run.steps for row in step), dtype=np.int64)
     rows_tokens = int(alone[order].sum())
     scale = rows_tokens / max(own, 1)  # exactly 1 where all steps were laid out
+    repeated = run.total / len(run.steps)  # exactly 1 where all steps are listed
     first = [place for place in places if place < run.per_epoch]
     epoch_scale = min(run.per_epoch, len(run.steps)) / max(len(first), 1)
     return {
-        "rows": rows_tokens,
-        "laid_out": round(taken * scale),
-        "supervised": int(supervised[order].sum()),
-        "micro_batches": round(batches * scale),
+        "rows": round(rows_tokens * repeated),
+        "laid_out": round(taken * scale * repeated),
+        "supervised": round(int(supervised[order].sum()) * repeated),
+        "micro_batches": round(batches * scale * repeated),
         "epoch": {layout: round(tokens * epoch_scale) for layout, tokens in share.items()},
         "largest_step_tokens": largest,
         "laid_out_steps": len(places),
-        "steps": len(run.steps),
+        "steps": run.total,
     }
 
 

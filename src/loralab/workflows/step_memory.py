@@ -24,7 +24,7 @@ from loralab.models.blueprint import Blueprint, describe_weights
 from loralab.models.memory import TokenMemory
 from loralab.models.memory_trace import META, MemoryTrace
 from loralab.models.stored_weights import is_mapped
-from loralab.models.token_loss import CHUNK_ELEMENTS
+from loralab.models.token_loss import chunk_elements
 from loralab.training.loss import run_micro_batches
 
 # Threads, their stacks, kernels that are built on first use, and the rows of a run: seen in every run on a CPU.
@@ -184,7 +184,7 @@ def _step_parts(blueprint: Blueprint, weights: Mapping[str, Any], batch: MicroBa
     """Divide what a step takes beside gradients."""
     dtype = blueprint.model.embedding.weight.dtype
     vocabulary = int(blueprint.model.embedding.weight.shape[0])
-    rows = min(len(batch.labels), max(1, CHUNK_ELEMENTS // vocabulary))
+    rows = min(len(batch.labels), max(1, chunk_elements(blueprint.device.type) // vocabulary))
     # Logits and their gradient in the compute type and in float32, and their logarithms.
     logits = rows * vocabulary * (2 * dtype.itemsize + 8)
     dequantized = weights["largest"] * dtype.itemsize

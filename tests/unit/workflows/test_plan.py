@@ -205,11 +205,47 @@ def test_advice_is_in_order_and_adds_up(files: Path) -> None:
     assert not isinstance(blueprint, str)
     planner, _ = expect_planner(blueprint, config, free=1 << 34)
     examples = [example(([(7 * i + j) % 60 for j in range(200)], [1, 2, 3])) for i in range(16)]
-    found = advise(Situation(config, examples, planner, CPU, torch.float32), free=0)
+    found = advise(Situation(config, examples, planner, CPU, torch.float32, 0), free=0)
     keys = [step["set"].partition("=")[0] for step in found]
     order = ["training.token_budget", "training.gradient_checkpointing", "model.quantization", "lora.target_modules"]
     assert list(dict.fromkeys(keys))[:4] == order
     assert not any(step["fits"] for step in found)
     assert found[0]["needed_bytes"] > found[-1]["needed_bytes"]
-    first = advise(Situation(config, examples, planner, CPU, torch.float32), free=found[0]["needed_bytes"])
+    first = advise(Situation(config, examples, planner, CPU, torch.float32, 0), free=found[0]["needed_bytes"])
     assert [step["fits"] for step in first] == [True]
+
+
+@pytest.mark.parametrize("lora", [{"dropout": 0.1}, {"variant": "eva"}, {"variant": "pissa"}])
+def test_every_kind_of_adapter_is_planned_without_its_numbers(files: Path, lora: dict[str, Any]) -> None:
+    planned = make(files, lora=lora)
+    assert planned["memory"]["predicted_bytes"] > 0
+    if lora.get("variant") == "pissa":  # saved as a plain LoRA of twice the rank
+        assert planned["disk"]["adapter_bytes"] == 8 * planned["parameters"]["trainable"]
+
+
+def test_dora_on_a_quantized_base_is_not_planned(files: Path) -> None:
+    with pytest.raises(ModelError, match="DoRA reads the weights of a quantized base"):
+        make(files, lora={"variant": "dora"}, model={"quantization": "nf4"})
+
+
+def test_a_very_long_run_is_counted_by_its_epochs(files: Path) -> None:
+    short, long = (make(files, training={"max_steps": steps}) for steps in (1_000_000, 1_000_000_000))
+    assert long["tokens"]["steps"] == 1_000_000_000
+    assert long["tokens"]["rows"] == pytest.approx(short["tokens"]["rows"] * 1e3, rel=1e-6)
+
+
+def test_what_does_not_fit_is_not_probed(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the system would kill it")
+
+    monkeypatch.setattr(plan_module, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(plan_module, "run_probe", never)
+    planned = make(files, probe=True)
+    assert planned["fits"] is False
+    assert planned["time"] == {"seconds": None, "why": "not measured: the run would not fit into memory"}
+
+
+def test_the_cache_of_frozen_layers_is_planned(files: Path) -> None:
+    settings: dict[str, Any] = {"lora": {"layers_to_transform": [-1]}, "training": {"num_train_epochs": 2}}
+    assert make(files, **settings)["disk"]["frozen_trunk_bytes"] > 0
+    assert make(files)["disk"]["frozen_trunk_bytes"] is None
