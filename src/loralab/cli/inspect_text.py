@@ -60,7 +60,8 @@ def _adapter_facts(result: dict[str, Any]) -> dict[str, str]:
     facts = {"folder": result["path"], "base": f"{base['name'] or 'not named'}{revision}", "variant": result["variant"]}
     if result["rank"] is not None:
         scale = f", scale {result['scale']:g}" if result["scale"] is not None else ""
-        facts["rank"] = f"{result['rank']}, alpha {result['alpha']}{scale}"
+        alpha = f", alpha {result['alpha']}" if result["alpha"] is not None else ""
+        facts["rank"] = f"{result['rank']}{alpha}{scale}"
     targets = result["target_modules"]
     facts["targets"] = ", ".join(sorted(targets)) if isinstance(targets, list) else str(targets)
     facts["parameters"] = (

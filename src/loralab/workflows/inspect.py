@@ -44,7 +44,7 @@ def inspect_adapter(path: Path) -> tuple[dict[str, Any], list[StoredTensor]]:
         "peft_version": config.get("peft_version"),
         "task_type": config.get("task_type"),
         "rank": rank,
-        "alpha": config.get("lora_alpha"),
+        "alpha": config.get("lora_alpha", config.get("alpha")),
         "scale": scale,
         "dropout": config.get("lora_dropout"),
         "target_modules": config.get("target_modules"),

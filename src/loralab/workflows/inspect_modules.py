@@ -56,7 +56,7 @@ def variant_of(config: Config) -> str:
 def rank_and_scale(config: Config, module: str) -> tuple[int | None, float | None]:
     """Return the rank and the factor of B A that a configuration gives a layer, or None where it has none."""
     rank = _of_pattern(config.get("rank_pattern"), module, config.get("r"))
-    alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha")))
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
         return (rank if isinstance(rank, int) else None), None
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

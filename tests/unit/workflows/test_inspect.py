@@ -175,6 +175,7 @@ def test_variant_matches_its_own_configuration(name: str, tmp_path: Path) -> Non
     result = look(save(tmp_path, VARIANTS[name]))
     assert said(result) == []
     assert result["variant"] == name
+    assert result["alpha"] == {"lora": 8, "dora": 8, "loha": 2, "lokr": 2, "adalora": 8}.get(name)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
