@@ -21,6 +21,7 @@ from loralab.evaluation.perplexity import Interrupted
 from loralab.models.adapters import WEIGHTS_FILE, adapter_sha256, build_adapter
 from loralab.models.allocator import release_freed_memory
 from loralab.models.determinism import resolve_determinism, restored_algorithms
+from loralab.models.kernel_caches import bound_kernel_caches
 from loralab.models.load import (
     check_length,
     check_local_model,
@@ -233,6 +234,7 @@ def prepare_run(
     precision = resolve_precision(config.model, device.value)
     check_optimizer(config.training.optim, device.value)
     choices: dict[str, Resolved[Any]] = {"device": device, "precision": precision}
+    choices |= bound_kernel_caches(device.value)
     forget_peak(device.value)
     if note:
         reporter.say(note)
