@@ -107,8 +107,6 @@ def _memory(memory: Mapping[str, Any]) -> dict[str, str]:
     probe = memory.get("probe")
     how = f"measured by the probe; counted: {render_bytes(memory['counted_bytes'])}" if probe else "counted"
     facts["peak"] = f"{render_bytes(memory['predicted_bytes'])} above the level after imports ({how})"
-    if memory["device"] == "cpu":
-        facts["beyond that"] = "over many steps a CPU run keeps more: up to three times the peak was seen"
     if memory["mapped_bytes"]:
         facts["mapped weights"] = f"{render_bytes(memory['mapped_bytes'])}, pages of their file"
     facts["free"] = f"{render_bytes(memory['free_bytes'])} on {memory['device']}"
