@@ -8,10 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from loralab.cli.doctor_text import print_finding
+from loralab.cli.facts_text import INDENT, print_facts
 from loralab.console import printable
 from loralab.doctor.findings import render_bytes
 
-_INDENT = 2
 _SHOWN_PROMPT = 80
 
 
@@ -22,33 +22,23 @@ def print_adapter(console: Console, result: dict[str, Any]) -> None:
         console: where to.
         result: of the workflow.
     """
-    _print_facts(console, "adapter", _adapter_facts(result))
+    print_facts(console, "adapter", _adapter_facts(result))
     _print_kinds(console, result["kinds"])
     if result["saved_whole"]:
         rows = {tensor["name"]: f"{_shape(tensor['shape'])} {tensor['dtype']}" for tensor in result["saved_whole"]}
-        _print_facts(console, "layers saved whole", rows)
+        print_facts(console, "layers saved whole", rows)
     loading = result["loading"]
     state = f"frozen: {loading['trainable_parameters']} of {loading['trainable_when_asked']:,} parameters train"
     loaded = {"state": state, "why": loading["why"], "to train": loading["how"]}
-    _print_facts(console, "as PEFT loads it", loaded)
+    print_facts(console, "as PEFT loads it", loaded)
     if result["contract"]:
-        _print_facts(console, "prompt contract", _contract_facts(result))
+        print_facts(console, "prompt contract", _contract_facts(result))
     if result["run"]:
-        _print_facts(console, "run", _run_facts(result["run"]))
+        print_facts(console, "run", _run_facts(result["run"]))
     if result["attached"]:
-        _print_facts(console, "on the base", _attached_facts(result["attached"]))
+        print_facts(console, "on the base", _attached_facts(result["attached"]))
     for finding in result["findings"]:
         print_finding(console, finding)
-
-
-def _print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
-    console.print(Text(f"--- {title}", style="bold"))
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(Text(printable(name)), Text(printable(value)))
-    console.print(Padding(table, (0, 0, 0, _INDENT), expand=False))
 
 
 def _adapter_facts(result: dict[str, Any]) -> dict[str, str]:
@@ -86,7 +76,7 @@ def _print_kinds(console: Console, kinds: list[dict[str, Any]]) -> None:
             table.add_row(*(Text(printable(cell)) for cell in [*first, *row, *last]))
     update = "; update: scale x ||B A||" if lora else ""
     console.print(Text(f"--- layers (norm: mean per kind{update})", style="bold"))
-    console.print(Padding(table, (0, 0, 0, _INDENT), expand=False))
+    console.print(Padding(table, (0, 0, 0, INDENT), expand=False))
 
 
 def _part_rows(kind: dict[str, Any]) -> list[list[str]]:

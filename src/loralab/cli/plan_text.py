@@ -5,13 +5,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
+from loralab.cli.facts_text import INDENT, print_facts
 from loralab.console import printable
 from loralab.doctor.findings import render_bytes
 
-_INDENT = 2
 _PARTS = {
     "weights": "frozen weights",
     "adapter": "adapter (float32)",
@@ -33,24 +32,14 @@ def print_plan(console: Console, result: dict[str, Any]) -> None:
         console: where to.
         result: of the workflow.
     """
-    _print(console, "choices", {k: f"{c['value']} ({c['reason']})" for k, c in result["choices"].items()})
+    print_facts(console, "choices", {k: f"{c['value']} ({c['reason']})" for k, c in result["choices"].items()})
     _print_parameters(console, result["parameters"])
-    _print(console, "steps", _schedule(result["schedule"]))
-    _print(console, "tokens", _tokens(result["tokens"], result["schedule"]))
-    _print(console, "memory", _memory(result["memory"]))
-    _print(console, "time", _time(result["time"]))
-    _print(console, "disk", _disk(result["disk"]))
+    print_facts(console, "steps", _schedule(result["schedule"]))
+    print_facts(console, "tokens", _tokens(result["tokens"], result["schedule"]))
+    print_facts(console, "memory", _memory(result["memory"]))
+    print_facts(console, "time", _time(result["time"]))
+    print_facts(console, "disk", _disk(result["disk"]))
     _print_verdict(console, result)
-
-
-def _print(console: Console, title: str, facts: Mapping[str, str]) -> None:
-    console.print(Text(f"--- {title}", style="bold"))
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(Text(printable(name)), Text(printable(value)))
-    console.print(Padding(table, (0, 0, 0, _INDENT), expand=False))
 
 
 def _print_parameters(console: Console, parameters: Mapping[str, Any]) -> None:
@@ -67,7 +56,7 @@ def _print_parameters(console: Console, parameters: Mapping[str, Any]) -> None:
             f"{quantized['weights']:,} in {quantized['layers']} layers, {render_bytes(quantized['bytes'])} "
             f"({quantized['bits_per_weight']} bits each)"
         )
-    _print(console, "parameters", facts)
+    print_facts(console, "parameters", facts)
 
 
 def _schedule(schedule: Mapping[str, Any]) -> dict[str, str]:
@@ -153,6 +142,6 @@ def _print_verdict(console: Console, result: Mapping[str, Any]) -> None:
     for step in result["advice"]:
         mark = "fits" if step["fits"] else "not yet"
         line = f"{step['set']}: {render_bytes(step['needed_bytes'])}, {mark}; costs {step['costs']}"
-        console.print(Padding(Text(printable(line), overflow="fold"), (0, 0, 0, _INDENT), expand=False))
+        console.print(Padding(Text(printable(line), overflow="fold"), (0, 0, 0, INDENT), expand=False))
     if not result["advice"] or not result["advice"][-1]["fits"]:
         console.print(Text("  with all of these it still does not fit: take a smaller base", style="bold"))

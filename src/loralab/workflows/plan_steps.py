@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from loralab.config.schema import Config
 from loralab.data.dataset import PreparedData
@@ -61,15 +60,6 @@ def all_steps(sampler: StepSampler, total: int) -> RunSteps:
     return RunSteps(steps[:total], len(sampler), total)
 
 
-def tokens_alone(store: TokenStore) -> npt.NDArray[np.int64]:
-    """Return the tokens that go through the model for each example by itself: all of a branch but its last."""
-    tokens = [
-        np.add.reduceat(branches[:, 1:].sum(axis=1) - 1, np.cumsum(count) - count)
-        for count, branches in store.branch_blocks()
-    ]
-    return np.concatenate(tokens)
-
-
 def fullest_step(run: RunSteps, store: TokenStore) -> Sequence[int]:
     """Return the rows of the step with most tokens.
 
@@ -77,7 +67,7 @@ def fullest_step(run: RunSteps, store: TokenStore) -> Sequence[int]:
         run: rows of the steps.
         store: the training split.
     """
-    alone = tokens_alone(store)
+    alone = store.tokens_alone()
     return max(run.steps, key=lambda step: int(alone[np.asarray(step)].sum()))
 
 
@@ -91,7 +81,7 @@ def largest_micro_batches(run: RunSteps, store: TokenStore, planner: Planner) ->
         store: the training split.
         planner: how they are laid out.
     """
-    alone = tokens_alone(store)
+    alone = store.tokens_alone()
     totals = np.array([int(alone[np.asarray(step)].sum()) for step in run.steps])
     longest = np.argsort(-totals, kind="stable")[:_LONGEST_STEPS]
     others = np.linspace(0, len(totals) - 1, min(_OTHER_STEPS, len(totals))).astype(np.int64)
@@ -138,7 +128,7 @@ def count_layouts(
     """
     places = _sampled(run, store)
     share = dict.fromkeys(possible, 0)
-    alone = tokens_alone(store)
+    alone = store.tokens_alone()
     supervised = store.supervised()
     taken = own = batches = largest = 0
     for done, place in enumerate(places, 1):

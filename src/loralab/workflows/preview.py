@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
@@ -25,7 +24,6 @@ from loralab.data.proofs.prove import Prover
 from loralab.data.proofs.reread import count_stored_rows, read_stored_rows
 from loralab.data.proofs.survey import SplitHashes, find_overlaps, find_repeated_answer, hash_split, survey_split
 from loralab.data.split_report import check_dropped
-from loralab.data.tokens.store import TokenStore
 from loralab.errors import DataError, PromptContractError
 from loralab.layout.planner import Planner
 from loralab.models.load import load_tokenizer
@@ -223,7 +221,7 @@ def _describe_epoch(config: Config, data: PreparedData, reporter: Reporter) -> d
         reporter.progress("lay out", done, len(places))
     reporter.finish("lay out")
     order = np.fromiter((row for step in steps for row in step), dtype=np.int64)
-    every = int(_tokens_alone(train)[order].sum())
+    every = int(train.tokens_alone()[order].sum())
     return {
         "rows": len(order),
         "rows_per_step": sampler.rows_per_step,
@@ -237,12 +235,3 @@ def _describe_epoch(config: Config, data: PreparedData, reporter: Reporter) -> d
         "token_budget": planner.token_budget,
         "sampling": config.training.sampling,
     }
-
-
-def _tokens_alone(train: TokenStore) -> npt.NDArray[np.int64]:
-    """Return the tokens that go through the model for each example by itself: all of a branch but its last."""
-    tokens = [
-        np.add.reduceat(branches[:, 1:].sum(axis=1) - 1, np.cumsum(count) - count)
-        for count, branches in train.branch_blocks()
-    ]
-    return np.concatenate(tokens)

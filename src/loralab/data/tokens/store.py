@@ -138,6 +138,14 @@ class TokenStore(Sequence[TokenizedExample]):
             steps = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
             yield count, self._arrays.branches[np.repeat(first, count) + steps]
 
+    def tokens_alone(self) -> Integers:
+        """Return the tokens that go through the model for each example by itself: all of a branch but its last."""
+        tokens = [
+            np.add.reduceat(branches[:, 1:].sum(axis=1) - 1, np.cumsum(count) - count)
+            for count, branches in self.branch_blocks()
+        ]
+        return np.concatenate(tokens)
+
     def select(self, positions: Integers) -> "TokenStore":
         """Return a view of the examples at `positions` of this view."""
         view = TokenStore.__new__(TokenStore)
