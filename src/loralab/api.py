@@ -12,6 +12,8 @@ from loralab.errors import ConfigError
 from loralab.evaluation.generate import GenerationSettings
 from loralab.progress import Reporter
 from loralab.run import Json, RunFolder, open_run, read_json, read_metrics
+from loralab.workflows.compare import ComparisonRequest
+from loralab.workflows.compare import compare as compare_workflow
 from loralab.workflows.configure import load_run_config
 from loralab.workflows.evaluate import evaluate as evaluate_workflow
 from loralab.workflows.generate import generate as generate_workflow
@@ -62,6 +64,30 @@ class Run:
             The content of `evaluation.json`.
         """
         return evaluate_workflow(self.path, overrides=overrides, data=data, reporter=Reporter())
+
+    def compare(
+        self,
+        *,
+        data: str | None = None,
+        max_examples: int = 50,
+        probe: str | None = None,
+        with_probe: bool = True,
+        overrides: Sequence[str] = (),
+    ) -> Json:
+        """Compare what base and adapter predict and answer, and what the adapter did to unrelated text.
+
+        Args:
+            data: file, folder or Hub id instead of the run's split.
+            max_examples: most rows of it, evenly spread.
+            probe: file of unrelated text; None takes the built-in texts.
+            with_probe: whether unrelated text is measured.
+            overrides: `section.key=value` on top of the run's configuration.
+
+        Returns:
+            The content of `comparison.json`.
+        """
+        request = ComparisonRequest(data=data, max_examples=max_examples, probe=probe, with_probe=with_probe)
+        return compare_workflow(self.path, request, overrides=overrides, reporter=Reporter())
 
     def generate(
         self,

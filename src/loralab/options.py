@@ -45,6 +45,8 @@ SETTINGS = {
     "max_new_tokens": "evaluation.max_new_tokens",
     "split": "evaluation.split",
     "model": "model.name",
+    "metrics": "evaluation.metrics",
+    "answer_by": "evaluation.answer_by",
 }
 
 
@@ -59,6 +61,8 @@ MaxLength = Annotated[int | None, schema_option("max_length")]
 Device = Annotated[str | None, schema_option("device")]
 Split = Annotated[str | None, schema_option("split")]
 MaxNewTokens = Annotated[int | None, schema_option("max_new_tokens")]
+Metrics = Annotated[str | None, schema_option("metrics")]
+AnswerBy = Annotated[str | None, schema_option("answer_by")]
 BaseModel = Annotated[str | None, schema_option("model")]
 
 

@@ -67,9 +67,24 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     @property
+    def comparison(self) -> Path:
+        """Base against adapter, prompt by prompt."""
+        return self.path / "comparison.json"
+
+    @property
+    def comparison_page(self) -> Path:
+        """The comparison as a page."""
+        return self.path / "comparison.html"
+
+    @property
     def samples(self) -> Path:
         """Prompts answered by base and adapter."""
         return self.path / "samples.json"
+
+    @property
+    def predictions(self) -> Path:
+        """What base and adapter made of each prompt of the final evaluation, one JSON object a line."""
+        return self.path / "predictions.jsonl"
 
     @property
     def plots(self) -> Path:
@@ -136,16 +151,17 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def render_json(value: object) -> str:
     """Return indented JSON; numbers that JSON does not have (NaN, infinity) become null."""
-    return json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    return json.dumps(finite_json(value), indent=2, ensure_ascii=False, default=str, allow_nan=False)
 
 
-def _finite(value: object) -> object:
+def finite_json(value: object) -> object:
+    """Return a value with null in the place of numbers that JSON does not have (NaN, infinity)."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(each) for key, each in value.items()}
+        return {str(key): finite_json(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [finite_json(each) for each in value]
     return value
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import loralab
 from loralab.errors import RunFolderError
-from loralab.evaluation.metrics import exact_matches
+from loralab.evaluation.metrics.texts import exact_matches
 from loralab.progress import Reporter
 from loralab.workflows.demo import run_demo
 from support import tiny

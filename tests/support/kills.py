@@ -17,15 +17,15 @@ import torch
 
 # Function: what the run is doing in it. The innermost that is named here counts.
 PHASES: Mapping[str, str] = {
-    "_prepare": "start-up",
+    "prepare_run": "start-up",
     "_begin_record": "first files",
     "_save_checkpoint": "save",
     "on_save": "save",
     "measure": "evaluation",
     "training_step": "step",
     "run_steps": "between steps",
-    "_save_adapter": "adapter",
-    "_evaluate": "final evaluation",
+    "save_adapter": "adapter",
+    "evaluate_at_end": "final evaluation",
     "find_start": "finding the checkpoint",
     "_finish_record": "end",
     "build_report": "report",

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from loralab.cli import asking, data, environment, measuring, planning, previewing, start, training
+from loralab.cli import asking, comparing, data, environment, measuring, planning, previewing, start, training
 from loralab.cli.application import app
 from loralab.console import ClosedOutput, ConsoleReporter, discard, printable, speaks, tolerate_characters
 from loralab.errors import LoralabError
@@ -27,7 +27,12 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "Data": {"preview": previewing.preview, "prepare": data.prepare},
     "Train": {"plan": planning.plan, "train": training.train, "replay": training.replay},
-    "Measure": {"inspect": environment.inspect, "eval": measuring.evaluate, "report": measuring.report},
+    "Measure": {
+        "inspect": environment.inspect,
+        "eval": measuring.evaluate,
+        "compare": comparing.compare,
+        "report": measuring.report,
+    },
     "Ask": {"generate": asking.generate, "chat": asking.chat},
 }
 for _heading, _commands in COMMANDS.items():

@@ -1,20 +1,23 @@
 """The commands that measure an adapter and show what was measured: `eval`, `report`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from loralab.cli.application import print_json
-from loralab.console import ConsoleReporter, ResultConsole
+from loralab.cli.evaluation_text import print_evaluations
+from loralab.config.paths import check_path
+from loralab.console import ConsoleReporter
 from loralab.errors import ConfigError
 from loralab.options import (
+    AnswerBy,
     AsJson,
     BaseModel,
     BatchSize,
     Device,
     MaxLength,
+    Metrics,
     Overrides,
     RunPath,
     Split,
@@ -31,59 +34,75 @@ def evaluate(
     overrides: Overrides = None,
     *,
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="The same as RUN, as an option.", callback=usable_path)
+        list[Path] | None,
+        typer.Option("--adapter", help="An adapter, as RUN is; may be repeated, for a table of several."),
     ] = None,
     model: BaseModel = None,
     data: Annotated[
         str | None, typer.Option("--data", help="File, saved data set or Hub id to evaluate on, instead of the run's.")
     ] = None,
     split: Split = None,
+    metrics: Metrics = None,
+    answer_by: AnswerBy = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            "--predictions",
+            help="File that gets every prompt, answer and score, one JSON object a line.",
+            callback=usable_path,
+        ),
+    ] = None,
     batch_size: BatchSize = None,
     max_length: MaxLength = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure loss and perplexity of base and adapter on a split."""
-    if adapter is not None and run is not None and "=" in str(run):
+    """Measure loss, perplexity and task metrics of base and adapter on a split, with paired intervals."""
+    if adapter and run is not None and "=" in str(run):
         run, overrides = None, [str(run), *(overrides or [])]  # with --adapter, RUN's place holds an override
-    target = _one_target(run, adapter)
+    targets = _targets(run, [check_path(path, where="option --adapter") for path in adapter or []])
     own_split = split if data is None else None  # of other data, `split` names one of its own
-    chosen = option_overrides(overrides, batch_size=batch_size, max_length=max_length, device=device, split=own_split)
-    from loralab.workflows.evaluate import evaluate as run_evaluation
+    chosen = option_overrides(
+        overrides,
+        batch_size=batch_size,
+        max_length=max_length,
+        device=device,
+        split=own_split,
+        metrics=None if metrics is None else f"[{metrics.strip().strip('[]')}]",
+        answer_by=answer_by,
+    )
+    from loralab.workflows.evaluate import evaluate_adapters
 
-    result = run_evaluation(
-        target, overrides=chosen, base_model=model, data=data, data_split=split, reporter=ConsoleReporter()
+    results = evaluate_adapters(
+        targets,
+        overrides=chosen,
+        base_model=model,
+        data=data,
+        data_split=split,
+        predictions=predictions,
+        reporter=ConsoleReporter(),
     )
     if as_json:
-        print_json(result)
+        named = [{"run": str(path), **result} for path, result in zip(targets, results, strict=True)]
+        print_json(results[0] if len(results) == 1 else {"adapters": named})
         return
-    table = Table("", "base", "adapter")
-    for name in ("eval_loss", "perplexity", "eval_loss_batch_mean", "supervised_tokens", "num_examples", "num_batches"):
-        table.add_row(name, _figure(result["base"][name]), _figure(result[name]))
-    console = ResultConsole()
-    console.print(table)
-    console.print(_difference(result["difference"]))
+    print_evaluations([path.name or str(path) for path in targets], results)
 
 
-def _one_target(run: Path | None, adapter: Path | None) -> Path:
-    given = [path for path in (run, adapter) if path is not None]
-    if len(given) != 1:
-        what = "two adapters given" if given else "no adapter given"
-        raise ConfigError(what, where="arguments RUN, --adapter", fix="give one: loralab eval RUN, or --adapter DIR")
-    return given[0]
-
-
-def _figure(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-
-
-def _difference(difference: dict[str, Any]) -> str:
-    text = f"adapter - base: {difference['eval_loss']:+.4f} nats per token"
-    if difference["low"] is None:
-        return text
-    interval = f"{difference['level']:.0%} interval {difference['low']:+.4f} to {difference['high']:+.4f}"
-    verdict = "" if difference["low"] > 0 or difference["high"] < 0 else "; no difference seen"
-    return f"{text}, {interval}{verdict}"
+def _targets(run: Path | None, adapters: list[Path]) -> list[Path]:
+    given = [*([run] if run is not None else []), *adapters]
+    if not given:
+        raise ConfigError(
+            "no adapter given",
+            where="arguments RUN, --adapter",
+            fix="give one: loralab eval RUN, or --adapter DIR, which may be repeated",
+        )
+    twice = [path for index, path in enumerate(given) if path.absolute() in [each.absolute() for each in given[:index]]]
+    if twice:
+        raise ConfigError(
+            f"adapter {str(twice[0])!r} is given twice", where="arguments RUN, --adapter", fix="give it once"
+        )
+    return given
 
 
 def report(run: RunPath) -> None:

@@ -8,12 +8,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from loralab.config import lora_checks
+from loralab.config import lora_checks, metric_checks
 from loralab.config.findings import Finding
 from loralab.config.schema import Config, DataSource
 from loralab.lookup import suggest
-
-EARLY_STOPPING_METRICS = ("loss", "eval_loss", "perplexity")
 
 # Each entry: why it may be passed through. Everything else either has a key of its own or
 # would break what the engine fixes (batching, saving, loss).
@@ -54,7 +52,8 @@ OWN_KEYS = {
     "eval_strategy": "evaluation.strategy",
     "eval_steps": "evaluation.steps",
     "per_device_eval_batch_size": "evaluation.batch_size",
-    "metric_for_best_model": "training.early_stopping.metric",
+    "metric_for_best_model": "training.metric_for_best_model",
+    "greater_is_better": "training.early_stopping.mode",
 }
 
 
@@ -202,35 +201,12 @@ def _check_validation_needs(config: Config) -> list[Finding]:
     fix = "set data.validation (for example 0.1) and evaluation.strategy: epoch"
     if training.load_best_model_at_end:
         findings.append(Finding("training.load_best_model_at_end", f"there is no evaluation to choose by: {has}", fix))
-    early_stopping = training.early_stopping
-    if early_stopping is not None and early_stopping.metric != "loss":
-        findings.append(
-            Finding("training.early_stopping.metric", f"{early_stopping.metric!r} is never measured: {has}", fix)
-        )
+    watched = metric_checks.watched_metric(training)
+    if training.early_stopping is not None and watched != "loss":
+        findings.append(Finding(metric_checks.watched_key(training), f"{watched!r} is never measured: {has}", fix))
     if config.evaluation.strategy == "steps" and config.data.validation is None:
         findings.append(Finding("evaluation.strategy", "steps, but data.validation is null", fix))
     return findings
-
-
-def _check_best(config: Config) -> list[Finding]:
-    early_stopping = config.training.early_stopping
-    if not config.training.load_best_model_at_end or early_stopping is None or early_stopping.metric != "loss":
-        return []
-    what = "early_stopping.metric is loss, but load_best_model_at_end chooses by an evaluation"
-    return [Finding("training.early_stopping.metric", what, "set it to eval_loss")]
-
-
-def _check_early_stopping_metric(config: Config) -> list[Finding]:
-    early_stopping = config.training.early_stopping
-    if early_stopping is None or early_stopping.metric in EARLY_STOPPING_METRICS:
-        return []
-    return [
-        Finding(
-            "training.early_stopping.metric",
-            f"no such metric: {early_stopping.metric!r}",
-            suggest(early_stopping.metric, EARLY_STOPPING_METRICS),
-        )
-    ]
 
 
 def _check_trainer_args(config: Config) -> list[Finding]:
@@ -339,11 +315,10 @@ RULES: tuple[Rule, ...] = (
     _check_optimizer,
     _check_warmup,
     _check_validation_needs,
-    _check_early_stopping_metric,
-    _check_best,
     _check_trainer_args,
     _check_polynomial_end,
     _check_text,
     _check_layout,
     *lora_checks.RULES,
+    *metric_checks.RULES,
 )

@@ -209,7 +209,9 @@ class LoraConfig(Section):
         description="Layers that are trained whole and saved with the adapter, by name: norms, embed_tokens, lm_head.",
     )
     trainable_token_indices: list[StrictInt | StrictStr] | None = Field(
-        None, description="Tokens whose rows of the embedding are trained, by id or by text, such as [151643, <|sep|>]."
+        None,
+        description="Tokens whose rows of the embedding are trained, by id or by text, such as [151643, <|sep|>]; a text "
+        "that is no token yet is added to the tokenizer, to the embedding and to the head.",
     )
 
 
@@ -217,7 +219,12 @@ class EarlyStopping(Section):
     """When to stop before the last step."""
 
     metric: str = Field(
-        "eval_loss", description="What must improve: loss (mean of the logged window), eval_loss or perplexity."
+        "eval_loss",
+        description="What must improve: loss (mean of the logged window), eval_loss, perplexity, or a figure of "
+        "evaluation.metrics, such as yes_no_macro_f1.",
+    )
+    mode: Literal["auto", "min", "max"] = Field(
+        "auto", description="Which direction is better; auto knows it of every metric but a function of your own."
     )
     patience: PositiveInt = Field(3, description="Logged windows or evaluations without improvement before stopping.")
     min_delta: NonNegativeFloat = Field(0.0, description="Smallest change that counts as an improvement.")
@@ -290,7 +297,12 @@ class TrainingConfig(Section):
         2, description="Checkpoints kept, the newest and the best; null keeps all."
     )
     load_best_model_at_end: bool = Field(
-        False, description="End with the adapter of the best evaluation loss, not of the last step."
+        False, description="End with the adapter of the best evaluation, not of the last step."
+    )
+    metric_for_best_model: str | None = Field(
+        None,
+        description="What the best evaluation is told by, named as in early_stopping.metric; null takes that one, else "
+        "eval_loss.",
     )
     early_stopping: EarlyStopping | None = Field(None, description="Stop early when a metric no longer improves.")
 
@@ -305,6 +317,25 @@ class EvaluationConfig(Section):
     batch_size: PositiveInt = Field(8, description="Rows per evaluation batch.")
     split: Literal["auto", "train", "validation", "test"] = Field(
         "auto", description="Split of the final evaluation; auto takes test, else validation."
+    )
+    metrics: list[str] | Literal["auto"] = Field(
+        "auto",
+        description="What is measured besides the loss: perplexity, token_accuracy, token_entropy, exact_match, "
+        "yes_no, label_accuracy, calibration, number, rouge, bleu, chrf, stop_rate, length, repetition, or a "
+        "function of your own, package.module:function; auto takes yes_no for such rows and what training watches.",
+    )
+    answer_by: Literal["auto", "generate", "score", "teacher_forced"] = Field(
+        "auto",
+        description="How answers come about: generate, score (the most likely of labels) or teacher_forced (each token "
+        "behind the right ones, which flatters); auto scores where labels are set or rows are yes_no, else generates.",
+    )
+    labels: list[str] | None = Field(
+        None, description="Closed answers that are scored, such as [yes, no]; null takes those that the data has."
+    )
+    metric_rows: PositiveInt = Field(
+        200,
+        description="Validation rows that are answered in each evaluation while training, spread evenly; the final "
+        "evaluation takes the whole split.",
     )
     num_samples: NonNegativeInt = Field(
         4, description="Prompts of that split that base and adapter answer at the end, for the report."

@@ -4,7 +4,8 @@ Owns generation settings; the prompts come from the `Prompter` (or from tokenize
 came from it).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -15,10 +16,12 @@ from transformers import GenerationConfig
 from loralab.config.schema import EvaluationConfig
 from loralab.data.prompts.prompter import Prompter
 from loralab.errors import DataError, ModelError
+from loralab.evaluation.answers import Answered, Question
 from loralab.evaluation.perplexity import Interrupted
 from loralab.models.load import max_positions
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
+from loralab.training.distributed import ALONE, Processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +66,11 @@ def generate_answers(
     reporter: Reporter,
     label: str = "generate",
     should_stop: Callable[[], bool] = lambda: False,
+    processes: Processes = ALONE,
 ) -> list[Answer]:
-    """Answer prompts.
+    """Answer prompts; torch's random state is left as it was.
+
+    Several processes take the batches in turn, and all of them know all answers in the end.
 
     Args:
         model: base with adapter (call within `model.disable_adapter()` for the base).
@@ -74,7 +80,8 @@ def generate_answers(
         batch_size: prompts at a time.
         reporter: told of progress.
         label: name of the stage.
-        should_stop: asked before every batch.
+        should_stop: asked before every batch, in every process; they must agree.
+        processes: those that share the work.
 
     Returns:
         One answer per prompt, in order.
@@ -84,24 +91,101 @@ def generate_answers(
         ModelError: a prompt is longer than the model's positions.
         Interrupted: `should_stop` answered yes.
     """
-    rooms = _fit_positions(model, prompts, settings, reporter)
-    was_training = model.training
-    model.eval()
-    torch.manual_seed(settings.seed)
-    answers: dict[int, Answer] = {}
-    try:
-        with torch.inference_mode():
-            for room, batch in _batches(rooms, batch_size):
-                if should_stop():
-                    raise Interrupted
-                chosen = replace(settings, max_new_tokens=room)
-                made = _generate_batch(model, [prompts[index] for index in batch], prompter, chosen)
-                answers |= dict(zip(batch, made, strict=True))
-                reporter.progress(label, len(answers), len(prompts))
-    finally:
-        model.train(was_training)
-    reporter.finish(label)
-    return [answers[index] for index in range(len(prompts))]
+    work = _Work(model, prompter, settings, reporter, label, should_stop, processes)
+    return [read_answer(ids, prompter) for ids in work.generate(prompts, batch_size)]
+
+
+def answer_questions(
+    model: SupervisedPeftModel,
+    questions: Sequence[Question],
+    *,
+    prompter: Prompter,
+    settings: GenerationSettings,
+    batch_size: int,
+    reporter: Reporter,
+    label: str = "generate",
+    should_stop: Callable[[], bool] = lambda: False,
+    processes: Processes = ALONE,
+) -> list[Answered]:
+    """Answer questions, for metrics; arguments, returned order and errors are those of `generate_answers`."""
+    work = _Work(model, prompter, settings, reporter, label, should_stop, processes)
+    written = work.generate([question.prompt_ids for question in questions], batch_size)
+    answers = [read_answer(ids, prompter) for ids in written]
+    return [
+        Answered(question, answer.text, ids=tuple(ids[: answer.tokens - answer.stopped]), stopped=answer.stopped)
+        for question, ids, answer in zip(questions, written, answers, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """All that generating a list of prompts needs but the prompts; fields as in `generate_answers`."""
+
+    model: SupervisedPeftModel
+    prompter: Prompter
+    settings: GenerationSettings
+    reporter: Reporter
+    label: str
+    should_stop: Callable[[], bool]
+    processes: Processes
+
+    def generate(self, prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+        """Return the generated ids behind each prompt, what follows a stop token included."""
+        rooms = _fit_positions(self.model, prompts, self.settings, self.reporter)
+        asked = _asked_once(prompts, self.settings)
+        distinct = sorted(set(asked))
+        batches = _batches({index: (rooms[index], len(prompts[index])) for index in distinct}, batch_size)
+        was_training = self.model.training
+        self.model.eval()
+        made: dict[int, list[int]] = {}
+        done = 0
+        try:
+            # Not in inference mode: what a model caches there, training could not use afterwards.
+            with torch.no_grad(), _random_state_kept(self.model.embedding.weight.device):
+                for first in range(0, len(batches), self.processes.count):
+                    if self.should_stop():
+                        raise Interrupted
+                    number = first + self.processes.rank
+                    if number < len(batches):
+                        made |= self._generate_batch(prompts, *batches[number], seed=self.settings.seed + number)
+                    done += sum(len(batch) for _, batch in batches[first : first + self.processes.count])
+                    self.reporter.progress(self.label, done, len(distinct))
+        finally:
+            self.model.train(was_training)
+        self.reporter.finish(self.label)
+        found = {index: ids for share in self.processes.gather(made) for index, ids in share.items()}
+        return [found[index] for index in asked]
+
+    def _generate_batch(
+        self, prompts: Sequence[Sequence[int]], room: int, batch: Sequence[int], *, seed: int
+    ) -> dict[int, list[int]]:
+        torch.manual_seed(seed)  # one per batch, so that no process draws what another one does
+        device = self.model.embedding.weight.device
+        ids, mask = pad_left([prompts[index] for index in batch], pad=self.prompter.stop.ids[0])
+        out = cast(Callable[..., Tensor], self.model.generate)(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=build_generation_config(replace(self.settings, max_new_tokens=room), self.prompter),
+        )
+        return dict(zip(batch, out[:, ids.shape[1] :].tolist(), strict=True))
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """Leave torch's random states as they were: what is drawn after an evaluation is drawn without one."""
+    apple = torch.mps.get_rng_state() if device.type == "mps" else None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+    if apple is not None:
+        torch.mps.set_rng_state(apple)
+
+
+def _asked_once(prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> list[int]:
+    """Return for each prompt the index of the one whose answer is its own: greedy answers depend on nothing else."""
+    if settings.temperature > 0:
+        return list(range(len(prompts)))
+    first: dict[tuple[int, ...], int] = {}
+    return [first.setdefault(tuple(prompt), index) for index, prompt in enumerate(prompts)]
 
 
 def _fit_positions(
@@ -142,29 +226,38 @@ def answer_room(model: SupervisedPeftModel, prompt: Sequence[int], wanted: int, 
     return room
 
 
-def _batches(rooms: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield room and prompt numbers of each batch; a prompt with less room never shortens another's answer."""
-    for room in sorted(set(rooms), reverse=True):
-        members = [index for index, each in enumerate(rooms) if each == room]
-        for start in range(0, len(members), batch_size):
-            yield room, members[start : start + batch_size]
+def _batches(prompts: Mapping[int, tuple[int, int]], batch_size: int) -> list[tuple[int, list[int]]]:
+    """Return room and prompt numbers of each batch.
+
+    A prompt with less room never shortens another's answer; prompts of about one length meet, so that
+    little is padded, the longest first: where memory does not suffice, that shows at once.
+
+    Args:
+        prompts: room and length of each prompt, by its number.
+        batch_size: most prompts of a batch.
+    """
+    batches = []
+    for room in sorted({room for room, _ in prompts.values()}, reverse=True):
+        members = [number for number, (own, _) in prompts.items() if own == room]
+        members.sort(key=lambda number: -prompts[number][1])
+        batches += [(room, members[start : start + batch_size]) for start in range(0, len(members), batch_size)]
+    return batches
 
 
-def _generate_batch(
-    model: SupervisedPeftModel, prompts: Sequence[Sequence[int]], prompter: Prompter, settings: GenerationSettings
-) -> list[Answer]:
-    device = model.embedding.weight.device
+def pad_left(prompts: Sequence[Sequence[int]], *, pad: int) -> tuple[Tensor, Tensor]:
+    """Return ids and mask (B, L) of prompts that end together: generation goes on at the right.
+
+    Args:
+        prompts: token ids of each.
+        pad: id of what stands before the shorter ones, which the mask hides.
+    """
     longest = max(len(prompt) for prompt in prompts)
-    pad = prompter.stop.ids[0]
     ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    for index, prompt in enumerate(prompts):  # padded on the left: generation goes on at the right
+    for index, prompt in enumerate(prompts):
         ids[index, longest - len(prompt) :] = torch.as_tensor(list(prompt), dtype=torch.int64)
         mask[index, longest - len(prompt) :] = 1
-    generate = cast(Callable[..., Tensor], model.generate)
-    config = build_generation_config(settings, prompter)
-    out = generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
-    return [read_answer(row, prompter) for row in out[:, longest:].tolist()]
+    return ids, mask
 
 
 def build_generation_config(settings: GenerationSettings, prompter: Prompter) -> GenerationConfig:

@@ -8,10 +8,12 @@ import hashlib
 import logging
 import warnings
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel
 
 from loralab.config.schema import LoraConfig
@@ -22,6 +24,7 @@ from loralab.models.first_weights import Beginning, check_dora
 from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.models.targets import adapted_layers, placement, resolve_target_modules
+from loralab.models.trainable_tokens import trained_tokens
 from loralab.models.trained_modules import hold_masters
 from loralab.models.variants import VARIANTS, Site, check_site, needs_activations
 
@@ -104,6 +107,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, where: str = "argument 
     """
     config = read_adapter_config(folder, where=where)
     config.inference_mode = True
+    _check_rows(base, config, folder)
     try:
         model = _wrap(base, config)
         result = model.load_adapter(str(folder), "default", is_trainable=False)
@@ -127,6 +131,18 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, where: str = "argument 
     model.check_head()
     model.eval()
     return model
+
+
+def _check_rows(base: PreTrainedModel, config: PeftConfig, folder: Path) -> None:
+    """Check that the base has a row for every token that an adapter trained."""
+    rows = int(cast(nn.Embedding, base.get_input_embeddings()).weight.shape[0])
+    beyond = [token for token in sorted(trained_tokens(config)) if token >= rows]
+    if beyond:
+        raise ModelError(
+            f"the adapter has a row for token {beyond[0]}, and the base has {rows}",
+            where=str(folder),
+            fix="give the adapter folder of the run, whose tokenizer has the new tokens, and the base of the run",
+        )
 
 
 def read_adapter_config(folder: Path, *, where: str = "argument RUN") -> PeftConfig:

@@ -20,10 +20,12 @@ from loralab.models.attention import TREE_ATTENTION, TreeLayout, UnsupportedAtte
 from loralab.models.families import find_tree_obstacle
 from loralab.models.load import SettledBase, settle_base
 from loralab.models.memory_trace import META, MemoryTrace, WithoutNumbers, trace_memory
+from loralab.models.new_tokens import grow_vocabulary
 from loralab.models.precision import Resolved
 from loralab.models.quantization import BITSANDBYTES
 from loralab.models.self_check import KERNELS_BY_DEVICE
 from loralab.models.supervised import SupervisedPeftModel
+from loralab.models.trainable_tokens import new_tokens_of
 from loralab.models.variants import needs_activations
 
 if BITSANDBYTES:
@@ -55,6 +57,7 @@ class Blueprint:
         model: base and adapter.
         settled: what was chosen for the base.
         choices: what was chosen for the adapter.
+        lora: the adapter section, tokens by id.
         device: where the run computes.
         checkpointing: whether activations are recomputed.
     """
@@ -62,6 +65,7 @@ class Blueprint:
     model: SupervisedPeftModel
     settled: SettledBase
     choices: dict[str, Resolved[str]]
+    lora: LoraConfig
     device: torch.device
     checkpointing: bool
 
@@ -117,6 +121,7 @@ def _draw(
     seed: int,
 ) -> Blueprint:
     base = _blank_base(section, config, settled, dtype)
+    grown = grow_vocabulary(base, new_tokens_of(lora))
     if checkpointing:
         enable: Any = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         # What is recomputed runs inside `backward`, where the mode around it does not reach.
@@ -128,7 +133,7 @@ def _draw(
     for name in ("head", "first_weights"):  # what only numbers tell
         choices.pop(name, None)
     model.planned_device_type = device.type
-    return Blueprint(model, settled, choices, device, checkpointing)
+    return Blueprint(model, settled, grown | choices, lora, device, checkpointing)
 
 
 def _blank_base(
@@ -173,12 +178,14 @@ def describe_trainable(model: SupervisedPeftModel) -> list[dict[str, Any]]:
 
 
 # How names of PEFT's parts of a layer begin.
-_PARTS = ("lora_", "vera_", "hada_", "lokr_", "ia3_")
+_PARTS = ("lora_", "vera_", "hada_", "lokr_", "ia3_", "trainable_tokens_")
+# What PEFT puts around a layer, of no meaning to who reads of it.
+_WRAPPING = ("weight", "default", "base_layer", "original_module", "token_adapter")
 
 
 def _kind_and_part(name: str) -> tuple[str, str]:
     """Return the layer's and the adapter part's name: "...q_proj.lora_A.default.weight" is (q_proj, lora_A)."""
-    names = [each for each in name.split(".") if each not in ("weight", "default", "base_layer", "original_module")]
+    names = [each for each in name.split(".") if each not in _WRAPPING]
     place = next((index for index, each in enumerate(names) if each.startswith(_PARTS)), 0)
     if not place:
         return names[-1], "weight"
@@ -199,8 +206,9 @@ def describe_weights(model: SupervisedPeftModel) -> Mapping[str, Any]:
         model: base with adapter.
 
     Returns:
-        `total`, `trainable`, `frozen_bytes` (those that are not quantized), `quantized` (`layers`, `weights`,
-        `bytes`, `bits_per_weight`, or None), `largest` (elements of the largest quantized weight).
+        `total`, `trainable`, `frozen_bytes` (those that are not quantized), `grown_bytes` (of these, what grew for
+        new tokens: no pages of a file), `quantized` (`layers`, `weights`, `bytes`, `bits_per_weight`, or None),
+        `largest` (elements of the largest quantized weight).
     """
     layers = [layer for _, layer in quantized_layers(model)] if BITSANDBYTES else []
     packed = {id(layer.weight) for layer in layers}
@@ -219,9 +227,19 @@ def describe_weights(model: SupervisedPeftModel) -> Mapping[str, Any]:
         "trainable": sum(size for size, trains in sizes if trains),
         "trainable_bytes": sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
         "frozen_bytes": sum(p.numel() * p.element_size() for p in plain),
+        "grown_bytes": _grown_bytes(model),
         "quantized": quantized if layers else None,
         "largest": max(weights, default=0),
     }
+
+
+def _grown_bytes(model: SupervisedPeftModel) -> int:
+    """Return the bytes of frozen tables with more rows than on disk, whose number the configuration keeps."""
+    rows = int(model.embedding.weight.shape[0])
+    if rows <= getattr(model.language_model.config.get_text_config(), "vocab_size", rows):
+        return 0
+    tables = [p for p in model.parameters() if not p.requires_grad and p.dim() == 2 and p.shape[0] == rows]
+    return sum(table.numel() * table.element_size() for table in tables)
 
 
 def expect_tree_kernel(blueprint: Blueprint) -> Resolved[str | None]:

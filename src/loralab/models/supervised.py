@@ -6,7 +6,7 @@ gathered before the head: no logit is computed that no label needs.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from loralab.models.attention import TREE_ATTENTION, TreeLayout, carry_layout, u
 from loralab.models.attention_kernels import TreeRoot
 from loralab.models.dropout import DropoutKeys, KeyedDropout, token_keys
 from loralab.models.families import LogitTail, find_logit_tail
-from loralab.models.token_loss import TokenLosses, token_losses, token_statistics
+from loralab.models.token_loss import TokenLosses, logit_statistics, token_losses, token_statistics
 from loralab.models.trunk import CachedTrunk
 
 # Rows of the probe that compares the gathered head with the model's own logits.
@@ -69,6 +69,11 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         return cast(nn.Embedding, self.language_model.get_input_embeddings())
 
     @property
+    def vocabulary(self) -> int:
+        """V, the number of rows of the input embedding."""
+        return self._vocabulary
+
+    @property
     def head(self) -> nn.Module:
         """The module that turns hidden states into logits."""
         return cast(nn.Module, self.language_model.get_output_embeddings())
@@ -112,7 +117,7 @@ class SupervisedPeftModel(PeftModelForCausalLM):
             labels: token ids to predict (N).
             token_prefixes: a hash of all token ids up to each token (R, L); dropout is keyed by it.
             dropout_key: seed and step; None where no LoRA dropout is active.
-            statistics: also return entropies and correctness; no gradients then.
+            statistics: also return entropies, correctness and the most likely tokens; no gradients then.
             **inputs: for `hidden_states`.
         """
         self._keys.tokens = None
@@ -187,6 +192,23 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         ).logits
         return found
 
+    def label_logits(self, label_positions: Tensor, **inputs: Any) -> Callable[[slice], Tensor]:
+        """Run the model up to its head and return what gives the logits at a slice of the positions (n, V).
+
+        Whatever is switched off now, as in `disable_adapter()`, must be off when the logits are asked for: the
+        head may have an adapter too. No dropout acts.
+
+        Args:
+            label_positions: positions in the flattened R x L rows that predict a label (N).
+            **inputs: for `hidden_states`.
+        """
+        self._keys.tokens = None
+        if self.full_logits_reason is not None:
+            logits = self.logits(**inputs).flatten(0, 1)[label_positions]
+            return lambda chunk: logits[chunk]
+        hidden = self.hidden_states(**inputs).flatten(0, 1)[label_positions]
+        return lambda chunk: self._tail(self.head(hidden[chunk]))
+
     def _attending(
         self, mask: Tensor, depth: Tensor | None, subtree_end: Tensor | None, roots: Sequence[TreeRoot] | None
     ) -> Tensor:
@@ -202,15 +224,12 @@ class SupervisedPeftModel(PeftModelForCausalLM):
     def _model_losses(
         self, positions: Tensor, labels: Tensor, inputs: dict[str, Any], *, statistics: bool
     ) -> TokenLosses:
-        """Return losses from the model's own logits, with entropies and correctness when asked."""
-        logits = self.logits(**inputs).flatten(0, 1)[positions].float()
-        losses = functional.cross_entropy(logits, labels, reduction="none")
-        if not statistics:
-            return TokenLosses(losses)
-        with torch.no_grad():
-            log_probabilities = logits.log_softmax(dim=-1)
-            entropies = -(log_probabilities.exp() * log_probabilities).nansum(dim=-1)
-            return TokenLosses(losses, entropies, logits.argmax(dim=-1) == labels)
+        """Return losses from the model's own logits, with what else `token_statistics` gives when asked."""
+        logits = self.logits(**inputs).flatten(0, 1)[positions]
+        if statistics:
+            with torch.no_grad():
+                return logit_statistics(logits, labels)
+        return TokenLosses(functional.cross_entropy(logits.float(), labels, reduction="none"))
 
     def check_head(self) -> str | None:
         """Compare head(gathered hidden states) with the model's own logits, once.

@@ -29,11 +29,13 @@ class TokenLosses(NamedTuple):
         losses: negative log-likelihood of each label in nats, float32 (N).
         entropies: entropy of each predicted distribution in nats, float32 (N), or None.
         correct: whether the most likely token is the label, bool (N), or None.
+        predicted: the most likely token, id (N), or None.
     """
 
     losses: Tensor
     entropies: Tensor | None = None
     correct: Tensor | None = None
+    predicted: Tensor | None = None
 
 
 def chunk_elements(device_type: str) -> int:
@@ -67,7 +69,7 @@ def token_losses(
 def token_statistics(
     head: Head, hidden: Tensor, labels: Tensor, *, vocabulary: int, device_type: str | None = None
 ) -> TokenLosses:
-    """Return loss, entropy and correctness of every label; no gradients.
+    """Return loss, entropy, correctness and the most likely token of every label; no gradients.
 
     Args:
         head: from hidden states to logits.
@@ -76,14 +78,41 @@ def token_statistics(
         vocabulary: V.
         device_type: as in `token_losses`.
     """
-    losses, entropies, correct = [], [], []
-    for chunk in _chunks(labels, vocabulary, device_type):
-        logits, targets = head(hidden[chunk], chunk).float(), labels[chunk]
-        log_probabilities = logits.log_softmax(dim=-1)
-        losses.append(functional.nll_loss(log_probabilities, targets, reduction="none"))
-        entropies.append(-(log_probabilities.exp() * log_probabilities).nansum(dim=-1))
-        correct.append(logits.argmax(dim=-1) == targets)
-    return TokenLosses(torch.cat(losses), torch.cat(entropies), torch.cat(correct))
+    chunks = _chunks(labels, vocabulary, device_type)
+    parts = [logit_statistics(head(hidden[chunk], chunk), labels[chunk]) for chunk in chunks]
+    columns = zip(*((part.losses, part.entropies, part.correct, part.predicted) for part in parts), strict=True)
+    return TokenLosses(*(torch.cat(column) for column in columns))
+
+
+def logit_statistics(logits: Tensor, labels: Tensor) -> TokenLosses:
+    """Return loss, entropy, correctness and the most likely token of every label.
+
+    Numbers whatever the logits are, as long as one of a row is finite or positive infinity: a label that
+    cannot be (its logit is minus infinity) costs the largest float32, so that differences stay numbers.
+
+    Args:
+        logits: of any floating type (N, V).
+        labels: token ids (N).
+    """
+    log_probabilities = safe_log_softmax(logits)
+    losses = functional.nll_loss(log_probabilities, labels, reduction="none")
+    # p log p is 0 where p is: the product of a probability of 0 and the lowest float32 is 0, never nan.
+    entropies = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
+    predicted = logits.argmax(dim=-1)  # not of the log-probabilities, where rounding makes ties
+    return TokenLosses(losses, entropies, predicted == labels, predicted)
+
+
+def safe_log_softmax(logits: Tensor) -> Tensor:
+    """Return log-probabilities in float32, finite for every logit that is a number or infinite.
+
+    A head in half precision overflows to infinity, of which a softmax is nan; such a logit counts as
+    the largest of its type.
+
+    Args:
+        logits: of any floating type (..., V).
+    """
+    bounded = logits.clamp(max=torch.finfo(logits.dtype).max).float()
+    return bounded.log_softmax(dim=-1).clamp_(min=torch.finfo(torch.float32).min)
 
 
 def _chunks(labels: Tensor, vocabulary: int, device_type: str | None) -> list[slice]:

@@ -161,6 +161,10 @@ def describe_machine(facts: Facts) -> Json:
         ("Started", format_time(record.get("started_at"))),
         ("Finished", format_time(record.get("finished_at"))),
         ("Training time", format_seconds(dig_number(record, "train_seconds"))),
+        (
+            "Training time, predicted after its first steps",
+            format_seconds(dig_number(record, "time", "predicted_seconds")),
+        ),
         ("Tokens per second", format_number(dig_number(record, "tokens_per_second"))),
         ("Tokens laid out, of the rows' tokens", _laid_out(record)),
         ("Examples per second", format_number(dig_number(record, "examples_per_second"))),

@@ -53,6 +53,7 @@ def describe_usage(facts: Facts, *, base: str, revision: str | None, run: str, a
         dtype=_literal(dig(facts.record, "resolved", "precision", "value")),
         stop_ids=_stop_ids(dig_list(facts.data, "stop_tokens", "ids")),
         max_new_tokens=_new_tokens(facts),
+        new_tokens=dig(facts.record, "resolved", "new_tokens", "value"),
     )
     return Usage(command=f"loralab generate {shlex.quote(run)} --prompt 'Your question'", program=program)
 

@@ -1,4 +1,4 @@
-"""What happens around the steps: logging, progress, checkpoints, early stopping, signals.
+"""What happens around the steps: logging, progress, checkpoints, signals.
 
 Owns the reactions; `trainer.py` owns the steps themselves.
 """
@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loralab.config.schema import EarlyStopping
 from loralab.errors import TrainingDivergedError
 from loralab.progress import Reporter
 from loralab.run import write_text
@@ -93,10 +92,16 @@ class CurrentIntervals(TrainerCallback):
 
 
 class ProgressReporter(TrainerCallback):
-    """Tells the reporter how far training is."""
+    """Tells the reporter how far training is.
 
-    def __init__(self, reporter: Reporter) -> None:
+    Args:
+        reporter: is told.
+        headline: figures of evaluations that are said besides loss and perplexity, without their `eval_`.
+    """
+
+    def __init__(self, reporter: Reporter, *, headline: Sequence[str] = ()) -> None:
         self.reporter = reporter
+        self.headline = headline
         self.detail = ""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -117,7 +122,8 @@ class ProgressReporter(TrainerCallback):
             self.detail = f"loss {logs['loss']:.4f}, {logs['tokens_per_second']:,.0f} tokens/s"
         if "eval_loss" in logs:
             text = f"validation loss {logs['eval_loss']:.4f} (perplexity {logs['eval_perplexity']:.2f})"
-            self.reporter.say(f"step {state.global_step}: {text}")
+            shown = [f"{name} {logs[f'eval_{name}']:.4f}" for name in self.headline if f"eval_{name}" in logs]
+            self.reporter.say(f"step {state.global_step}: {', '.join([text, *shown])}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close the stage."""
@@ -133,52 +139,6 @@ class EpochSetter(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Choose the epoch that the step lies in."""
         self.sampler.set_epoch(state.global_step // len(self.sampler))
-
-
-class EarlyStopper(TrainerCallback):
-    """Watches one metric: notes its best step, and stops when it no longer improves."""
-
-    def __init__(
-        self, run_state: RunState, *, metric: str, early_stopping: EarlyStopping | None, save_best: bool
-    ) -> None:
-        self.run_state = run_state
-        self.metric = metric
-        self.early_stopping = early_stopping
-        self.save_best = save_best
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Compare the metric with its best."""
-        key = "eval_perplexity" if self.metric == "perplexity" else self.metric
-        value = (logs or {}).get(key)
-        if value is None:
-            return
-        run_state, finite = self.run_state, math.isfinite(value)
-        best, reference = run_state.best_value, run_state.reference_value
-        if finite and (best is None or value < best):
-            run_state.best_value, run_state.best_step = float(value), state.global_step
-            control.should_save |= self.save_best
-        delta = self.early_stopping.min_delta if self.early_stopping else 0.0
-        if finite and (reference is None or value < reference - delta):
-            run_state.reference_value, run_state.without_improvement = float(value), 0
-            return
-        self.run_state.without_improvement += 1
-        if self.early_stopping is not None and self.run_state.without_improvement >= self.early_stopping.patience:
-            control.should_training_stop = control.should_save = True
-            self.run_state.stopped_because = (
-                f"early stopping: {self.metric} has not been {_below(best)} (step {self.run_state.best_step}) "
-                f"for {self.early_stopping.patience} observations"
-            )
-
-
-def _below(best: float | None) -> str:
-    return "a number" if best is None else f"below {best:.4f}"
 
 
 @dataclass

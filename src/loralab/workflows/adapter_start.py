@@ -1,10 +1,10 @@
 """What an adapter starts from: saved weights of its own run, or training rows.
 
-Owns which checkpoint takes the place of first weights, which rows variant eva looks at, and which
-variants can begin from another adapter.
+Owns which checkpoint takes the place of first weights, which rows variant eva looks at, which
+variants can begin from another adapter, and which new tokens the data does not hold.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,16 @@ from loralab.config.schema import Config
 from loralab.data.dataset import PreparedData
 from loralab.errors import ConfigError
 from loralab.layout.planner import Planner
+from loralab.models.new_tokens import NewToken
 from loralab.models.variants import VARIANTS, needs_activations
+from loralab.progress import Reporter
 from loralab.run import RunFolder
 from loralab.training.checkpoint import find_checkpoint
 
 # Tokens that go through the base at once while eva looks at rows; no gradients, so it is no matter of memory.
 _TOKENS_AT_ONCE = 2048
+# Tokens of the data that are looked through at once.
+_BLOCK_TOKENS = 1 << 22
 
 
 def find_saved_start(config: Config, folder: RunFolder) -> Path | None:
@@ -46,6 +50,20 @@ def activation_batches(config: Config, data: PreparedData) -> list[Mapping[str, 
         }
         for batch in step.micro_batches
     ]
+
+
+def warn_of_absent_tokens(tokens: Sequence[NewToken], data: PreparedData, reporter: Reporter) -> None:
+    """Say which new tokens stand nowhere in the data, as one that is misspelled."""
+    left = {token.id: token.text for token in tokens}
+    stored = data.splits["train"].tokens
+    for start in range(0, len(stored), _BLOCK_TOKENS):
+        if not left:
+            return
+        block = stored[start : start + _BLOCK_TOKENS]
+        for number in np.unique(block[block >= min(left)]).tolist():
+            left.pop(number, None)
+    for text in left.values():
+        reporter.say(f"warning: the new token {text!r} stands nowhere in the data: nothing teaches it")
 
 
 def check_warm_start(config: Config) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import ModelError, RunFolderError
-from loralab.evaluation.metrics import exact_matches
+from loralab.evaluation.metrics.texts import exact_matches
 from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json
 from loralab.workflows.configure import load_run_config

@@ -1,32 +1,24 @@
-"""Base against adapter on a split: losses in pairs, and answers side by side.
+"""The `eval` command: adapters against their base, on a run's own split or on other data."""
 
-Owns what `evaluation.json` and `samples.json` hold, and the `eval` command.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-
+from loralab.config.metric_checks import asked_metrics
+from loralab.config.metric_facts import is_outside
 from loralab.config.paths import local_path
-from loralab.config.schema import Config, DataConfig, EvaluationConfig
+from loralab.config.schema import Config, DataConfig
 from loralab.data.dataset import PreparedData, prepare_data
-from loralab.data.prompts.prompter import Prompter
 from loralab.data.tokens.store import TokenStore
-from loralab.errors import DataError
-from loralab.evaluation.generate import GenerationSettings, generate_answers
-from loralab.evaluation.perplexity import SplitLoss, compare_losses, measure_loss
-from loralab.layout.planner import Planner
-from loralab.lookup import suggest
+from loralab.errors import ConfigError, DataError
 from loralab.models.load import check_length, max_positions
-from loralab.models.precision import Resolved
-from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
 from loralab.run import read_json, write_json
-from loralab.training.distributed import ALONE, Processes
+from loralab.workflows.predictions import write_lines, write_predictions
 from loralab.workflows.session import Session, Target, load_adapter_tokenizer, open_session
+from loralab.workflows.split_evaluation import SplitEvaluation, evaluate_split, resolve_split
 from loralab.workflows.step_layout import resolve_planner
+from loralab.workflows.task_metrics import resolve_task
 
 # What overrides can change here; `data` is what rows become, wherever they come from.
 _READ = (
@@ -36,143 +28,28 @@ _READ = (
     "training.token_budget",
     "evaluation.batch_size",
     "evaluation.bootstrap_samples",
+    "evaluation.metrics",
+    "evaluation.answer_by",
+    "evaluation.labels",
+    "evaluation.max_new_tokens",
 )
 _OWN_ROWS = ("data.train", "data.validation", "data.test", "data.split_method", "data.split_seed")
-# Text rows have no prompt of their own: their samples continue this many tokens.
-_TEXT_PROMPT_TOKENS = 32
 
 
-def resolve_split(setting: str, splits: Mapping[str, TokenStore]) -> str | None:
-    """Return the split of the final evaluation: the one set, else test, else validation, else None.
+class Found(NamedTuple):
+    """What an adapter is measured on.
 
-    Raises:
-        DataError: the split that was set does not exist.
+    Attributes:
+        name: of the split.
+        split: its rows.
+        max_length: of an example, in tokens.
+        data: that the split is a part of.
     """
-    if setting != "auto":
-        if setting in splits:
-            return setting
-        raise DataError(f"no such split: {setting!r}", where="key evaluation.split", fix=suggest(setting, splits))
-    return next((name for name in ("test", "validation") if name in splits), None)
 
-
-def resolve_evaluation(config: Config) -> dict[str, Resolved[Any]]:
-    """Choose when the validation loss is measured while training."""
-    if config.data.validation is None:
-        return {"evaluation_strategy": Resolved("no", "data.validation is null")}
-    return {"evaluation_strategy": Resolved(config.evaluation.strategy, "set in evaluation.strategy or by default")}
-
-
-def evaluate_split(
-    model: SupervisedPeftModel,
-    split: TokenStore,
-    *,
-    planner: Planner,
-    name: str,
-    evaluation: EvaluationConfig,
-    max_length: int,
-    device: torch.device,
-    reporter: Reporter,
-    should_stop: Callable[[], bool] = lambda: False,
-    processes: Processes = ALONE,
-) -> dict[str, Any]:
-    """Measure adapter and base on the same examples and compare them in pairs.
-
-    Returns:
-        The content of `evaluation.json`.
-
-    Raises:
-        Interrupted: `should_stop` answered yes before a batch.
-    """
-    shared = {"split": name, "batch_size": evaluation.batch_size, "max_length": max_length}
-
-    def measure(label: str) -> SplitLoss:
-        return measure_loss(
-            model,
-            split,
-            planner=planner,
-            batch_size=evaluation.batch_size,
-            device=device,
-            reporter=reporter,
-            label=label,
-            should_stop=should_stop,
-            processes=processes,
-        )
-
-    adapter = measure("evaluate adapter")
-    with model.disable_adapter():
-        base = measure("evaluate base")
-    difference = compare_losses(adapter, base, resamples=evaluation.bootstrap_samples)
-    reporter.say(
-        f"{name}: loss {base.loss:.4f} -> {adapter.loss:.4f}, "
-        f"perplexity {base.perplexity:.2f} -> {adapter.perplexity:.2f}"
-    )
-    return {**adapter.as_dict(), **shared, "base": {**base.as_dict(), **shared}, "difference": difference}
-
-
-def answer_samples(
-    model: SupervisedPeftModel,
-    split: TokenStore,
-    *,
-    prompter: Prompter,
-    evaluation: EvaluationConfig,
-    reporter: Reporter,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> list[dict[str, Any]]:
-    """Let base and adapter answer the first prompts of a split.
-
-    Returns:
-        For each prompt `prompt`, `reference`, both outputs and whether each ended by a stop token.
-
-    Raises:
-        Interrupted: `should_stop` answered yes before a batch.
-    """
-    pairs = [_prompt_and_reference(split, index) for index in range(min(evaluation.num_samples, len(split)))]
-    prompts = [prompt for prompt, _ in pairs]
-    settings = GenerationSettings(max_new_tokens=evaluation.max_new_tokens)
-
-    def answer(label: str) -> list[Any]:
-        return generate_answers(
-            model,
-            prompts,
-            prompter=prompter,
-            settings=settings,
-            batch_size=evaluation.batch_size,
-            reporter=reporter,
-            label=label,
-            should_stop=should_stop,
-        )
-
-    adapter = answer("answer with adapter")
-    with model.disable_adapter():
-        base = answer("answer without")
-    return [
-        {
-            "prompt": prompter.decode(prompt),
-            "reference": prompter.decode(reference),
-            "base_output": b.text,
-            "adapter_output": a.text,
-            "base_stopped": b.stopped,
-            "adapter_stopped": a.stopped,
-        }
-        for (prompt, reference), a, b in zip(pairs, adapter, base, strict=True)
-    ]
-
-
-def stop_shares(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the share of each side's answers that ended by a stop token and not by the length limit, 0 to 1."""
-    return {
-        side: sum(bool(s[f"{side}_stopped"]) for s in samples) / max(len(samples), 1) for side in ("base", "adapter")
-    }
-
-
-def _prompt_and_reference(split: TokenStore, index: int) -> tuple[list[int], list[int]]:
-    branch = split[index].branches[0]
-    prompt, answer = branch.prompt_ids.tolist(), branch.answer_ids.tolist()
-    if len(prompt) > 1:
-        return prompt, answer
-    whole = prompt + answer
-    cut = min(_TEXT_PROMPT_TOKENS, max(len(whole) // 2, 1))
-    return whole[:cut], whole[cut:]
+    name: str
+    split: TokenStore
+    max_length: int
+    data: PreparedData
 
 
 def evaluate(
@@ -182,6 +59,7 @@ def evaluate(
     base_model: str | None = None,
     data: str | None = None,
     data_split: str | None = None,
+    predictions: Path | None = None,
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Evaluate an adapter: on its run's own split, or on other data.
@@ -192,6 +70,7 @@ def evaluate(
         base_model: base to use instead of the recorded one.
         data: file, folder or Hub id to evaluate on.
         data_split: name of the split of `data`; of a plain file, which has none, all rows count.
+        predictions: file that gets every prompt with both sides' answers, one JSON object a line.
         reporter: told of progress.
 
     Returns:
@@ -200,6 +79,76 @@ def evaluate(
     Raises:
         UserError: adapter, base or data cannot be used.
     """
+    return evaluate_adapters(
+        [path],
+        overrides=overrides,
+        base_model=base_model,
+        data=data,
+        data_split=data_split,
+        predictions=predictions,
+        reporter=reporter,
+    )[0]
+
+
+def evaluate_adapters(
+    paths: Sequence[Path],
+    *,
+    overrides: Sequence[str] = (),
+    base_model: str | None = None,
+    data: str | None = None,
+    data_split: str | None = None,
+    predictions: Path | None = None,
+    reporter: Reporter,
+) -> list[dict[str, Any]]:
+    """Evaluate several adapters on the same data, each against its base; arguments as in `evaluate`.
+
+    Returns:
+        The content of `evaluation.json` for each, in order.
+
+    Raises:
+        UserError: as `evaluate`; or rows that several adapters could not share.
+    """
+    if len(paths) > 1 and data is None:
+        raise ConfigError(
+            f"{len(paths)} adapters, and no data that all of them are measured on",
+            where="option --data",
+            fix="name it with --data FILE: each run's own split has other rows",
+        )
+    if predictions is not None and (predictions.is_dir() or not predictions.absolute().parent.is_dir()):
+        raise ConfigError(
+            f"not a file that can be written: {str(predictions)!r}",
+            where="option --predictions",
+            fix="name a file in a folder that is there",
+        )
+    contents, lines = [], []
+    for path in paths:
+        result = _evaluate_one(
+            path, overrides=overrides, base_model=base_model, data=data, data_split=data_split, reporter=reporter
+        )
+        contents.append(result.content)
+        if predictions is not None:
+            lines += [{"run": str(path), **row} for row in result.predictions()]
+    if predictions is not None:
+        if not lines:
+            raise ConfigError(
+                "no predictions: no metric that is measured needs answers",
+                where="option --predictions",
+                fix="name one, for example evaluation.metrics=[exact_match]",
+            )
+        write_lines(predictions, lines)
+        reporter.say(f"{len(lines)} predictions: {predictions}")
+    return contents
+
+
+def _evaluate_one(
+    path: Path,
+    *,
+    overrides: Sequence[str],
+    base_model: str | None,
+    data: str | None,
+    data_split: str | None,
+    reporter: Reporter,
+) -> SplitEvaluation:
     reads = [*_READ, *(() if data is not None else ("evaluation.split",))]
     session = open_session(
         path,
@@ -209,20 +158,24 @@ def evaluate(
         reads=reads,
         ignores=() if data is None else _OWN_ROWS,
     )
-    name, split, max_length = _find_split(session, data, data_split, reporter)
-    planner, choices = resolve_planner(session.model, session.config, max_length=max_length, device=session.device)
+    found = find_split(session, data, data_split, reporter)
+    config = _without_foreign_code(session, overrides, reporter)
+    task, chosen = resolve_task(config, found.data, splits={found.name: found.split})
+    planner, choices = resolve_planner(session.model, config, max_length=found.max_length, device=session.device)
     budget = read_json(session.target.folder.record).get("token_budget", {}) if session.target.folder else {}
     if "value" in budget and not any(text.startswith("training.token_budget=") for text in overrides):
         planner = planner.with_budget(int(budget["value"]))  # the run's own cuts: the last bits are the same
-    layout = choices["layout"]
-    reporter.say(f"layout {layout.value} ({layout.reason})")
+    for name, choice in {"layout": choices["layout"], **chosen}.items():
+        reporter.say(f"{name}: {choice.value} ({choice.reason})")
     result = evaluate_split(
         session.model,
-        split,
+        found.split,
+        task=task,
+        prompter=found.data.prompter,
         planner=planner,
-        name=name,
-        evaluation=session.config.evaluation,
-        max_length=max_length,
+        name=found.name,
+        evaluation=config.evaluation,
+        max_length=found.max_length,
         device=session.device,
         reporter=reporter,
     )
@@ -230,13 +183,37 @@ def evaluate(
     split_chosen = any(text.startswith("evaluation.split=") for text in overrides)
     # `evaluation.json` is what the run itself measured; other settings do not replace it.
     if folder is not None and data is None and base_model is None and (split_chosen or not overrides):
-        write_json(folder.path / f"evaluation-{name}.json" if split_chosen else folder.evaluation, result)
+        write_json(folder.path / f"evaluation-{found.name}.json" if split_chosen else folder.evaluation, result.content)
+        if not split_chosen:
+            write_predictions(folder.predictions, result)
     return result
 
 
-def _find_split(
-    session: Session, data: str | None, data_split: str | None, reporter: Reporter
-) -> tuple[str, TokenStore, int]:
+def _without_foreign_code(session: Session, overrides: Sequence[str], reporter: Reporter) -> Config:
+    """Return the configuration without functions that nobody but a run folder has named."""
+    config = session.config
+    named = any(text.partition("=")[0].strip() in ("evaluation", "evaluation.metrics") for text in overrides)
+    foreign = [] if named else [name for name in asked_metrics(config.evaluation) if is_outside(name)]
+    if not foreign:
+        return config
+    fix = f"evaluation.metrics=[{', '.join(asked_metrics(config.evaluation))}]"
+    reporter.say(f"not measured: {', '.join(foreign)}, code that a run folder names is not run; allow it with {fix}")
+    kept = [name for name in asked_metrics(config.evaluation) if name not in foreign]
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"metrics": kept})})
+
+
+def find_split(session: Session, data: str | None, data_split: str | None, reporter: Reporter) -> Found:
+    """Return what an adapter is measured on.
+
+    Args:
+        session: the open adapter.
+        data: file, folder or Hub id, or None for the run's own split.
+        data_split: name of the split of `data`; of a plain file, which has none, all rows count.
+        reporter: told of progress.
+
+    Raises:
+        DataError: there is no such data, or the run's own has changed.
+    """
     if data is None and session.target.folder is None:
         raise DataError("no data to evaluate on", where=str(session.target.adapter), fix="name some with --data FILE")
     section, wanted = _fit_length(session, reporter), session.config.evaluation.split
@@ -251,7 +228,7 @@ def _find_split(
             alone, tokenizer, reporter=reporter, template=template, split=None if whole else data_split
         )
         name = f"all rows of {data}" if whole else data_split or "train"
-        return name, prepared.splits["train"], section.max_length
+        return Found(name, prepared.splits["train"], section.max_length, prepared)
     prepared = prepare_data(section, tokenizer, reporter=reporter, template=template)
     chosen = resolve_split(wanted, prepared.splits)
     if chosen is None:
@@ -261,7 +238,7 @@ def _find_split(
             fix="name data with --data FILE, or evaluate the training rows with --split train",
         )
     _check_same_data(session.target, prepared)
-    return chosen, prepared.splits[chosen], section.max_length
+    return Found(chosen, prepared.splits[chosen], section.max_length, prepared)
 
 
 def _check_same_data(target: Target, prepared: PreparedData) -> None:

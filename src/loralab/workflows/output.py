@@ -218,7 +218,8 @@ def clear_run(folder: RunFolder, *, keep_record: bool = False) -> None:
     """
     for path in (folder.checkpoints, folder.adapter, folder.plots):
         shutil.rmtree(path, ignore_errors=True)
-    files = [folder.config, folder.data, folder.metrics, folder.evaluation, folder.samples, folder.report]
+    files = [folder.config, folder.data, folder.metrics, folder.evaluation, folder.predictions, folder.samples]
+    files += [folder.report, folder.comparison, folder.comparison_page]
     for path in (*files, *folder.path.glob("evaluation-*.json")):
         path.unlink(missing_ok=True)
     sweep_leftovers(folder)

@@ -19,12 +19,11 @@ from loralab.models.load import check_length, check_local_model, load_model_conf
 from loralab.models.memory import free_bytes
 from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
 from loralab.models.stored_weights import is_mapped
-from loralab.models.trainable_tokens import resolve_token_ids
+from loralab.models.trainable_tokens import settle_tokens
 from loralab.models.variants import needs_activations
 from loralab.progress import Reporter
 from loralab.training.arguments import check_optimizer
 from loralab.workflows.configure import run_path
-from loralab.workflows.evaluate import resolve_evaluation, resolve_split
 from loralab.workflows.frozen_trunk import expected_bytes
 from loralab.workflows.memory_record import predict_run_memory
 from loralab.workflows.memory_watch import process_bytes
@@ -40,8 +39,10 @@ from loralab.workflows.plan_steps import (
     possible_layouts,
 )
 from loralab.workflows.record import describe_choices
+from loralab.workflows.split_evaluation import measured_splits, resolve_evaluation
 from loralab.workflows.step_layout import build_blueprint, build_sampler, expect_planner
 from loralab.workflows.step_memory import needed_bytes, optimizer_bytes, trained_shapes
+from loralab.workflows.task_metrics import resolve_task
 
 
 def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter) -> dict[str, Any]:
@@ -136,10 +137,10 @@ def _gather(loaded: LoadedConfig, reporter: Reporter) -> tuple[dict[str, Resolve
     check_length(load_model_config(config.model), config.data.max_length)
     before = process_bytes(device.value)
     tokenizer = load_tokenizer(config.model)
-    lora = resolve_token_ids(config.lora, tokenizer)
+    lora = settle_tokens(config.lora, tokenizer)
     data = prepare_data(config.data, tokenizer, reporter=reporter)
     data_bytes = max(process_bytes(device.value) - before, 0)
-    resolve_split(config.evaluation.split, data.splits)
+    _, measured = resolve_task(config, data, splits=measured_splits(config, data.splits))
     try:
         blueprint = build_blueprint(config, lora, dtype=precision.value, device=device.value)
     except Untraceable as error:
@@ -157,7 +158,7 @@ def _gather(loaded: LoadedConfig, reporter: Reporter) -> tuple[dict[str, Resolve
         "quantization": held,
         "attn_implementation": settled.attention,
     }
-    return chosen | settled.others, blueprint, data, data_bytes
+    return chosen | settled.others | measured, blueprint, data, data_bytes
 
 
 def _situation(
@@ -166,12 +167,12 @@ def _situation(
     train = data.splits["train"]
     examples = [train[row] for row in fullest_step(run, train)]
     dtype = blueprint.model.embedding.weight.dtype
-    by_id = config.model_copy(update={"lora": resolve_token_ids(config.lora, data.prompter.tokenizer)})
+    by_id = config.model_copy(update={"lora": blueprint.lora})
     return Situation(by_id, examples, planner, blueprint.device, dtype, data_bytes)
 
 
 def _held_bytes(config: Config, blueprint: Blueprint) -> int:
     """Return what is taken once the model is there, of what is free now."""
     weights = describe_weights(blueprint.model)
-    frozen = 0 if is_mapped(config.model, blueprint) else weights["frozen_bytes"]
+    frozen = weights["grown_bytes" if is_mapped(config.model, blueprint) else "frozen_bytes"]
     return int(frozen + (weights["quantized"] or {}).get("bytes", 0) + weights["trainable_bytes"])

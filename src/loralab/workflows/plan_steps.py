@@ -60,6 +60,18 @@ def all_steps(sampler: StepSampler, total: int) -> RunSteps:
     return RunSteps(steps[:total], len(sampler), total)
 
 
+def tokens_alone(run: RunSteps, store: TokenStore) -> float:
+    """Return the tokens of all steps, each branch by itself.
+
+    Args:
+        run: rows of the steps; where not all are listed, the others are taken to be like them.
+        store: the training split.
+    """
+    alone = store.tokens_alone()
+    listed = sum(int(alone[np.asarray(step)].sum()) for step in run.steps)
+    return listed * run.total / max(len(run.steps), 1)
+
+
 def fullest_step(run: RunSteps, store: TokenStore) -> Sequence[int]:
     """Return the rows of the step with most tokens.
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from loralab.config.metric_checks import watched_metric
+from loralab.config.metric_facts import ALWAYS, owner_of
 from loralab.config.schema import Config
 from loralab.data.dataset import PreparedData
 from loralab.errors import RunFolderError
@@ -67,13 +69,21 @@ def resume_contract(
 
 
 def _watched_contract(config: Config) -> dict[str, Any]:
-    """Return what decides when a metric is seen that decides on the adapter."""
-    training, stopping = config.training, config.training.early_stopping
-    if stopping is not None and stopping.metric == "loss":
-        return {"training.logging_steps": training.logging_steps}
-    if stopping is None and not training.load_best_model_at_end:
+    """Return what decides when and how a figure is measured that decides on the adapter."""
+    training, evaluation, figure = config.training, config.evaluation, watched_metric(config.training)
+    if training.early_stopping is None and not training.load_best_model_at_end:
         return {}
-    return {"evaluation.strategy": config.evaluation.strategy, "evaluation.steps": config.evaluation.steps}
+    if figure == "loss":
+        return {"training.logging_steps": training.logging_steps}
+    found: dict[str, Any] = {"evaluation.strategy": evaluation.strategy, "evaluation.steps": evaluation.steps}
+    if figure in ALWAYS or owner_of(figure) in ("token_accuracy", "token_entropy"):
+        return found
+    chosen = evaluation.model_dump(mode="json", include={"metrics", "answer_by", "labels", "metric_rows"})
+    return (
+        found
+        | {f"evaluation.{key}": value for key, value in chosen.items()}
+        | {"evaluation.max_new_tokens": evaluation.max_new_tokens}
+    )
 
 
 def check_contract(checkpoint: Checkpoint, contract: Mapping[str, Any]) -> None:

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
 from loralab.data.prompts.contract import CONTRACT_FILE, load_contracted
 from loralab.data.prompts.prompter import Prompter, apply_stop_setting, choose_bos_prefix, own_template, render_with
 from loralab.data.prompts.templates import prepare_template, resolve_template
-from loralab.errors import ConfigError, Problem
+from loralab.errors import ConfigError, ModelError, Problem
 from loralab.models.adapters import load_adapter, read_adapter_config
 from loralab.models.load import check_local_model, load_base_model, load_tokenizer
-from loralab.models.precision import resolve_device, resolve_precision, select_single_gpu
+from loralab.models.new_tokens import find_new_tokens, grow_vocabulary
+from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
 from loralab.models.supervised import SupervisedPeftModel
+from loralab.models.trainable_tokens import trained_tokens
 from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json
 from loralab.workflows.configure import load_run_config
@@ -147,10 +149,29 @@ def open_session(
     base, choices = load_base_model(config.model, dtype=precision.value, device=device.value)
     if choices["quantization"].value != "none":
         reporter.say(f"quantization {choices['quantization'].value} ({choices['quantization'].reason})")
+    for name, grown in _add_new_tokens(base, target, config, prompter.tokenizer).items():
+        reporter.say(f"{name}: {grown.value} ({grown.reason})")
     model = load_adapter(base, target.adapter)
     model.to(device.value)
     template = str(prompter.tokenizer.chat_template) if contracted else None
     return Session(model, prompter, config, target, device.value, template)
+
+
+def _add_new_tokens(
+    base: PreTrainedModel, target: Target, config: Config, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Resolved[str]]:
+    """Give a base the rows of the tokens that its adapter's tokenizer has and its own has not, as training did."""
+    trained = trained_tokens(read_adapter_config(target.adapter))
+    unknown = sorted(trained - set(tokenizer.get_vocab().values()))
+    if unknown and not _has_tokenizer(target):
+        raise ModelError(
+            f"the adapter trained token {unknown[0]}, which the base's tokenizer does not have",
+            where=str(target.adapter),
+            fix="give the run, or its adapter folder, which holds the tokenizer with the new tokens",
+        )
+    if not trained & set(tokenizer.get_added_vocab().values()):
+        return {}  # without a look at the base's tokenizer, which a base may lack
+    return grow_vocabulary(base, find_new_tokens(trained, own=tokenizer, base=load_tokenizer(config.model)))
 
 
 def _check_effect(overrides: Sequence[str], reads: Sequence[str], ignores: Sequence[str]) -> None:
@@ -172,8 +193,11 @@ def _covers(section: str, key: str) -> bool:
 
 def load_adapter_tokenizer(target: Target, config: Config) -> PreTrainedTokenizerBase:
     """Return the tokenizer saved with an adapter, or its base model's where there is none."""
-    own = any((target.adapter / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return load_tokenizer(config.model, folder=target.adapter if own else None)
+    return load_tokenizer(config.model, folder=target.adapter if _has_tokenizer(target) else None)
+
+
+def _has_tokenizer(target: Target) -> bool:
+    return any((target.adapter / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def open_prompter(target: Target, config: Config, reporter: Reporter) -> Prompter:

@@ -24,20 +24,23 @@ from transformers import (
     TrainingArguments,
 )
 
+from loralab.config.metric_checks import watched_metric
+from loralab.config.metric_facts import Better, better_of
 from loralab.config.schema import Config
 from loralab.data.dataset import PreparedData
+from loralab.errors import ConfigError
 from loralab.evaluation.perplexity import Interrupted, measure_loss
 from loralab.layout.planner import Planner, ShrinkingPlanner
 from loralab.models.adapters import WEIGHTS_FILE
 from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
+from loralab.reports.wording import format_seconds
 from loralab.run import RunFolder
 from loralab.training.arguments import build_arguments, count_steps, expecting_other_intervals
 from loralab.training.callbacks import (
     CheckpointSealer,
     CurrentIntervals,
-    EarlyStopper,
     EpochSetter,
     EvaluationNote,
     MetricsWriter,
@@ -50,12 +53,19 @@ from loralab.training.callbacks import (
 )
 from loralab.training.checkpoint import STAGING, TRAINER_STATE_FILE, Checkpoint
 from loralab.training.distributed import ALONE, Processes
+from loralab.training.early_stopping import EarlyStopper
+from loralab.training.forecast import TimeForecast
 from loralab.training.liveness import LivenessCheck
 from loralab.training.sampler import StepSampler
 from loralab.training.state import RunState
 from loralab.training.trainer import StepTrainer
+from loralab.workflows.plan_steps import all_steps, tokens_alone
 from loralab.workflows.record import RunRecord
 from loralab.workflows.step_layout import build_sampler
+from loralab.workflows.task_metrics import Task, TaskMeter
+
+# A run that is over sooner needs no announcement.
+_TOLD_SECONDS = 60.0
 
 
 @dataclass
@@ -73,6 +83,7 @@ class Run:
         reporter: told of progress.
         record: `run.json`.
         planner: how steps are laid out.
+        task: what is measured besides the loss.
         processes: those that share the run.
         memory: what the run is predicted to take.
     """
@@ -87,6 +98,7 @@ class Run:
     reporter: Reporter
     record: RunRecord
     planner: Planner
+    task: Task
     processes: Processes = ALONE
     memory: dict[str, Any] = field(default_factory=dict)
 
@@ -137,6 +149,8 @@ def run_steps(run: Run, contract: Mapping[str, Any], checkpoint: Checkpoint | No
         "laid_out": state.laid_out_tokens,
         "share": round(state.laid_out_tokens / max(state.train_tokens, 1), 4),
     }
+    if "time" in run.record.content:  # a run of one or two steps has no forecast
+        run.record.content["time"]["measured_seconds"] = round(state.train_seconds, 3)
     run.record.content["steps"] = trainer.state.global_step
     run.record.content["epochs"] = round(trainer.state.epoch or 0.0, 6)
     return state
@@ -186,6 +200,13 @@ def _note_smaller_budget(run: Run, step: int, token_budget: int) -> None:
     run.record.update()
 
 
+def _note_forecast(run: Run, seconds: float, step: int) -> None:
+    what = {"predicted_seconds": round(seconds, 3), "predicted_at_step": step, "without": "evaluations and checkpoints"}
+    if seconds >= _TOLD_SECONDS:
+        run.reporter.say(f"all steps will take about {format_seconds(seconds)}, without evaluations and checkpoints")
+    run.record.update(time=what)
+
+
 def _note_event(run: Run, what: str) -> None:
     run.reporter.say(what)
     run.record.add_event(what)
@@ -215,14 +236,18 @@ def _callbacks(
     run: Run, state: RunState, sampler: StepSampler, contract: Mapping[str, Any], request: StopRequest
 ) -> list[TrainerCallback]:
     training = run.config.training
-    early_stopping = training.early_stopping
-    metric = early_stopping.metric if early_stopping else "eval_loss"
-    best = training.load_best_model_at_end
+    early_stopping, best = training.early_stopping, training.load_best_model_at_end
     callbacks: list[TrainerCallback] = [
         MetricsWriter(run.folder.metrics if run.processes.first else None),
-        ProgressReporter(run.reporter),
+        ProgressReporter(run.reporter, headline=run.task.headline),
         EpochSetter(sampler),
-        EarlyStopper(state, metric=metric, early_stopping=early_stopping, save_best=best),
+        EarlyStopper(
+            state,
+            figure=watched_metric(training),
+            better=_watched_direction(run),
+            early_stopping=early_stopping,
+            save_best=best,
+        ),
         CheckpointSealer(
             run.folder.checkpoints,
             run_state=state,
@@ -231,6 +256,11 @@ def _callbacks(
             processes=run.processes,
         ),
         EvaluationNote(state),
+        TimeForecast(
+            state,
+            tokens=tokens_alone(all_steps(sampler, count_steps(training, len(sampler))), run.data.splits["train"]),
+            note=functools.partial(_note_forecast, run),
+        ),
         LivenessCheck(state, note=functools.partial(_note_event, run)),
         SignalStop(request, processes=run.processes),
         CurrentIntervals(),
@@ -238,10 +268,40 @@ def _callbacks(
     return callbacks
 
 
+def _watched_direction(run: Run) -> Better:
+    """Return which direction of the watched figure is better."""
+    figure, stopping = watched_metric(run.config.training), run.config.training.early_stopping
+    if stopping is not None and stopping.mode != "auto":
+        return "lower" if stopping.mode == "min" else "higher"
+    better = better_of(figure) or run.task.better(figure)
+    if better is None:  # the configuration's rules know all but functions of the user's own
+        raise ConfigError(
+            f"neither direction of {figure!r} is better", where="key training", fix="watch another metric"
+        )
+    return better
+
+
 def _measure_validation(run: Run, state: RunState, request: StopRequest) -> Callable[[], dict[str, float]] | None:
-    split = run.data.splits.get("validation")
+    split, evaluation = run.data.splits.get("validation"), run.config.evaluation
     if split is None:
         return None
+    should_stop = functools.partial(request.agree, run.processes)
+    meter = (
+        TaskMeter(
+            run.task,
+            run.model,
+            split,
+            limit=evaluation.metric_rows,
+            prompter=run.data.prompter,
+            evaluation=evaluation,
+            device=run.device,
+            reporter=run.reporter,
+            should_stop=should_stop,
+            processes=run.processes,
+        )
+        if run.task.metrics and run.choices["evaluation_strategy"].value != "no"
+        else None
+    )
 
     def measure() -> dict[str, float]:
         started = time.perf_counter()
@@ -250,13 +310,14 @@ def _measure_validation(run: Run, state: RunState, request: StopRequest) -> Call
                 run.model,
                 split,
                 planner=run.planner,
-                batch_size=run.config.evaluation.batch_size,
+                batch_size=evaluation.batch_size,
                 device=run.device,
                 reporter=run.reporter,
                 label="validate",
-                should_stop=lambda: request.agree(run.processes),
+                should_stop=should_stop,
                 processes=run.processes,
             )
+            measured = meter.measure(result, run.planner, label="to validate", intervals=False) if meter else None
         except Interrupted:
             return {}
         finally:
@@ -266,6 +327,7 @@ def _measure_validation(run: Run, state: RunState, request: StopRequest) -> Call
             "eval_perplexity": result.perplexity,
             "eval_token_accuracy": result.token_accuracy,
             "eval_token_entropy": result.token_entropy,
+            **{f"eval_{name}": value for name, value in (measured.values if measured else {}).items()},
         }
 
     return measure

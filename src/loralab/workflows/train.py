@@ -9,16 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
 from transformers import set_seed
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
 from loralab.data.dataset import prepare_data
-from loralab.errors import ConfigError, RunFolderError, StoppedBySignal
-from loralab.evaluation.perplexity import Interrupted
-from loralab.models.adapters import WEIGHTS_FILE, adapter_sha256, build_adapter
+from loralab.errors import ConfigError, StoppedBySignal
+from loralab.models.adapters import adapter_sha256, build_adapter
 from loralab.models.allocator import release_freed_memory
 from loralab.models.determinism import resolve_determinism, restored_algorithms
 from loralab.models.kernel_caches import bound_kernel_caches
@@ -32,21 +29,27 @@ from loralab.models.load import (
     load_model_config,
     load_tokenizer,
 )
+from loralab.models.new_tokens import grow_vocabulary
 from loralab.models.placement import describe_placement
 from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
-from loralab.models.trainable_tokens import resolve_token_ids
+from loralab.models.trainable_tokens import new_tokens_of, settle_tokens
 from loralab.models.variants import residual_rank
 from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json, write_json
 from loralab.training.arguments import check_optimizer
 from loralab.training.callbacks import StopRequest, catching_signals
-from loralab.training.checkpoint import find_checkpoint, read_checkpoint
+from loralab.training.checkpoint import find_checkpoint
 from loralab.training.distributed import Processes, joined, naming_losses
 from loralab.training.state import RunState
 from loralab.workflows.adapter_folder import save_adapter
-from loralab.workflows.adapter_start import activation_batches, check_warm_start, find_saved_start
+from loralab.workflows.adapter_start import (
+    activation_batches,
+    check_warm_start,
+    find_saved_start,
+    warn_of_absent_tokens,
+)
 from loralab.workflows.configure import run_path
-from loralab.workflows.evaluate import answer_samples, evaluate_split, resolve_evaluation, resolve_split, stop_shares
+from loralab.workflows.final_evaluation import evaluate_at_end, keep_best
 from loralab.workflows.frozen_trunk import leave_frozen_trunk, open_frozen_trunk, remove_frozen_trunk
 from loralab.workflows.memory_record import measured_memory, predict_run_memory
 from loralab.workflows.memory_watch import MemoryWatch, forget_peak, process_bytes
@@ -65,8 +68,10 @@ from loralab.workflows.record import (
 )
 from loralab.workflows.report import build_report
 from loralab.workflows.resume import find_start, resume_contract
+from loralab.workflows.split_evaluation import measured_splits, resolve_evaluation
 from loralab.workflows.step_layout import resolve_planner, sketch_blueprint
 from loralab.workflows.steps import Run, run_steps
+from loralab.workflows.task_metrics import resolve_task
 from loralab.workflows.warm_start import apply_warm_start
 
 
@@ -196,10 +201,10 @@ def _train(
         _stop_if_asked(request, run)
         leave_frozen_trunk(run)
         request.notice = "stopping; --resume will repeat the final evaluation, no step is lost"
-        _keep_best(run, state)
+        keep_best(run, state)
         if processes.first:
             save_adapter(folder.adapter, run.model, run.data.prompter)
-        _evaluate(run, request)
+        evaluate_at_end(run, request)
         processes.wait()  # the first one alone lets the models answer
         _stop_if_asked(request, run)
         remove_frozen_trunk(run)
@@ -241,14 +246,17 @@ def prepare_run(
     check_length(load_model_config(config.model), config.data.max_length)
     before = process_bytes(device.value)
     tokenizer = load_tokenizer(config.model)
-    lora = resolve_token_ids(config.lora, tokenizer)  # before the data: a mistake there is found at once
+    lora = settle_tokens(config.lora, tokenizer)  # before the data, which new tokens stand in
     with processes.first_goes_ahead():  # the others find the tokenized rows in the cache
         data = prepare_data(config.data, tokenizer, reporter=reporter)
     data_bytes = max(process_bytes(device.value) - before, 0)
-    resolve_split(config.evaluation.split, data.splits)  # now, not after hours of training
+    # Now, not after hours of training.
+    task, task_choices = resolve_task(config, data, splits=measured_splits(config, data.splits))
+    warn_of_absent_tokens(new_tokens_of(lora), data, reporter)
     blueprint = sketch_blueprint(config, lora, dtype=precision.value, device=device.value)
     kept = residual_rank(config.lora) if saved is None else None
     base, base_choices = load_base_model(config.model, dtype=precision.value, device=device.value, residual_rank=kept)
+    choices |= grow_vocabulary(base, new_tokens_of(lora))
     largest = max(*(split.largest_id for split in data.splits.values()), *data.prompter.stop.ids)
     check_vocabulary(base, largest)
     if config.training.gradient_checkpointing:
@@ -271,14 +279,14 @@ def prepare_run(
     # The least of all, so that a resume, which goes on with the recorded one, cuts every process's steps alike.
     planner = planner.with_budget(-processes.largest(-planner.token_budget))
     layout_choices["token_budget"] = replace(layout_choices["token_budget"], value=planner.token_budget)
-    choices |= base_choices | adapter_choices | layout_choices | resolve_evaluation(config)
+    choices |= base_choices | adapter_choices | layout_choices | resolve_evaluation(config) | task_choices
     for name, choice in choices.items():
         reporter.say(f"{name}: {str(choice.value).removeprefix('torch.')} ({choice.reason})")
     base_facts = describe_model(config.model, base)
     memory = predict_run_memory(config, data, planner, blueprint, data_bytes=data_bytes, processes=processes)
     release_freed_memory()
     record, at = RunRecord(folder), device.value
-    return Run(config, folder, data, model, at, base_facts, choices, reporter, record, planner, processes, memory)
+    return Run(config, folder, data, model, at, base_facts, choices, reporter, record, planner, task, processes, memory)
 
 
 def _begin_record(run: Run, loaded: LoadedConfig, *, resumed: bool, source: Mapping[str, str] | None) -> RunRecord:
@@ -324,64 +332,6 @@ def _stop_if_asked(request: StopRequest, run: Run) -> None:
             where=str(run.folder.path),
             fix=f"go on from step {sealed.step if sealed else 0} with: {command}",
         )
-
-
-def _keep_best(run: Run, state: RunState) -> None:
-    """Put the best checkpoint's adapter into the model, when that was asked for."""
-    if not run.config.training.load_best_model_at_end or state.best_step is None:
-        return
-    if state.best_step == run.record.content["steps"]:
-        return
-    best = run.folder.checkpoints / f"checkpoint-{state.best_step}"
-    if read_checkpoint(best) is None:
-        raise RunFolderError(
-            f"the best checkpoint is gone: {best.name}", where=str(best.parent), fix="train again with --overwrite"
-        )
-    set_peft_model_state_dict(run.model, load_file(best / WEIGHTS_FILE))
-    run.reporter.say(f"using the adapter of step {state.best_step}, the best of the run ({state.best_value:.4f})")
-
-
-def _evaluate(run: Run, request: StopRequest) -> None:
-    """Compare base and adapter on the final split, and let both answer a few of its prompts."""
-    name = resolve_split(run.config.evaluation.split, run.data.splits)
-    if name is None:
-        run.reporter.say("no final evaluation: there is no validation or test split")
-        return
-    split, evaluation = run.data.splits[name], run.config.evaluation
-    try:
-        result = evaluate_split(
-            run.model,
-            split,
-            planner=run.planner,
-            name=name,
-            evaluation=evaluation,
-            max_length=run.config.data.max_length,
-            device=run.device,
-            reporter=run.reporter,
-            should_stop=lambda: request.agree(run.processes),
-            processes=run.processes,
-        )
-        if not run.processes.first:
-            return
-        write_json(run.folder.evaluation, result)
-        if not evaluation.num_samples:
-            return
-        samples = answer_samples(
-            run.model,
-            split,
-            prompter=run.data.prompter,
-            evaluation=evaluation,
-            reporter=run.reporter,
-            should_stop=lambda: bool(request),
-        )
-    except Interrupted:
-        return  # the caller asks why
-    shares = stop_shares(samples)
-    run.reporter.say(f"answers that end by a stop token: base {shares['base']:.0%}, adapter {shares['adapter']:.0%}")
-    write_json(
-        run.folder.samples,
-        {"split": name, "max_new_tokens": evaluation.max_new_tokens, "stop_share": shares, "samples": samples},
-    )
 
 
 def _finish_record(run: Run, state: RunState, watch: MemoryWatch) -> None:

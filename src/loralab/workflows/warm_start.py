@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from loralab.errors import ModelError, RunFolderError, excerpt
 from loralab.models.adapters import WEIGHTS_FILE, adapter_sha256, read_adapter_config
+from loralab.models.trainable_tokens import trained_tokens
 from loralab.run import RunFolder, read_json
-from loralab.workflows.session import Target, find_target
+from loralab.workflows.session import Target, find_target, load_adapter_tokenizer
 from loralab.workflows.steps import Run
 
 _WHERE = "option --warm-start"
@@ -57,6 +58,7 @@ def apply_warm_start(run: Run, source: Path | Mapping[str, str]) -> dict[str, st
     settings = {**_SHAPING, **dict(zip(_FURTHER, _FURTHER, strict=True))}
     settings |= {name: f"lora.{name}" for name in (*_SILENT, *(_PLACING if tensor_misfits else ()))}
     misfits = [*_base_misfits(run, target), *_config_misfits(run, config, settings), *tensor_misfits]
+    misfits += _token_misfits(run, target, config)
     if misfits:
         raise ModelError(
             f"the adapter does not fit this run: {'; '.join(misfits)}",
@@ -100,6 +102,16 @@ def _config_misfits(run: Run, theirs: PeftConfig, settings: Mapping[str, str]) -
         (key, _plain(getattr(theirs, name, None)), _plain(getattr(ours, name, None))) for name, key in settings.items()
     ]
     return [f"{key} is {old!r} there, {new!r} here" for key, old, new in pairs if old != new]
+
+
+def _token_misfits(run: Run, target: Target, theirs: PeftConfig) -> list[str]:
+    """Compare the texts of trained tokens: new ones of another name have the same ids."""
+    shared = sorted(trained_tokens(theirs) & trained_tokens(run.model.peft_config["default"]))
+    if not shared:
+        return []
+    old, new = load_adapter_tokenizer(target, run.config), run.data.prompter.tokenizer
+    pairs = [(token, old.convert_ids_to_tokens(token), new.convert_ids_to_tokens(token)) for token in shared]
+    return [f"token {token} is {before!r} there, {now!r} here" for token, before, now in pairs if before != now]
 
 
 def _plain(value: Any) -> Any:

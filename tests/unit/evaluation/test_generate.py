@@ -8,13 +8,25 @@ import torch
 
 from loralab.config.schema import LoraConfig
 from loralab.errors import DataError, ModelError
-from loralab.evaluation.generate import Answer, GenerationSettings, generate_answers
+from loralab.evaluation.answers import Answered
+from loralab.evaluation.generate import (
+    Answer,
+    GenerationSettings,
+    answer_questions,
+    build_generation_config,
+    generate_answers,
+    pad_left,
+)
 from loralab.evaluation.perplexity import Interrupted
 from loralab.models.adapters import build_adapter
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
+from loralab.training.distributed import ALONE, Processes
 from support import tiny
+from support.families import build_family, lora_targets
+from support.layouts import draw_adapter
 from unit.data.prompters import CHATML, build_prompter
+from unit.evaluation.asking import count_forwards, in_two_processes, question
 
 PROMPTER = build_prompter(CHATML)
 PROMPTS = [[5, 9, 77, 120, 33, 8], [44], [260, 261, 262], [90, 91]]
@@ -81,7 +93,7 @@ def test_answer_ends_at_its_first_stop_token() -> None:
     stop, end = PROMPTER.stop.ids
     a, b = PROMPTER.encode(["a"])[0], PROMPTER.encode(["b"])[0]
     model: Any = Scripted([*a, *b, stop, stop], [end, stop, stop, stop], [*a, *a, *a, *b], [*a, *a, *a, end])
-    assert answer(model, PROMPTS) == [
+    assert answer(model, [[1, 2], [2, 1], [3, 1], [4, 2]]) == [
         Answer("ab", True, 3),
         Answer("", True, 1),
         Answer("aaab", False, 4),
@@ -125,6 +137,139 @@ def test_mode_of_the_model_is_left_alone(training: bool) -> None:
     model = build().train(training)
     answer(model, PROMPTS[:1], most=1)
     assert model.training is training
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_random_state_is_left_alone(temperature: float) -> None:
+    model = build()
+    torch.manual_seed(11)
+    wanted = torch.rand(3)
+    torch.manual_seed(11)
+    answer(model, PROMPTS, temperature=temperature, batch_size=2)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_training_goes_on_with_what_generation_cached() -> None:
+    model = build("llama").train()
+    answer(model, PROMPTS)
+    model(input_ids=torch.tensor([PROMPTS[0]])).logits.sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+
+
+def test_prompts_of_about_one_length_are_asked_together_longest_first() -> None:
+    model: Any = Scripted([1], [2])
+    found = answer(model, [[7], [7, 8, 9, 4], [6], [5, 8, 9]], batch_size=2)
+    assert [call["input_ids"].shape[1] for call in model.calls] == [4, 1]
+    assert model.calls[0]["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
+    texts = [PROMPTER.decode([token]) for token in (1, 1, 2, 2)]
+    assert [each.text for each in found] == texts
+
+
+def test_the_same_prompt_is_asked_once_where_answers_are_greedy() -> None:
+    model: Any = Scripted([1], [2])
+    found = answer(model, [[7, 8], [9], [7, 8], [9], [9]])
+    assert [call["input_ids"].shape[0] for call in model.calls] == [2]
+    assert [each.text for each in found] == [PROMPTER.decode([token]) for token in (1, 2, 1, 2, 2)]
+    model = Scripted([1], [2], [3])
+    assert len(answer(model, [[7, 8], [9], [7, 8]], temperature=1.0)) == 3
+    assert [call["input_ids"].shape[0] for call in model.calls] == [3]
+
+
+def test_batches_draw_apart() -> None:
+    model = build()
+    with torch.no_grad():
+        model.language_model.get_output_embeddings().weight.div_(20)
+    first, second = answer(model, [PROMPTS[0]] * 2, temperature=3.0, batch_size=1)
+    assert first != second
+
+
+FAMILIES = ["gpt2", "llama", "qwen2", "mistral-window", "gemma3"]
+
+
+def scores(model: SupervisedPeftModel, prompts: list[list[int]], *, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return generated ids (B, T) and the logits that they were chosen by (B, T, V)."""
+    ids, mask = pad_left(prompts, pad=PROMPTER.stop.ids[0])
+    config = build_generation_config(GenerationSettings(most), PROMPTER)
+    config.output_logits = config.return_dict_in_generate = True
+    config.eos_token_id = None  # to the end, whatever comes
+    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batched_logits_are_those_of_one_at_a_time(family: str) -> None:
+    base = build_family(family, vocabulary=len(PROMPTER.tokenizer))
+    model, _ = build_adapter(base, LoraConfig(r=2, target_modules=lora_targets(family)), seed=0)
+    draw_adapter(model, seed=1)
+    model.eval()
+    prompts = [*PROMPTS, list(range(20, 60))]
+    together, wide = scores(model, prompts, most=9)
+    for prompt, row, logits in zip(prompts, together, wide, strict=True):
+        alone, own = (found[0] for found in scores(model, [prompt], most=9))
+        for place in range(9):
+            torch.testing.assert_close(logits[place], own[place], rtol=0, atol=1e-5)
+            top = own[place].topk(2).values
+            if float(top[0] - top[1]) <= 1e-4:
+                break  # what comes behind a tie is another text
+            assert int(row[place]) == int(alone[place])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_numbers_behind_padding(family: str, dtype: torch.dtype) -> None:
+    model, _ = build_adapter(build_family(family, vocabulary=len(PROMPTER.tokenizer)), LoraConfig(r=2), seed=0)
+    _, logits = scores(model.to(dtype).eval(), PROMPTS, most=4)
+    assert logits.isfinite().all()
+
+
+def test_only_the_last_position_goes_through_the_head_and_the_cache_is_used() -> None:
+    model = build()
+    heads, read = [], []
+    model.head.register_forward_hook(lambda module, inputs, output: heads.append(tuple(output.shape[:2])))
+    model.embedding.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].shape[1]))
+    (found,) = answer(model, PROMPTS[:1], most=5)
+    assert heads == [(1, 1)] * found.tokens
+    assert read == [len(PROMPTS[0])] + [1] * (found.tokens - 1)
+
+
+def test_questions_get_their_ids_and_how_they_ended() -> None:
+    stop, end = PROMPTER.stop.ids
+    a, b = PROMPTER.encode(["a"])[0][0], PROMPTER.encode(["b"])[0][0]
+    model: Any = Scripted([a, stop, end], [b, a, b])
+    questions = [question([5, 6, 7], [a]), question([8, 9], [b])]
+    found = answer_questions(
+        model, questions, prompter=PROMPTER, settings=GenerationSettings(3), batch_size=2, reporter=Reporter()
+    )
+    assert found == [
+        Answered(questions[0], "a", ids=(a,), stopped=True),
+        Answered(questions[1], "bab", ids=(b, a, b), stopped=False),
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_processes_share_the_batches(batch_size: int) -> None:
+    models = [build(), build()]
+
+    def work(processes: Processes) -> tuple[list[Answer], int]:
+        model = models[processes.rank]
+        calls = count_forwards(model)
+        settings = GenerationSettings(4)
+        found = generate_answers(
+            model,
+            PROMPTS,
+            prompter=PROMPTER,
+            settings=settings,
+            batch_size=batch_size,
+            reporter=Reporter(),
+            processes=processes,
+        )
+        return found, sum(calls)
+
+    (first, mine), (second, others) = in_two_processes(work)
+    alone, everything = work(ALONE)
+    assert first == second == alone
+    assert 0 < mine < everything
+    assert mine + others == everything
 
 
 def test_no_prompts_no_answers() -> None:

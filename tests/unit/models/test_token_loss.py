@@ -111,7 +111,9 @@ def test_statistics_are_those_of_the_distribution(chunk: int, mode: Callable[[],
     torch.testing.assert_close(found.losses.double(), -likely.log_prob(labels), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.entropies.double(), likely.entropy(), rtol=1e-5, atol=1e-6)
     assert torch.equal(found.correct, logits.argmax(dim=-1) == labels)
-    assert {value.dtype for value in found} == {torch.float32, torch.bool}
+    assert found.predicted is not None
+    assert torch.equal(found.predicted, logits.argmax(dim=-1))
+    assert [value.dtype for value in found] == [torch.float32, torch.float32, torch.bool, torch.int64]
 
 
 def test_entropy_of_tokens_that_cannot_be_is_finite() -> None:
@@ -124,3 +126,34 @@ def test_entropy_of_tokens_that_cannot_be_is_finite() -> None:
     assert found.entropies is not None
     torch.testing.assert_close(found.entropies, torch.full((N,), 3.0).log())
     torch.testing.assert_close(found.losses, found.entropies)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("high", [1e4, "max", torch.inf])
+@pytest.mark.parametrize("low", [-1e4, "min", -torch.inf])
+def test_extreme_logits_give_numbers(dtype: torch.dtype, high: float | str, low: float | str) -> None:
+    limits = torch.finfo(dtype)
+    logits = torch.zeros(4, V, dtype=dtype)
+    logits[:, 1:] = limits.min if low == "min" else low
+    logits[:, 2] = limits.max if high == "max" else high
+    logits[3] = limits.max if high == "max" else high  # all alike
+    labels = torch.tensor([2, 0, 1, 2])
+    found = token_statistics(lambda _, chunk: logits[chunk], torch.zeros(4, D), labels, vocabulary=V)
+    assert found.entropies is not None
+    assert found.correct is not None
+    assert found.losses.isfinite().all()
+    assert found.losses[0] == 0
+    assert found.losses[2] >= found.losses[1] > 9000
+    torch.testing.assert_close(found.losses[3:], torch.tensor([float(V)]).log())
+    torch.testing.assert_close(found.entropies, torch.tensor([0.0, 0.0, 0.0, float(torch.tensor(V).log())]))
+    assert found.correct[:3].tolist() == [True, False, False]
+    assert (found.losses[1] - found.losses[2]).isfinite()
+
+
+def test_a_model_that_gives_no_numbers_is_not_hidden() -> None:
+    logits = torch.zeros(1, V)
+    logits[0, 4] = torch.nan
+    found = token_statistics(lambda _, chunk: logits[chunk], torch.zeros(1, D), torch.tensor([0]), vocabulary=V)
+    assert found.entropies is not None
+    assert found.losses.isnan().all()
+    assert found.entropies.isnan().all()

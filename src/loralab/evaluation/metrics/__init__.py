@@ -1,0 +1,1 @@
+"""Task metrics: one table, every figure with its count and interval."""

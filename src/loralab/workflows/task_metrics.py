@@ -1,0 +1,343 @@
+"""Task metrics of a run: which are measured, how answers come about, and measuring them for one side.
+
+Owns the choices (`resolve_task`) and the way from a split to evidence. What a metric computes is
+`evaluation/metrics/`'s; when it is measured, `steps.py`'s and `evaluate.py`'s.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from loralab.config.metric_checks import asked_metrics, watched_metric
+from loralab.config.metric_facts import FACTS, Better, is_outside, owner_of
+from loralab.config.schema import Config, EvaluationConfig
+from loralab.data.dataset import PreparedData
+from loralab.data.prompts.decoding import Decoder
+from loralab.data.prompts.prompter import Prompter
+from loralab.data.tokens.store import TokenStore
+from loralab.errors import DataError
+from loralab.evaluation.answers import Answered, Evidence, Question, Way
+from loralab.evaluation.generate import GenerationSettings, answer_questions
+from loralab.evaluation.metrics.measure import Measurement, compare, measure
+from loralab.evaluation.metrics.metric import Metric
+from loralab.evaluation.metrics.table import resolve_metrics
+from loralab.evaluation.perplexity import FloatArray, SplitLoss
+from loralab.evaluation.questions import questions_of, spread
+from loralab.evaluation.score import LabelIds, label_ids, score_labels
+from loralab.evaluation.teacher_forced import force_answers
+from loralab.layout.planner import Planner
+from loralab.models.precision import Resolved
+from loralab.models.supervised import SupervisedPeftModel
+from loralab.progress import Reporter
+from loralab.training.distributed import ALONE, Processes
+
+# Of more different answers than this, scoring each is no closed question.
+_MOST_LABELS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is measured besides the loss, and how.
+
+    Attributes:
+        metrics: by name.
+        way: how answers come about, or None where no metric needs any.
+        labels: token ids by label, for `score`.
+    """
+
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    way: Way | None = None
+    labels: LabelIds = field(default_factory=dict)
+
+    @property
+    def of_losses(self) -> dict[str, Metric]:
+        """The metrics that are measured on losses alone."""
+        return {name: metric for name, metric in self.metrics.items() if metric.needs == "losses"}
+
+    @property
+    def of_answers(self) -> dict[str, Metric]:
+        """The metrics that are measured on answers."""
+        return {name: metric for name, metric in self.metrics.items() if metric.needs != "losses"}
+
+    @property
+    def headline(self) -> list[str]:
+        """The figures that a line of progress shows."""
+        return [
+            figure
+            for name, metric in self.metrics.items()
+            for figure in (metric.better if is_outside(name) else FACTS[name].headline)
+            if figure not in ("perplexity", "token_accuracy", "token_entropy")
+        ]
+
+    def better(self, figure: str) -> Better | None:
+        """Return which direction of one of its figures is better, or None where neither is."""
+        return next((metric.better[figure] for metric in self.metrics.values() if figure in metric.better), None)
+
+
+def resolve_task(
+    config: Config, data: PreparedData, *, splits: Mapping[str, TokenStore]
+) -> tuple[Task, dict[str, Resolved[Any]]]:
+    """Choose metrics, way of answering and labels, and check that the data can answer them.
+
+    Args:
+        config: the configuration.
+        data: its data.
+        splits: those that are measured.
+
+    Returns:
+        The task, and the choices with their reasons; none where there is nothing to measure.
+
+    Raises:
+        ConfigError: a function of the user's own cannot be used.
+        DataError: the data cannot answer a metric; what is missing is named.
+    """
+    names, reason = _resolve_names(config, data)
+    metrics = resolve_metrics(names)
+    task = Task(metrics)
+    if not metrics:
+        return task, {}
+    choices: dict[str, Resolved[Any]] = {"metrics": Resolved(", ".join(names), reason)}
+    if not task.of_answers or not splits:
+        return task, choices
+    questions = {name: questions_of(split, data.prompter) for name, split in splits.items()}
+    everything = [question for each in questions.values() for question in each]
+    way = _resolve_way(config.evaluation, names)
+    choices["answer_by"] = Resolved(way.value, way.reason)
+    labels: LabelIds = {}
+    if way.value == "score":
+        chosen = _resolve_labels(config.evaluation, everything, names)
+        ids = label_ids(chosen.value, data.prompter, everything)
+        labels = ids.value
+        choices["labels"] = Resolved(", ".join(map(repr, labels)), f"{chosen.reason}; {ids.reason}")
+    task = Task(metrics, way.value, labels)
+    for each in questions.values():
+        _check_answerable(task, each)
+    return task, choices
+
+
+def _resolve_names(config: Config, data: PreparedData) -> tuple[list[str], str]:
+    if config.evaluation.metrics != "auto":
+        return list(asked_metrics(config.evaluation)), "set in evaluation.metrics"
+    names, reasons = [], []
+    if str(data.report.get("format")) == "yes_no":
+        names, reasons = ["yes_no"], ["rows are answered by yes or no"]
+    owner = owner_of(watched_metric(config.training))
+    if owner is not None and owner not in ("perplexity", *names):
+        names.append(owner)
+        reasons.append(f"training watches {watched_metric(config.training)}")
+    return names, "; ".join(reasons)
+
+
+def _resolve_way(evaluation: EvaluationConfig, names: Sequence[str]) -> Resolved[Way]:
+    if evaluation.answer_by != "auto":
+        return Resolved(evaluation.answer_by, "set in evaluation.answer_by")
+    if evaluation.labels is not None:
+        return Resolved("score", "evaluation.labels are closed answers")
+    asked = [name for name in names if is_outside(name) or FACTS[name].needs != "losses"]
+    if asked == ["yes_no"] or "calibration" in asked:
+        return Resolved(
+            "score", f"{', '.join(asked)}: the answers are closed; set answer_by: generate to have them written"
+        )
+    return Resolved("generate", "an answer that the model writes by itself is what a user would see")
+
+
+def _resolve_labels(
+    evaluation: EvaluationConfig, questions: Sequence[Question], names: Sequence[str]
+) -> Resolved[list[str]]:
+    if evaluation.labels is not None:
+        return Resolved(list(evaluation.labels), "set in evaluation.labels")
+    found = list(dict.fromkeys(question.reference.strip() for question in questions))
+    if len(found) > _MOST_LABELS:
+        raise DataError(
+            f"the data has {len(found)} different answers, too many to score each (at most {_MOST_LABELS})",
+            where=f"key evaluation.metrics ({', '.join(names)})",
+            fix="name the closed answers in evaluation.labels, or set evaluation.answer_by: generate",
+        )
+    return Resolved(sorted(found), "the answers that the data has")
+
+
+def _check_answerable(task: Task, questions: Sequence[Question]) -> None:
+    """Check the data against every metric, with its own references as the answers."""
+    evidence = Evidence(
+        units=max((question.unit for question in questions), default=-1) + 1,
+        way=task.way,
+        answers=[_perfect(task, question) for question in questions],
+    )
+    for metric in task.of_answers.values():
+        if metric.check is not None:
+            metric.check(evidence)
+
+
+def _perfect(task: Task, question: Question) -> Answered:
+    if task.way == "score":
+        return Answered(question, question.reference, label_scores=dict.fromkeys(task.labels, 0.0))
+    if task.way == "generate":
+        return Answered(question, question.reference, ids=question.reference_ids, stopped=True)
+    return Answered(question, question.reference)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One side's metrics on a split.
+
+    Attributes:
+        parts: what was measured on losses and what on answers, as far as there is any.
+        answers: one per question.
+        way: how they came about, or None.
+        rows: number of rows that were answered.
+    """
+
+    parts: tuple[Measurement, ...]
+    answers: Sequence[Answered]
+    way: Way | None
+    rows: int
+
+    @property
+    def scores(self) -> dict[str, list[float]]:
+        """A score for each answer by every metric that can tell; higher is better, nan where undefined."""
+        return {name: values.tolist() for part in self.parts for name, values in part.per_answer.items()}
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Every figure that is defined, by name."""
+        return {name: value for part in self.parts for name, value in part.values.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `evaluation.json` holds of it."""
+        found = [part.as_dict() for part in self.parts]
+        merged = {key: {k: v for each in found for k, v in each[key].items()} for key in ("metrics", "details")}
+        answered = {} if self.way is None else {"answered_by": self.way, "answered_rows": self.rows}
+        return {**self.values, **answered, **merged}
+
+
+class TaskMeter:
+    """Measures a task on one split, for any number of sides.
+
+    Args:
+        task: what is measured.
+        model: base with adapter; who answers is the caller's choice (`disable_adapter`).
+        split: the rows.
+        limit: rows that are answered at most, evenly spread; None answers all.
+        prompter: knows stop tokens and decoding.
+        evaluation: section of the configuration.
+        device: where the model is.
+        reporter: told of progress.
+        should_stop: asked before every batch.
+        processes: those that share the work.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: SupervisedPeftModel,
+        split: TokenStore,
+        *,
+        limit: int | None,
+        prompter: Prompter,
+        evaluation: EvaluationConfig,
+        device: torch.device,
+        reporter: Reporter,
+        should_stop: Callable[[], bool] = lambda: False,
+        processes: Processes = ALONE,
+    ) -> None:
+        self._task = task
+        self._model = model
+        self._prompter = prompter
+        self._evaluation = evaluation
+        self._shared: dict[str, Any] = {"reporter": reporter, "should_stop": should_stop, "processes": processes}
+        self._device = device
+        rows = spread(len(split), limit)
+        self._rows = len(rows)
+        self._questions = questions_of(split, prompter, rows) if task.of_answers else []
+        self._sizes = _answer_sizes(split, prompter) if "perplexity" in task.metrics else None
+
+    def measure(self, losses: SplitLoss, planner: Planner, *, label: str, intervals: bool = True) -> Measured:
+        """Measure the model as it is now.
+
+        Args:
+            losses: of the whole split.
+            planner: lays out what is not generated.
+            label: who answers, for progress.
+            intervals: whether intervals are wanted: they cost resampling.
+
+        Raises:
+            Interrupted: the run is to stop.
+        """
+        resamples = self._evaluation.bootstrap_samples if intervals else 0
+        parts, answers = [], self._answer(planner, label)
+        if self._task.of_losses:
+            volumes, words = self._sizes or (None, None)
+            evidence = Evidence(units=len(losses.counts), losses=losses, answer_bytes=volumes, answer_words=words)
+            parts.append(measure(self._task.of_losses, evidence, resamples=resamples))
+        if self._task.of_answers:
+            evidence = Evidence(units=self._rows, way=self._task.way, answers=answers)
+            parts.append(measure(self._task.of_answers, evidence, resamples=resamples))
+        return Measured(tuple(parts), answers, self._task.way, self._rows)
+
+    def _answer(self, planner: Planner, label: str) -> Sequence[Answered]:
+        size = self._evaluation.batch_size
+        match self._task.way:
+            case None:
+                return []
+            case "generate":
+                settings = GenerationSettings(max_new_tokens=self._evaluation.max_new_tokens)
+                return answer_questions(
+                    self._model,
+                    self._questions,
+                    prompter=self._prompter,
+                    settings=settings,
+                    batch_size=size,
+                    label=f"answer {label}",
+                    **self._shared,
+                )
+            case "score":
+                return score_labels(
+                    self._model,
+                    self._questions,
+                    labels=self._task.labels,
+                    planner=planner,
+                    batch_size=size,
+                    device=self._device,
+                    label=f"score labels {label}",
+                    **self._shared,
+                )
+            case "teacher_forced":
+                return force_answers(
+                    self._model,
+                    self._questions,
+                    prompter=self._prompter,
+                    planner=planner,
+                    batch_size=size,
+                    device=self._device,
+                    label=f"teacher-forced answers {label}",
+                    **self._shared,
+                )
+
+
+def compare_sides(adapter: Measured, base: Measured, *, resamples: int) -> dict[str, Any]:
+    """Return the paired difference of every figure, adapter - base.
+
+    Args:
+        adapter: the adapter's metrics.
+        base: the base's, of the same rows.
+        resamples: bootstrap resamples.
+    """
+    return {
+        name: difference
+        for mine, theirs in zip(adapter.parts, base.parts, strict=True)
+        for name, difference in compare(mine, theirs, resamples=resamples).items()
+    }
+
+
+def _answer_sizes(split: TokenStore, prompter: Prompter) -> tuple[FloatArray, FloatArray]:
+    """Return the UTF-8 bytes and the words of the supervised text of each row, stop tokens left out (examples)."""
+    decoder = Decoder(prompter.tokenizer, prompter.stop.ids[0])
+    sizes = np.zeros((2, len(split)))
+    for index in range(len(split)):
+        spans = [[t for t in b.answer_ids.tolist() if t not in prompter.stop.ids] for b in split[index].branches]
+        texts = decoder.texts(spans)
+        sizes[:, index] = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
+    return sizes[0], sizes[1]
