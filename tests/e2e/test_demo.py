@@ -9,7 +9,6 @@ import pytest
 
 import loralab
 from loralab.errors import RunFolderError
-from loralab.evaluation.metrics.texts import exact_matches
 from loralab.progress import Reporter
 from loralab.workflows.demo import run_demo
 from support import tiny
@@ -29,11 +28,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_adapter_answers_what_the_base_cannot(demo: tuple[Path, str]) -> None:
     output, said = demo
-    samples = json.loads((output / "samples.json").read_text())["samples"]
-    references = [sample["reference"] for sample in samples]
-    adapter = exact_matches([sample["adapter_output"] for sample in samples], references)
-    base = exact_matches([sample["base_output"] for sample in samples], references)
-    assert len(samples) == 100
+    lines = [json.loads(text) for text in (output / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 100
+    adapter, base = (
+        sum(line[side]["answer"].strip() == line["reference"].strip() for line in lines) for side in ("adapter", "base")
+    )
     assert base <= MOST_BY_BASE
     assert adapter >= LEAST_BY_ADAPTER
     assert f"answered word for word: base {base}, adapter {adapter}" in said
@@ -55,6 +54,9 @@ def test_demo_leaves_a_whole_run(demo: tuple[Path, str]) -> None:
     assert json.loads((output / "run.json").read_text())["status"] == "completed"
     evaluation = json.loads((output / "evaluation.json").read_text())
     assert evaluation["difference"]["high"] < 0
+    assert evaluation["differences"]["exact_match"]["verdict"] == "better"
+    lines = [json.loads(text) for text in (output / "metrics.jsonl").read_text().splitlines()]
+    assert sum("eval_exact_match" in line for line in lines) == 3
 
 
 def test_demo_never_replaces_another_run(tmp_path: Path) -> None:

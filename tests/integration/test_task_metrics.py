@@ -10,8 +10,10 @@ import pytest
 from safetensors.torch import load_file
 
 import loralab
-from loralab.errors import ConfigError, DataError
+from loralab.errors import ConfigError, DataError, ModelError
 from loralab.models.adapters import WEIGHTS_FILE
+from loralab.progress import Reporter
+from loralab.workflows.evaluate import evaluate, evaluate_adapters
 from support import tiny
 
 QUESTIONS = ("cat", "dog", "bird")
@@ -198,3 +200,31 @@ def test_functions_of_the_users_own(
     assert "shortness" in run.evaluate(overrides=["evaluation.metrics=[mine:shortness]"])
     with pytest.raises(ConfigError, match="no_such_module"):
         loralab.train(config(base, rows, tmp_path / "other", evaluation={"metrics": ["no_such_module:f"]}))
+
+
+def test_a_run_is_asked_on_no_other_base(learned: loralab.Run, tmp_path: Path) -> None:
+    other = tiny.save_base(tmp_path / "other", "llama", seed=1)
+    with pytest.raises(ModelError, match="not the base of this adapter"):
+        evaluate(learned.path, base_model=str(other), reporter=Reporter())
+
+
+def test_several_adapters_are_measured_on_the_same_rows(
+    learned: loralab.Run, base: Path, rows: Path, tmp_path: Path
+) -> None:
+    other = loralab.train(config(base, rows, tmp_path / "other", training={"max_steps": 2}))
+    held_out = tiny.write_rows(tmp_path / "held_out.json", yes_no_rows(12, seed=5))
+    written = tmp_path / "answers.jsonl"
+    assert other.record["resolved"]["metrics"]["reason"] == "rows are answered by yes or no"
+    results = evaluate_adapters(
+        [learned.path, other.path], data=str(held_out), predictions=written, reporter=Reporter()
+    )
+    assert results[0]["base"] == results[1]["base"]
+    assert results[0]["yes_no_accuracy"] > results[1]["yes_no_accuracy"]
+    lines = [json.loads(text) for text in written.read_text().splitlines()]
+    assert [line["run"] for line in lines] == [str(learned.path)] * 12 + [str(other.path)] * 12
+    with pytest.raises(ConfigError, match="no data that all of them are measured on"):
+        evaluate_adapters([learned.path, other.path], reporter=Reporter())
+    with pytest.raises(ConfigError, match="not a file that can be written"):
+        evaluate(learned.path, predictions=tmp_path, reporter=Reporter())
+    with pytest.raises(ConfigError, match="no metric that is measured needs answers"):
+        evaluate(learned.path, overrides=["evaluation.metrics=[]"], predictions=written, reporter=Reporter())

@@ -210,8 +210,8 @@ class LoraConfig(Section):
     )
     trainable_token_indices: list[StrictInt | StrictStr] | None = Field(
         None,
-        description="Tokens whose rows of the embedding are trained, by id or by text, such as [151643, <|sep|>]; a text "
-        "that is no token yet is added to the tokenizer, to the embedding and to the head.",
+        description="Tokens whose rows of the embedding are trained, by id or by text, such as [151643, <|sep|>]; a "
+        "text that is no token yet is added to the tokenizer, to the embedding and to the head.",
     )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import ModelError, RunFolderError
-from loralab.evaluation.metrics.texts import exact_matches
 from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json
 from loralab.workflows.configure import load_run_config
@@ -57,7 +56,13 @@ def demo_config(output: Path) -> dict[str, Any]:
             "learning_rate": 5e-3,
             "logging_steps": 5,
         },
-        "evaluation": {"batch_size": 25, "num_samples": HELD_OUT_ROWS, "max_new_tokens": 24},
+        "evaluation": {
+            "batch_size": 25,
+            "metrics": ["exact_match"],
+            "metric_rows": 25,
+            "num_samples": 8,
+            "max_new_tokens": 24,
+        },
         "output": {"dir": str(output)},
     }
 
@@ -87,11 +92,13 @@ def run_demo(output: Path, *, reporter: Reporter) -> tuple[RunFolder, list[str]]
 
 def _describe(folder: RunFolder) -> list[str]:
     evaluation, samples = read_json(folder.evaluation), read_json(folder.samples)["samples"]
-    references = [sample["reference"] for sample in samples]
-    right = {side: exact_matches([s[f"{side}_output"] for s in samples], references) for side in ("base", "adapter")}
+    exact = {
+        side: found["metrics"]["exact_match"] for side, found in (("base", evaluation["base"]), ("adapter", evaluation))
+    }
+    right = {side: round(figure["value"] * figure["count"]) for side, figure in exact.items()}
     lines = [
         "",
-        f"{len(samples)} held-out questions, answered word for word: base {right['base']}, adapter {right['adapter']}",
+        f"{HELD_OUT_ROWS} held-out questions, answered word for word: base {right['base']}, adapter {right['adapter']}",
         f"loss on their answers: base {evaluation['base']['eval_loss']:.3f}, adapter {evaluation['eval_loss']:.3f} "
         "nats per token",
         "",

@@ -23,6 +23,7 @@ from loralab.data.tokens.store import TokenStore
 from loralab.data.tokens.tokenize import IGNORED
 from loralab.errors import ConfigError, RunFolderError, StorageError
 from loralab.models.load import load_tokenizer
+from loralab.models.trainable_tokens import settle_tokens
 from loralab.progress import Reporter
 from loralab.run import replace_folder
 
@@ -57,7 +58,9 @@ def prepare(loaded: LoadedConfig, output: Path | None, *, overwrite: bool, repor
     folder = named.resolve()  # what a link leads to, not the link, is replaced
     _check_folder(folder, overwrite=overwrite)
     _refuse_weights(loaded.config.data)
-    data = prepare_data(loaded.config.data, load_tokenizer(loaded.config.model), reporter=reporter)
+    tokenizer = load_tokenizer(loaded.config.model)
+    settle_tokens(loaded.config.lora, tokenizer)  # new tokens stand in the rows
+    data = prepare_data(loaded.config.data, tokenizer, reporter=reporter)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
@@ -27,6 +28,7 @@ from loralab.data.split_report import check_dropped
 from loralab.errors import DataError, PromptContractError
 from loralab.layout.planner import Planner
 from loralab.models.load import load_tokenizer
+from loralab.models.trainable_tokens import settle_tokens
 from loralab.progress import Reporter
 from loralab.run import read_json
 from loralab.training.arguments import count_steps
@@ -77,7 +79,7 @@ def preview(
     config = loaded.config
     # Too many dropped rows are something to look at: `check_preview` refuses them, after they were shown.
     section = config.data.model_copy(update={"max_dropped_fraction": 1.0})
-    data = prepare_data(section, load_tokenizer(config.model), reporter=reporter)
+    data = prepare_data(section, _load_tokenizer(config), reporter=reporter)
     viewer = RowViewer(data)
     if request.named:
         rows = [row for name in request.named for row in viewer.named_row(name)]
@@ -156,6 +158,13 @@ def _prove(
     return {"rows": done, "stored_rows": total, "spans": prover.spans, "rows_per_second": rate}
 
 
+def _load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """Load the base's tokenizer, with the new tokens that training gives it."""
+    tokenizer = load_tokenizer(config.model)
+    settle_tokens(config.lora, tokenizer)
+    return tokenizer
+
+
 def _own_prompter(config: Config, data: PreparedData, reporter: Reporter) -> Prompter | None:
     """Return what proves rows that were tokenized elsewhere: the template of their folder, else the tokenizer's own."""
     formats = {worker.format for pool in data.pools for worker in pool.workers}
@@ -163,7 +172,7 @@ def _own_prompter(config: Config, data: PreparedData, reporter: Reporter) -> Pro
         return None
     if data.template.name == "prepared":
         return data.prompter
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = _load_tokenizer(config)
     own = own_template(tokenizer)
     if own is None:
         reporter.say("the tokenizer has no chat template: of rows tokenized elsewhere, roles cannot be proven")

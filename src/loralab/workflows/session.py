@@ -19,7 +19,7 @@ from loralab.data.prompts.prompter import Prompter, apply_stop_setting, choose_b
 from loralab.data.prompts.templates import prepare_template, resolve_template
 from loralab.errors import ConfigError, ModelError, Problem
 from loralab.models.adapters import load_adapter, read_adapter_config
-from loralab.models.load import check_local_model, load_base_model, load_tokenizer
+from loralab.models.load import check_local_model, load_base_model, load_tokenizer, model_sha256
 from loralab.models.new_tokens import find_new_tokens, grow_vocabulary
 from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
 from loralab.models.supervised import SupervisedPeftModel
@@ -139,6 +139,7 @@ def open_session(
     if base_model is not None:
         _check_effect(overrides, ("",), ("model.name",))
     check_local_model(config.model.name)
+    _check_base(target, config)
     note = select_single_gpu(config.model.device)
     device = resolve_device("cuda:0" if note else config.model.device)
     precision = resolve_precision(config.model, device.value)
@@ -155,6 +156,35 @@ def open_session(
     model.to(device.value)
     template = str(prompter.tokenizer.chat_template) if contracted else None
     return Session(model, prompter, config, target, device.value, template)
+
+
+def base_misfit(target: Target, sha256: str | None) -> str | None:
+    """Return how a base differs from the one that a run was trained on, or None where it does not, as far as is known.
+
+    Args:
+        target: an adapter alone says where its base lay, not which it was.
+        sha256: of the base, as `model_sha256` has it.
+    """
+    record = read_json(target.folder.record) if target.folder is not None else {}
+    theirs = record.get("model", {}).get("sha256")
+    if not theirs or not sha256 or theirs == sha256:
+        return None
+    return f"its base model was sha256 {theirs[:12]}.., this one is {sha256[:12]}.."
+
+
+def _check_base(target: Target, config: Config) -> None:
+    """Check that a run is asked on the base that it was trained on: another one of the same shape would answer too.
+
+    Raises:
+        ModelError: it is another one.
+    """
+    misfit = base_misfit(target, model_sha256(config.model.name) if target.folder is not None else None)
+    if misfit is not None:
+        raise ModelError(
+            f"not the base of this adapter: {config.model.name!r}; {misfit}",
+            where=str(target.adapter),
+            fix="give the base that it was trained on with --model, or restore its files",
+        )
 
 
 def _add_new_tokens(

@@ -151,12 +151,12 @@ def predict_memory(
     blueprint = meter.blueprint
     weights = describe_weights(blueprint.model)
     mapped = is_mapped(config.model, blueprint)
-    held = (0 if mapped else weights["frozen_bytes"]) + (weights["quantized"] or {}).get("bytes", 0)
+    held = weights["grown_bytes" if mapped else "frozen_bytes"] + (weights["quantized"] or {}).get("bytes", 0)
     optimizer = optimizer_bytes(config.training.optim, trained_shapes(blueprint))
     runtime = _RUNTIME_BYTES if blueprint.device.type == "cpu" else 0
     loading = runtime + data_bytes + held + _loading_extra(blueprint, weights, mapped=mapped)
     facts: dict[str, Any] = {
-        "mapped_bytes": weights["frozen_bytes"] if mapped else 0,
+        "mapped_bytes": weights["frozen_bytes"] - weights["grown_bytes"] if mapped else 0,
         "loading_bytes": loading,
         "tokens": int(batch.input_ids.numel()),
     }

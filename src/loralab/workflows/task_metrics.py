@@ -122,7 +122,7 @@ def _resolve_names(config: Config, data: PreparedData) -> tuple[list[str], str]:
     if config.evaluation.metrics != "auto":
         return list(asked_metrics(config.evaluation)), "set in evaluation.metrics"
     names, reasons = [], []
-    if str(data.report.get("format")) == "yes_no":
+    if data.report["format"]["value"] == "yes_no":
         names, reasons = ["yes_no"], ["rows are answered by yes or no"]
     owner = owner_of(watched_metric(config.training))
     if owner is not None and owner not in ("perplexity", *names):
@@ -290,7 +290,7 @@ class TaskMeter:
                     prompter=self._prompter,
                     settings=settings,
                     batch_size=size,
-                    label=f"answer {label}",
+                    label=f"answers {label}",
                     **self._shared,
                 )
             case "score":

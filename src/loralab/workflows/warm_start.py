@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from loralab.errors import ModelError, RunFolderError, excerpt
 from loralab.models.adapters import WEIGHTS_FILE, adapter_sha256, read_adapter_config
 from loralab.models.trainable_tokens import trained_tokens
-from loralab.run import RunFolder, read_json
-from loralab.workflows.session import Target, find_target, load_adapter_tokenizer
+from loralab.run import RunFolder
+from loralab.workflows.session import Target, base_misfit, find_target, load_adapter_tokenizer
 from loralab.workflows.steps import Run
 
 _WHERE = "option --warm-start"
@@ -57,7 +57,8 @@ def apply_warm_start(run: Run, source: Path | Mapping[str, str]) -> dict[str, st
     tensor_misfits = _tensor_misfits(run, tensors)
     settings = {**_SHAPING, **dict(zip(_FURTHER, _FURTHER, strict=True))}
     settings |= {name: f"lora.{name}" for name in (*_SILENT, *(_PLACING if tensor_misfits else ()))}
-    misfits = [*_base_misfits(run, target), *_config_misfits(run, config, settings), *tensor_misfits]
+    base = base_misfit(target, run.base_facts.get("sha256"))
+    misfits = [*([base] if base is not None else []), *_config_misfits(run, config, settings), *tensor_misfits]
     misfits += _token_misfits(run, target, config)
     if misfits:
         raise ModelError(
@@ -85,15 +86,6 @@ def _read_weights(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"cannot read {WEIGHTS_FILE}: {excerpt(error)}", where=f"{_WHERE}: {folder}", fix="restore the file"
         ) from error
-
-
-def _base_misfits(run: Run, target: Target) -> list[str]:
-    if target.folder is None:
-        return []  # an adapter alone says where its base lay, not which it was; its tensors must fit
-    theirs, ours = read_json(target.folder.record).get("model", {}).get("sha256"), run.base_facts.get("sha256")
-    if not theirs or not ours or theirs == ours:
-        return []
-    return [f"its base model was sha256 {theirs[:12]}.., the run's is {ours[:12]}.."]
 
 
 def _config_misfits(run: Run, theirs: PeftConfig, settings: Mapping[str, str]) -> list[str]:

@@ -76,7 +76,8 @@ def apply_stop_setting(tokenizer: PreTrainedTokenizerBase, setting: Sequence[str
                 f"not a token of this tokenizer: {text!r}", where="key data.stop_tokens", fix=suggest(text, known)
             )
     tokenizer.eos_token = setting[0]
-    if vocabulary[setting[0]] not in tokenizer.added_tokens_decoder:
+    added = tokenizer.added_tokens_decoder.get(vocabulary[setting[0]])
+    if added is None or not added.special:
         # As loading the saved tokenizer would make it; else serving would read the same text as other tokens.
         tokenizer.add_special_tokens({"eos_token": setting[0]})
 

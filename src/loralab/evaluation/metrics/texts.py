@@ -4,7 +4,7 @@ Owns what counts as an equal text. ROUGE and BLEU are rouge-score's and sacreble
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
@@ -26,16 +26,6 @@ _CHRF_BETA = 2
 def is_exact(answer: str, reference: str) -> bool:
     """Return whether an answer equals its reference, outer blanks aside."""
     return answer.strip() == reference.strip()
-
-
-def exact_matches(answers: Sequence[str], references: Sequence[str]) -> int:
-    """Return how many answers equal their references, outer blanks aside.
-
-    Args:
-        answers: generated texts.
-        references: the texts of the data, one per answer.
-    """
-    return sum(is_exact(answer, reference) for answer, reference in zip(answers, references, strict=True))
 
 
 def _exact_per_answer(evidence: Evidence) -> FloatArray:
