@@ -4,6 +4,7 @@ What they are held against comes from transformers, PEFT and bitsandbytes' funct
 their definition, logits of all positions, sums in float64.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -163,20 +164,23 @@ def check_curves(job: Job, run: Run, *, fall: float) -> None:
         assert (run.path / f"plots/{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def compare(job: Job, run: Run, *, lengths: tuple[int, ...], sizes: tuple[int, ...]) -> list[str]:
-    """Check perplexities of base and adapter for each length and batch size; return a line for each."""
+def compare(
+    job: Job, run: Run, *, lengths: tuple[int, ...], sizes: tuple[int, ...], layouts: tuple[str, ...] = ("auto",)
+) -> list[str]:
+    """Check perplexities of base and adapter for each length, batch size and layout; return a line for each."""
     plain = {"base": job.plain_model(None), "adapter": job.plain_model(run.adapter())}
     ids, lines = job.ids("test"), []
     for length in lengths:
         expected = {name: plain_perplexity(model, ids, length) for name, model in plain.items()}
-        for size in sizes:
-            found = run.evaluate(overrides=[f"data.max_length={length}", f"evaluation.batch_size={size}"])
+        for size, layout in itertools.product(sizes, layouts):
+            overrides = [f"data.max_length={length}", f"evaluation.batch_size={size}", f"training.layout={layout}"]
+            found = run.evaluate(overrides=overrides)
             assert (found["max_length"], found["batch_size"], found["split"]) == (length, size, "test")
             for name, ours in (("base", found["base"]), ("adapter", found)):
                 perplexity, count = expected[name]
                 difference = abs(ours["perplexity"] - perplexity) / perplexity
                 lines.append(
-                    f"{job.quantization} length {length} batch {size} {name}: "
+                    f"{job.quantization} length {length} batch {size} layout {layout} {name}: "
                     f"{ours['perplexity']:.6f} plain {perplexity:.6f} relative {difference:.1e}"
                 )
                 assert ours["supervised_tokens"] == count
@@ -237,7 +241,7 @@ def test_small_pretrained_model(
         eval_every=10,
     )
     run = job.run(tmp_path)
-    lines = compare(job, run, lengths=(128, 256), sizes=(3, 16))
+    lines = compare(job, run, lengths=(100, 256), sizes=(1, 3, 16), layouts=("shared", "packed", "padded"))
     with capsys.disabled():
         show(run, lines)
     check_curves(job, run, fall=0.3)

@@ -161,6 +161,7 @@ def _evaluate_one(
     found = find_split(session, data, data_split, reporter)
     config = _without_foreign_code(session, overrides, reporter)
     task, chosen = resolve_task(config, found.data, splits={found.name: found.split})
+    task.check_room(session.model)
     planner, choices = resolve_planner(session.model, config, max_length=found.max_length, device=session.device)
     budget = read_json(session.target.folder.record).get("token_budget", {}) if session.target.folder else {}
     if "value" in budget and not any(text.startswith("training.token_budget=") for text in overrides):

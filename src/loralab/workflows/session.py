@@ -35,6 +35,13 @@ _IN_CONTRACT = ("data.template", "data.template_kwargs", "data.stop_tokens", "da
 # What overrides can change for a command that prompts; a contract takes the second part back.
 PROMPT_SETTINGS = ("model", *_IN_CONTRACT)
 
+# What training watched need not be what is measured now.
+_UNWATCHED = (
+    "training.early_stopping=null",
+    "training.metric_for_best_model=null",
+    "training.load_best_model_at_end=false",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -93,9 +100,11 @@ def find_target(path: Path) -> Target:
 
 def load_target_config(target: Target, overrides: Sequence[str], base_model: str | None) -> LoadedConfig:
     """Return the run's configuration, or a minimal one for an adapter alone, with overrides."""
+    measured = any(text.startswith("evaluation.") for text in overrides)
     # A run folder may come from someone else: its word is not enough to run code.
     chosen = [
         "model.trust_remote_code=false",
+        *(_UNWATCHED if measured else ()),
         *overrides,
         *([f"model.name={base_model}"] if base_model is not None else []),
     ]

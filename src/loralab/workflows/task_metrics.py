@@ -18,7 +18,7 @@ from loralab.data.dataset import PreparedData
 from loralab.data.prompts.decoding import Decoder
 from loralab.data.prompts.prompter import Prompter
 from loralab.data.tokens.store import TokenStore
-from loralab.errors import DataError
+from loralab.errors import DataError, ModelError
 from loralab.evaluation.answers import Answered, Evidence, Question, Way
 from loralab.evaluation.generate import GenerationSettings, answer_questions
 from loralab.evaluation.metrics.measure import Measurement, compare, measure
@@ -29,6 +29,7 @@ from loralab.evaluation.questions import questions_of, spread
 from loralab.evaluation.score import LabelIds, label_ids, score_labels
 from loralab.evaluation.teacher_forced import force_answers
 from loralab.layout.planner import Planner
+from loralab.models.load import max_positions
 from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
@@ -46,11 +47,28 @@ class Task:
         metrics: by name.
         way: how answers come about, or None where no metric needs any.
         labels: token ids by label, for `score`.
+        longest_prompt: tokens of the longest prompt that is measured.
     """
 
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     way: Way | None = None
     labels: LabelIds = field(default_factory=dict)
+    longest_prompt: int = 0
+
+    def check_room(self, model: SupervisedPeftModel) -> None:
+        """Check that the model has positions for every prompt with the longest label behind it.
+
+        Raises:
+            ModelError: it has not: told before training, not at the first evaluation.
+        """
+        limit = max_positions(model.language_model.config)
+        longest = max(map(len, self.labels.values()), default=0)
+        if limit is not None and self.longest_prompt + longest - 1 > limit:
+            raise ModelError(
+                f"prompt of {self.longest_prompt} tokens and label of {longest}, but the model has {limit} positions",
+                where="key evaluation.labels",
+                fix=f"set data.max_length: {limit - longest + 1} or less, or shorten the labels",
+            )
 
     @property
     def of_losses(self) -> dict[str, Metric]:
@@ -112,7 +130,7 @@ def resolve_task(
         ids = label_ids(chosen.value, data.prompter, everything)
         labels = ids.value
         choices["labels"] = Resolved(", ".join(map(repr, labels)), f"{chosen.reason}; {ids.reason}")
-    task = Task(metrics, way.value, labels)
+    task = Task(metrics, way.value, labels, max((len(question.prompt_ids) for question in everything), default=0))
     for each in questions.values():
         _check_answerable(task, each)
     return task, choices

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from loralab.config.load import LoadedConfig
@@ -232,17 +233,10 @@ def prepare_run(
     """
     config = loaded.config
     check_local_model(config.model.name)
-    note = select_single_gpu(config.model.device)
-    device = resolve_device("cuda:0" if note else processes.device_setting(config.model.device))
-    if processes.count > 1:
-        device = replace(device, reason=f"each of {processes.count} processes takes its own")
-    precision = resolve_precision(config.model, device.value)
-    check_optimizer(config.training.optim, device.value)
+    device, precision = _choose_device(config, processes, reporter)
     choices: dict[str, Resolved[Any]] = {"device": device, "precision": precision}
     choices |= bound_kernel_caches(device.value)
     forget_peak(device.value)
-    if note:
-        reporter.say(note)
     check_length(load_model_config(config.model), config.data.max_length)
     before = process_bytes(device.value)
     tokenizer = load_tokenizer(config.model)
@@ -267,6 +261,7 @@ def prepare_run(
     batches = activation_batches(config, data)
     model, adapter_choices = build_adapter(base, lora, seed=config.training.seed, batches=batches, saved=saved)
     model.to(device.value)
+    task.check_room(model)
     choices |= resolve_determinism(model, device.value)
     planner, layout_choices = resolve_planner(
         model,
@@ -287,6 +282,20 @@ def prepare_run(
     release_freed_memory()
     record, at = RunRecord(folder), device.value
     return Run(config, folder, data, model, at, base_facts, choices, reporter, record, planner, task, processes, memory)
+
+
+def _choose_device(
+    config: Config, processes: Processes, reporter: Reporter
+) -> tuple[Resolved[torch.device], Resolved[torch.dtype]]:
+    """Choose where and in which precision to compute, and check that the optimizer can."""
+    note = select_single_gpu(config.model.device)
+    device = resolve_device("cuda:0" if note else processes.device_setting(config.model.device))
+    if processes.count > 1:
+        device = replace(device, reason=f"each of {processes.count} processes takes its own")
+    if note:
+        reporter.say(note)
+    check_optimizer(config.training.optim, device.value)
+    return device, resolve_precision(config.model, device.value)
 
 
 def _begin_record(run: Run, loaded: LoadedConfig, *, resumed: bool, source: Mapping[str, str] | None) -> RunRecord:
