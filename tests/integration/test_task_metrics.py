@@ -185,21 +185,9 @@ def test_what_the_data_cannot_answer_is_told_before_training(base: Path, rows: P
 
 
 def test_a_label_that_has_no_room_is_told_before_training(base: Path, tmp_path: Path) -> None:
-    long = tiny.write_rows(
-        tmp_path / "long.json", [{"question": "red " * 252, "answer": "a"}] + [{"question": "cat", "answer": "a"}] * 9
-    )
-    data = {
-        "train": str(long),
-        "format": "question_answer",
-        "max_length": 256,
-        "validation": 2,
-        "split_method": "first",
-    }
-    labels = {
-        "metrics": ["label_accuracy"],
-        "labels": ["a", "the river and the house of the bird"],
-        "split": "train",
-    }  # the row with the long prompt is there
+    long = tiny.write_rows(tmp_path / "long.json", [{"question": "red " * 125, "answer": "a"}] * 8)
+    data = {"train": str(long), "format": "question_answer", "max_length": 256, "validation": 2}
+    labels = {"metrics": ["label_accuracy"], "labels": ["a", "the river and the house of the bird"]}
     with pytest.raises(ModelError, match="and label of"):
         loralab.train(config(base, long, tmp_path / "run", data=data, evaluation=labels))
     assert not (tmp_path / "run" / "run.json").exists()

@@ -105,11 +105,31 @@ def _targets(run: Path | None, adapters: list[Path]) -> list[Path]:
     return given
 
 
-def report(run: RunPath) -> None:
-    """Rebuild plots, page and model card from the run folder."""
+def report(
+    run: RunPath,
+    *,
+    methods: Annotated[
+        bool,
+        typer.Option(
+            "--methods", help="Print a methods paragraph with the run's numbers, and BibTeX; nothing is written."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rebuild plots, page and model card from the run folder, or print a methods paragraph."""
     from loralab.run import open_run
-    from loralab.workflows.report import build_report
+    from loralab.workflows.report import build_report, methods_of
 
     folder = open_run(run)
+    if methods:
+        found = methods_of(folder)
+        if as_json:
+            print_json({"methods": found.text, "bibtex": found.bibtex})
+        else:
+            print(f"{found.text}\n\n{found.bibtex}")
+        return
     build_report(folder)
-    print(folder.report)
+    if as_json:
+        print_json({"report": str(folder.report)})
+    else:
+        print(folder.report)

@@ -1,9 +1,10 @@
-"""Plots, page and model card of a run folder, rebuilt from its files. No torch."""
+"""Plots, page, model card and methods paragraph of a run folder, made from its files. No torch."""
 
 import errno
 
 from loralab.errors import StorageError
 from loralab.reports.html import write_report
+from loralab.reports.methods import Methods, describe_methods
 from loralab.reports.model_card import write_model_card
 from loralab.reports.plots import write_plots
 from loralab.run import RunFolder
@@ -28,3 +29,12 @@ def build_report(folder: RunFolder) -> None:
             where=str(error.filename or folder.path),
             fix="make the run folder writable, or copy it to a place of your own and report on the copy",
         ) from error
+
+
+def methods_of(folder: RunFolder) -> Methods:
+    """Return a paragraph for a paper with the run's numbers, and BibTeX of what it used; nothing is written.
+
+    Raises:
+        RunFolderError: a file of the run is there but broken.
+    """
+    return describe_methods(folder)
