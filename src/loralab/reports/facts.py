@@ -29,6 +29,7 @@ class Facts:
         data: `data.json`.
         evaluation: `evaluation.json`.
         samples: `samples.json`.
+        comparison: `comparison.json`.
         metrics: the lines of `metrics.jsonl`.
     """
 
@@ -38,6 +39,7 @@ class Facts:
     data: Json
     evaluation: Json
     samples: Json
+    comparison: Json
     metrics: list[Json]
 
     @property
@@ -65,6 +67,7 @@ def load_facts(folder: RunFolder) -> Facts:
         data=_read(folder.data, read_json),
         evaluation=_read(folder.evaluation, read_json),
         samples=_read(folder.samples, read_json),
+        comparison=_read(folder.comparison, read_json),
         metrics=read_metrics(folder.metrics),
     )
 

@@ -6,7 +6,7 @@ the YAML front matter, a Markdown table or running text.
 
 import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,6 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from loralab.config.lora_checks import FACTS
 from loralab.reports.facts import Facts, dig, dig_table, load_facts
+from loralab.reports.metric_sections import describe_metrics
+from loralab.reports.paths import is_absolute, path_name
 from loralab.reports.provenance import describe_data
 from loralab.reports.sections import describe_overview, describe_scores
 from loralab.reports.usage import describe_usage
@@ -68,7 +70,7 @@ def find_hub_id(facts: Facts) -> str | None:
     """
     name = facts.base_model or ""
     names = (name, str(dig(facts.config, "model", "name") or ""))
-    is_folder = any(map(_is_absolute, names)) or bool(dig(facts.record, "model", "sha256"))
+    is_folder = any(map(is_absolute, names)) or bool(dig(facts.record, "model", "sha256"))
     return name if HUB_ID.fullmatch(name) and not is_folder else None
 
 
@@ -90,6 +92,7 @@ def _card_context(facts: Facts, hub_id: str | None) -> dict[str, Any]:
         "status": str(facts.record.get("status") or "unknown"),
         "verdict": assess(facts),
         "scores": _without_paths(describe_scores(facts)),
+        "metrics": _without_paths(describe_metrics(facts)),
         "data": data,
         "hyperparameters": _without_paths(list(_hyperparameters(facts))),
         "usage": describe_usage(
@@ -124,23 +127,11 @@ def _hyperparameters(facts: Facts) -> Iterator[tuple[str, str]]:
                 yield f"{section}.{field}", format_value(value)
 
 
-def path_name(text: str) -> str:
-    """Return the last part of a path, whichever system wrote it; other text as it stands."""
-    name = PureWindowsPath(text).name if "\\" in text else PurePosixPath(text).name
-    return name or "model"
-
-
-def _is_absolute(text: str) -> bool:
-    return PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
-
-
 def _without_paths(value: Any, *, keep: tuple[str, ...] = ()) -> Any:
     """Return `value` with every absolute path in its texts cut to its last part, but under the keys `keep`."""
     if isinstance(value, str):
         return (
-            path_name(value)
-            if _is_absolute(value)
-            else ABSOLUTE_PATH.sub(lambda match: path_name(match.group()), value)
+            path_name(value) if is_absolute(value) else ABSOLUTE_PATH.sub(lambda match: path_name(match.group()), value)
         )
     if isinstance(value, dict):
         return {key: child if key in keep else _without_paths(child, keep=keep) for key, child in value.items()}

@@ -6,7 +6,6 @@ no display, and the same bytes from the same metrics.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,15 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from loralab.reports.curves import Curve, read_curve, shown_tasks
 from loralab.reports.facts import Facts, dig, dig_number, load_facts
 from loralab.reports.wording import format_loss, format_number
 from loralab.run import RunFolder, replacing
 
 # Okabe and Ito's palette, told apart with every common kind of colour blindness.
 BLUE, LIGHT_BLUE, VERMILION, INK, GREY = "#0072B2", "#7FB8D8", "#D55E00", "#222222", "#6B6B6B"
+# Of task metrics: a colour and a marker each, so that no line needs its colour to be told.
+TASK_LINES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 SIZE_INCHES = (9.0, 3.9)
 DOTS_PER_INCH = 160
 FEW_POINTS = 40
@@ -58,22 +60,6 @@ STYLE: dict[str, Any] = {
     "lines.solid_joinstyle": "round",
     "agg.path.chunksize": 20000,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """One quantity against steps.
-
-    Attributes:
-        steps: increasing steps, [N].
-        values: finite values, [N].
-    """
-
-    steps: list[float]
-    values: list[float]
-
-    def __bool__(self) -> bool:
-        return bool(self.steps)
 
 
 def write_plots(folder: RunFolder) -> list[Path]:
@@ -118,17 +104,6 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
-def read_curve(metrics: list[dict[str, Any]], key: str) -> Curve:
-    """Return the finite values of `key` by step; of a step logged twice (a resumed run), the last."""
-    by_step: dict[float, float] = {}
-    for row in metrics:
-        step, value = dig_number(row, "step"), dig_number(row, key)
-        if step is not None and value is not None:
-            by_step[step] = value
-    steps = sorted(by_step)
-    return Curve(steps, [by_step[step] for step in steps])
-
-
 def smooth(values: list[float]) -> list[float]:
     """Return the mean over a centred window of a fiftieth of the points, cut at the ends."""
     half = max(1, len(values) // SMOOTH_SHARE // 2)
@@ -158,16 +133,38 @@ def _draw_loss(facts: Facts, axes: Axes) -> bool:
     return True
 
 
-def _mark_best(axes: Axes, validation: Curve) -> None:
-    if len(validation.steps) < 2:
+def _mark_best(axes: Axes, curve: Curve, *, color: str = VERMILION, highest: bool = False) -> None:
+    if len(curve.steps) < 2:
         return
-    best = min(range(len(validation.values)), key=validation.values.__getitem__)
-    step, value = validation.steps[best], validation.values[best]
+    best = (max if highest else min)(range(len(curve.values)), key=curve.values.__getitem__)
+    step, value = curve.steps[best], curve.values[best]
     label = f"best: {format_loss(value)} at step {step:,.0f}"
     axes.plot(
         [step], [value], linestyle="none", marker="o", markersize=11, markerfacecolor="none",
-        markeredgecolor=VERMILION, markeredgewidth=1.6, label=label, zorder=5,
+        markeredgecolor=color, markeredgewidth=1.6, label=label, zorder=5,
     )  # fmt: skip
+
+
+def _draw_metrics(facts: Facts, axes: Axes) -> bool:
+    found = shown_tasks(facts)[: len(TASK_LINES)]
+    if not found:
+        return False
+    for task, (color, marker) in zip(found, TASK_LINES, strict=False):
+        axes.plot(
+            task.curve.steps, task.curve.values, color=color, linewidth=1.2, marker=marker, markersize=5,
+            markeredgecolor="white", markeredgewidth=0.8, label=task.figure, zorder=4,
+        )  # fmt: skip
+    first, (color, _) = found[0], TASK_LINES[0]
+    _mark_best(axes, first.curve, color=color, highest=first.better == "higher")
+    base = dig_number(facts.evaluation, "base", first.figure)
+    if base is not None:
+        split = dig(facts.evaluation, "split") or "evaluated rows"
+        label = f"{first.figure}\nof the base ({split})"
+        axes.axhline(base, color=color, linestyle=(0, (5, 3)), linewidth=1.2, label=label)
+    steps = [step for task in found for step in task.curve.steps]
+    values = [value for task in found for value in task.curve.values] + ([] if base is None else [base])
+    _finish(axes, steps, values, title="Task metrics", label=first.figure if len(found) == 1 else "", beside=True)
+    return True
 
 
 def _draw_learning_rate(facts: Facts, axes: Axes) -> bool:
@@ -203,7 +200,14 @@ def _draw_line(axes: Axes, curve: Curve, *, label: str, smoothed: bool = True) -
 
 
 def _finish(
-    axes: Axes, steps: list[float], values: list[float], *, title: str, label: str, from_zero: bool = False
+    axes: Axes,
+    steps: list[float],
+    values: list[float],
+    *,
+    title: str,
+    label: str,
+    from_zero: bool = False,
+    beside: bool = False,
 ) -> None:
     """Set scales, ticks, names and the legend once everything is drawn."""
     if not steps:
@@ -228,13 +232,17 @@ def _finish(
     axes.set_ylabel(label)
     axes.set_title(title, loc="left", pad=12)
     handles, names = axes.get_legend_handles_labels()
-    if names != [title.lower()]:
+    if beside:
+        axes.legend(handles, names, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=10, borderaxespad=0.2,
+                    handlelength=1.8, labelspacing=0.7)  # fmt: skip
+    elif names != [title.lower()]:
         axes.legend(handles, names, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(handles), fontsize=10,
                     borderaxespad=0.2, handlelength=1.8, columnspacing=1.4)  # fmt: skip
 
 
 PLOTS: dict[str, Callable[[Facts, Axes], bool]] = {
     "loss.png": _draw_loss,
+    "metrics.png": _draw_metrics,
     "learning_rate.png": _draw_learning_rate,
     "gradient_norm.png": _draw_gradient_norm,
 }

@@ -9,7 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from loralab.reports.comparison_section import describe_comparison
+from loralab.reports.curve_sections import describe_plots, describe_reading
+from loralab.reports.examples import describe_examples
 from loralab.reports.facts import Facts, dig, dig_list, dig_number, dig_table
+from loralab.reports.metric_sections import describe_details, describe_metrics, measured_figures
 from loralab.reports.provenance import describe_choices, describe_data, describe_machine, describe_settings
 from loralab.reports.usage import describe_usage
 from loralab.reports.wording import (
@@ -43,8 +47,12 @@ EVALUATED_ON = {
     "batch_size": "Batch size",
     "max_length": "Longest example, in tokens",
 }
-METRIC_NAMES = {"token_accuracy": "Token accuracy", "token_entropy": "Entropy, nats per token"}
-NOT_METRICS = {"eval_loss", "eval_loss_batch_mean", "perplexity", "num_batches", *EVALUATED_ON}
+# What every loss brings along; with an interval of their own they stand among the metrics.
+LOSS_FIGURES = {
+    "perplexity": "Perplexity",
+    "token_accuracy": "Token accuracy",
+    "token_entropy": "Entropy, nats per token",
+}
 
 
 def report_context(facts: Facts, *, picture: Callable[[Path], str | None]) -> dict[str, Any]:
@@ -60,6 +68,11 @@ def report_context(facts: Facts, *, picture: Callable[[Path], str | None]) -> di
         "overview": describe_overview(facts),
         "verdict": assess(facts),
         "scores": describe_scores(facts),
+        "metrics": describe_metrics(facts),
+        "details": describe_details(facts),
+        "examples": describe_examples(facts),
+        "comparison": describe_comparison(facts),
+        "reading": describe_reading(facts),
         "plots": describe_plots(facts, picture),
         "samples": describe_samples(facts),
         "data": describe_data(facts),
@@ -126,23 +139,29 @@ def describe_scores(facts: Facts) -> Json | None:
     largest = max((loss for loss in losses if loss is not None), default=0.0)
     if largest <= 0:
         return None
-    extra = [key for key in evaluation if key not in NOT_METRICS and dig_number(evaluation, key) is not None]
+    elsewhere = measured_figures(facts)
+    extra = [
+        key
+        for key in LOSS_FIGURES
+        if key not in elsewhere and any(_loss_figure(side, key) != MISSING for _, side in sides)
+    ]
     rows = [
         {
             "name": name,
             "loss": format_loss(loss),
-            "perplexity": _perplexity(side),
             "batch_mean": format_loss(dig_number(side, "eval_loss_batch_mean")),
-            "extra": [format_loss(dig_number(side, key)) for key in extra],
+            "extra": [_loss_figure(side, key) for key in extra],
             "share": round(100 * (loss or 0) / largest, 1),
         }
         for (name, side), loss in zip(sides, losses, strict=True)
     ]
-    names = [METRIC_NAMES.get(key, key) for key in extra]
+    names = [LOSS_FIGURES[key] for key in extra]
     return {"rows": rows, "extra": names, "details": _evaluation_details(evaluation)}
 
 
-def _perplexity(side: Json) -> str:
+def _loss_figure(side: Json, key: str) -> str:
+    if key != "perplexity":
+        return format_loss(dig_number(side, key))
     return "\u221e" if side.get("perplexity") == math.inf else format_perplexity(dig_number(side, "perplexity"))
 
 
@@ -151,35 +170,6 @@ def _evaluation_details(evaluation: Json) -> Pairs:
     pairs += [(name, format_count(dig_number(evaluation, key))) for key, name in EVALUATED_ON.items()]
     pairs.append(("Interval", str(dig(evaluation, "difference", "method") or MISSING)))
     return [(name, value) for name, value in pairs if value != MISSING]
-
-
-def describe_plots(facts: Facts, picture: Callable[[Path], str | None]) -> list[Json]:
-    """Return the pictures that the run folder has, each with its numbers as text."""
-    plots = []
-    for name, title, curves in (
-        ("loss.png", "Loss", (("loss", "Training loss"), ("eval_loss", "Validation loss"))),
-        ("learning_rate.png", "Learning rate", (("learning_rate", "Learning rate"),)),
-        ("gradient_norm.png", "Gradient norm", (("grad_norm", "Gradient norm"),)),
-    ):
-        address = picture(facts.folder.plots / name)
-        if address:
-            words = " ".join(filter(None, (_describe_curve(facts.metrics, key, label) for key, label in curves)))
-            plots.append({"title": title, "address": address, "text": words or f"{title} against optimizer steps."})
-    return plots
-
-
-def _describe_curve(metrics: list[Json], key: str, label: str) -> str:
-    points = [(dig_number(row, "step"), dig_number(row, key)) for row in metrics]
-    known = [(step, value) for step, value in points if step is not None and value is not None]
-    if not known:
-        return ""
-    (first_step, first), (last_step, last) = known[0], known[-1]
-    if first_step == last_step:
-        return f"{label}: {format_number(last)} at step {format_count(last_step)}."
-    return (
-        f"{label}: {format_number(first)} at step {format_count(first_step)}, "
-        f"{format_number(last)} at step {format_count(last_step)}."
-    )
 
 
 def describe_samples(facts: Facts) -> Json | None:

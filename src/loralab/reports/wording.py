@@ -100,6 +100,35 @@ def format_number(value: float | None, digits: int = 4) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
+def format_measured(
+    value: float | None, low: float | None = None, high: float | None = None, *, signed: bool = False
+) -> str:
+    """Return a figure with as many decimals as its interval is worth; in four digits without an interval.
+
+    Args:
+        value: the figure.
+        low: lower bound of its interval.
+        high: upper bound.
+        signed: write the plus of a difference.
+    """
+    if value is None:
+        return MISSING
+    if low is None or high is None or high <= low or max(abs(value), high - low) < 1e-4:
+        plus = "+" if signed and value > 0 else ""
+        return plus + format_number(value)
+    # Of shares, three decimals in any case, as logs have them; of others a digit more than the interval needs.
+    share = max(abs(value), abs(low), abs(high)) <= 1
+    decimals = _decimals(high - low, least=3) if share else _decimals((high - low) / 10, least=0)
+    return f"{value:{'+' if signed else ''},.{decimals}f}"
+
+
+def format_interval(low: float | None, high: float | None, *, signed: bool = False) -> str:
+    """Return the bounds of an interval, rounded as its figure is; empty where there is none."""
+    if low is None or high is None:
+        return ""
+    return " to ".join(format_measured(bound, low, high, signed=signed) for bound in (low, high))
+
+
 def format_loss(value: float | None) -> str:
     """Return a loss: three decimals where they say enough, else four digits."""
     if value is None:
@@ -170,9 +199,9 @@ def assess(facts: Facts) -> Verdict:
     return Verdict("worse", f"No: loss {where} is higher than the base model\u2019s", sentence, caveats)
 
 
-def _decimals(width: float) -> int:
+def _decimals(width: float, *, least: int = 2) -> int:
     """Return how many decimals show an interval of this width with two digits."""
-    return 3 if width <= 0 else min(max(1 - math.floor(math.log10(width)), 2), 6)
+    return 3 if width <= 0 else min(max(1 - math.floor(math.log10(width)), least), 6)
 
 
 def _caveats(facts: Facts, rows: float | None) -> list[str]:

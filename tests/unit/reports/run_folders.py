@@ -113,6 +113,81 @@ def evaluation(*, change: float = -1.3192, low: float | None = -1.3904, high: fl
     return {**side(1.6081, 4.9933), "base": side(2.9273, 18.6771), "difference": difference}
 
 
+def figure(value: float, low: float | None, high: float | None, **more: Any) -> dict[str, Any]:
+    return {"value": value, "count": 99, "low": low, "high": high, "level": 0.95, "method": "Wilson", **more}
+
+
+def task_evaluation() -> dict[str, Any]:
+    """Return an evaluation with task metrics of both sides: better by one figure, no difference by another."""
+    content = evaluation()
+    base: dict[str, Any] = content["base"]
+    better = {"better": "higher"}
+    content["metrics"] = {
+        "yes_no_accuracy": figure(0.8182, 0.7310, 0.8822, **better),
+        "yes_no_macro_f1": figure(0.7712, 0.6801, 0.8533, **better, method="percentile bootstrap over 99 rows"),
+        "number_mae": figure(42.31, 37.25, 48.75, better="lower", method="percentile bootstrap over 99 rows"),
+    }
+    base["metrics"] = {
+        "yes_no_accuracy": figure(0.5454, 0.4476, 0.6401, **better),
+        "yes_no_macro_f1": figure(0.7501, 0.6622, 0.8411, **better),
+        "number_mae": figure(1312.5, 1100.0, 1599.0, better="lower"),
+    }
+    for side in (content, base):
+        side |= {name: each["value"] for name, each in side["metrics"].items()}
+        side |= {"answered_by": "score", "answered_rows": 99}
+    content["differences"] = {
+        "yes_no_accuracy": figure(0.2727, 0.1717, 0.3737, verdict="better", reason="the interval leaves out 0")
+        | {"mcnemar": {"only_adapter": 31, "only_base": 4, "p": 3.4e-6}},
+        "yes_no_macro_f1": figure(0.0211, -0.0301, 0.0712, verdict="no difference seen at n = 99"),
+        "number_mae": figure(-1270.2, -1555.0, -1060.0, verdict="better"),
+    }
+    classes = {"classes": ["yes", "no"], "columns": ["yes", "no", "unparsable"]}
+    content["details"] = {
+        "yes_no": classes | {"confusion_matrix": [[51, 3, 0], [14, 30, 1]]},
+        "calibration": {"bins": [{"above": 0.9, "up_to": 1.0, "answers": 99, "confidence": 0.96, "accuracy": 0.8182}]},
+    }
+    base["details"] = {"yes_no": classes | {"confusion_matrix": [[30, 20, 4], [20, 24, 1]]}}
+    return content
+
+
+def prediction(row: int, *, base: float, adapter: float, prompt: str = "Is it?", text: str = "yes") -> dict[str, Any]:
+    return {
+        "row": row,
+        "source": 0,
+        "prompt": f"{prompt} {row}",
+        "reference": "yes",
+        "answered_by": "generate",
+        "adapter": {"answer": f"adapter says {text}", "stopped": True, "tokens": 1, "scores": {"yes_no": adapter}},
+        "base": {"answer": f"base says {text}", "stopped": False, "tokens": 9, "scores": {"yes_no": base}},
+    }
+
+
+def comparison() -> dict[str, Any]:
+    mean = {"mean": 0.4321, "low": 0.4101, "high": 0.4567}
+    distances = dict.fromkeys(("kl_base_adapter", "kl_adapter_base", "jensen_shannon", "top1_agreement"), mean)
+    return {
+        "split": "test",
+        "examples": 30,
+        "totals": {
+            "last_prompt_token": {"count": 30, **distances},
+            "answer": {"count": 90, **distances, "kl_base_adapter": {"mean": None, "low": None, "high": None}},
+            "method": "percentile bootstrap over rows, 2000 resamples",
+        },
+        "generation": {"prompts": 30, "same_answer": 0.2, "base_stopped": 0.5, "adapter_stopped": 1.0},
+        "probe": {
+            "name": "built-in texts",
+            "rows": 30,
+            "tokens": 3069,
+            "base_perplexity": 42.6,
+            "adapter_perplexity": 55.1,
+            "difference": {"eval_loss": 0.257, "low": 0.2, "high": 0.3},
+            "top1_agreement": mean,
+            "reading": "perplexity on unrelated text rose by 29 % (n = 30)",
+        },
+        "prompts": [],
+    }
+
+
 def samples(text: str = "Paris.") -> dict[str, Any]:
     row = {
         "prompt": f"Prompt {text}",
@@ -139,13 +214,15 @@ def build_run(path: Path, *, adapter: bool = True, **parts: Any) -> RunFolder:
     """Write a run folder of the parts given: record, config, data, evaluation, samples, metrics."""
     folder = RunFolder(path / "my-run")
     folder.path.mkdir()
-    for name in ("record", "data", "evaluation", "samples"):
+    for name in ("record", "data", "evaluation", "samples", "comparison"):
         if name in parts:
             getattr(folder, name).write_text(json.dumps(parts[name]))
     if "config" in parts:
         folder.config.write_text(yaml.safe_dump(parts["config"]))
     if "metrics" in parts:
         folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in parts["metrics"]))
+    if "predictions" in parts:
+        folder.predictions.write_text("".join(json.dumps(row) + "\n" for row in parts["predictions"]))
     if adapter:
         folder.adapter.mkdir()
     return folder

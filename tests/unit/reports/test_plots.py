@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from loralab.reports.facts import load_facts
-from loralab.reports.plots import PLOTS, Curve, read_curve, smooth, write_plots
+from loralab.reports.plots import PLOTS, smooth, write_plots
 from loralab.run import RunFolder
-from unit.reports.run_folders import build_run, config_values, evaluation, metrics
+from unit.reports.run_folders import build_run, config_values, evaluation, metrics, task_evaluation
 
 ALL = ["loss.png", "learning_rate.png", "gradient_norm.png"]
 SIZE = (1440, 624)
@@ -81,6 +81,40 @@ def test_gradient_norm_shows_the_clipping_norm_of_the_configuration(tmp_path: Pa
     assert len(draw(folder, "gradient_norm.png").lines) == 1
 
 
+def task_rows(**figures: tuple[float, ...]) -> list[dict[str, Any]]:
+    lines = [{"step": 10 * place, **{f"eval_{name}": values[place - 1] for name, values in figures.items()}}
+             for place in (1, 2, 3)]  # fmt: skip
+    return [{**line, "eval_loss": 1.0} for line in lines]
+
+
+def test_task_metrics_show_the_watched_figure_first_with_its_best_and_the_base(tmp_path: Path) -> None:
+    config = config_values()
+    config["training"]["early_stopping"] = {"metric": "yes_no_macro_f1", "patience": 2}
+    rows = task_rows(yes_no_accuracy=(0.5, 0.6, 0.7), yes_no_macro_f1=(0.4, 0.6, 0.5), number_mae=(90.0, 80.0, 70.0))
+    folder = build_run(tmp_path, config=config, metrics=rows, evaluation=task_evaluation())
+    assert [path.name for path in write_plots(folder)] == ["loss.png", "metrics.png"]
+    axes = draw(folder, "metrics.png")
+    assert labels(axes) == [
+        "yes_no_macro_f1", "yes_no_accuracy", "best: 0.600 at step 20", "yes_no_macro_f1\nof the base (test)",
+    ]  # fmt: skip
+    watched, accuracy, best, base = axes.lines
+    assert list(watched.get_ydata()) == [0.4, 0.6, 0.5]
+    assert watched.get_color() == best.get_markeredgecolor() == base.get_color() != accuracy.get_color()
+    assert watched.get_marker() != accuracy.get_marker()
+    assert list(base.get_ydata()) == [0.7501, 0.7501]
+
+
+def test_of_a_figure_where_lower_is_better_the_lowest_is_best(tmp_path: Path) -> None:
+    axes = draw(build_run(tmp_path, metrics=task_rows(number_mae=(90.0, 70.0, 80.0))), "metrics.png")
+    assert labels(axes) == ["number_mae", "best: 70.000 at step 20"]
+    assert axes.get_ylabel() == "number_mae"
+
+
+def test_figures_without_a_better_direction_are_not_drawn(tmp_path: Path) -> None:
+    folder = build_run(tmp_path, metrics=task_rows(length_tokens=(9.0, 8.0, 7.0)))
+    assert [path.name for path in write_plots(folder)] == ["loss.png"]
+
+
 def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     rows = [*metrics(3), {"step": 4, "loss": float("nan"), "learning_rate": float("inf"), "grad_norm": None}]
     folder = build_run(tmp_path, metrics=rows)
@@ -94,11 +128,6 @@ def test_a_last_line_cut_short_is_left_out(tmp_path: Path) -> None:
         stream.write('{"step": 4, "loss": 1.')
     assert len(write_plots(folder)) == 3
     assert list(draw(folder, "loss.png").lines[0].get_xdata()) == [1, 2, 3]
-
-
-def test_of_a_step_logged_twice_the_last_counts() -> None:
-    rows = [{"step": 2, "loss": 5.0}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 4.0}]
-    assert read_curve(rows, "loss") == Curve([1, 2], [3.0, 4.0])
 
 
 def test_without_numbers_there_is_no_plot_and_an_old_one_goes(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from loralab.reports.wording import (
     Verdict,
     assess,
     format_bytes,
+    format_interval,
     format_loss,
+    format_measured,
     format_number,
     format_parameters,
     format_perplexity,
@@ -134,3 +136,29 @@ def test_numbers_and_values_are_readable(got: str, wanted: str) -> None:
 @pytest.mark.parametrize("function", [format_bytes, format_seconds, format_parameters, format_number, format_loss])
 def test_a_missing_number_is_a_dash(function: Any) -> None:
     assert function(None) == "\u2013"
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "shown", "interval"),
+    [
+        (0.6525, 0.6046, 0.6975, "0.652", "0.605 to 0.698"),
+        (0.65254, 0.65201, 0.65301, "0.6525", "0.6520 to 0.6530"),
+        (42.31, 37.25, 48.75, "42.3", "37.2 to 48.8"),
+        (1312.5, 1100.2, 1599.4, "1,312", "1,100 to 1,599"),
+        (1.0, 1.0, 1.0, "1", "1 to 1"),
+        (3e-7, 2e-7, 4e-7, "3e-7", "2e-7 to 4e-7"),
+        (0.5, None, None, "0.5", ""),
+        (None, None, None, "\u2013", ""),
+    ],
+)
+def test_a_figure_is_as_exact_as_its_interval(
+    value: float | None, low: float | None, high: float | None, shown: str, interval: str
+) -> None:
+    assert format_measured(value, low, high) == shown
+    assert format_interval(low, high) == interval
+
+
+def test_a_difference_has_its_sign() -> None:
+    assert format_measured(0.0211, -0.0301, 0.0712, signed=True) == "+0.021"
+    assert format_interval(-0.0301, 0.0712, signed=True) == "-0.030 to +0.071"
+    assert format_measured(2.0, None, None, signed=True) == "+2"
