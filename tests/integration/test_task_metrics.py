@@ -14,6 +14,7 @@ from loralab.errors import ConfigError, DataError, ModelError
 from loralab.models.adapters import WEIGHTS_FILE
 from loralab.progress import Reporter
 from loralab.workflows.evaluate import evaluate, evaluate_adapters
+from loralab.workflows.replay import replay
 from support import tiny
 
 QUESTIONS = ("cat", "dog", "bird")
@@ -204,11 +205,37 @@ def test_functions_of_the_users_own(
     training = {"max_steps": 4, "early_stopping": {"metric": "shortness", "patience": 9}}
     run = loralab.train(config(base, rows, tmp_path / "run", training=training, evaluation=evaluation))
     assert set(evaluations(run, "shortness")) == {4}
-    # A run folder may come from someone else: its word runs no code.
+    # A run folder may come from someone else: its word runs no code, and what was measured stays.
+    before = run.folder.evaluation.read_bytes()
     assert "shortness" not in run.evaluate()
+    assert run.folder.evaluation.read_bytes() == before
+    assert run.folder.predictions.is_file()
+    with pytest.raises(ConfigError, match="code that a run folder names is not run"):
+        replay(run.path, output=tmp_path / "again", reporter=Reporter())
     assert "shortness" in run.evaluate(overrides=["evaluation.metrics=[mine:shortness]"])
     with pytest.raises(ConfigError, match="no_such_module"):
         loralab.train(config(base, rows, tmp_path / "other", evaluation={"metrics": ["no_such_module:f"]}))
+
+
+def test_what_training_watched_is_measured_whatever_else_is_set(base: Path, rows: Path, tmp_path: Path) -> None:
+    training = {"max_steps": 8, "early_stopping": {"metric": "bits_per_byte", "patience": 9}}
+    run = loralab.train(config(base, rows, tmp_path / "run", training=training))
+    assert set(evaluations(run, "bits_per_byte")) == {4, 8}
+    assert "bits_per_byte" in run.evaluate(overrides=["evaluation.batch_size=3"])
+    assert "bits_per_byte" not in run.evaluate(overrides=["evaluation.metrics=[exact_match]"])
+
+
+def test_yes_no_rows_of_one_answer_are_measured(base: Path, tmp_path: Path) -> None:
+    always = tiny.write_rows(tmp_path / "always.json", [row | {"answer": "yes"} for row in yes_no_rows(30)])
+    run = loralab.train(config(base, always, tmp_path / "run", training={"max_steps": 2}))
+    assert run.record["resolved"]["labels"]["value"] == "'no', 'yes'"
+
+
+def test_a_setting_of_answers_that_nothing_asks_for_is_refused(base: Path, tmp_path: Path) -> None:
+    plain = tiny.write_rows(tmp_path / "plain.json", tiny.alpaca_rows(12))
+    data = {"template": "alpaca", "validation": 4}
+    with pytest.raises(ConfigError, match="metric_rows has no effect"):
+        loralab.train(config(base, plain, tmp_path / "run", data=data, evaluation={"metric_rows": 3}))
 
 
 def test_a_run_is_asked_on_no_other_base(learned: loralab.Run, tmp_path: Path) -> None:
@@ -231,9 +258,19 @@ def test_several_adapters_are_measured_on_the_same_rows(
     assert results[0]["yes_no_accuracy"] > results[1]["yes_no_accuracy"]
     lines = [json.loads(text) for text in written.read_text().splitlines()]
     assert [line["run"] for line in lines] == [str(learned.path)] * 12 + [str(other.path)] * 12
+    (tmp_path / "own").mkdir()
+    generating = loralab.train(
+        config(base, rows, tmp_path / "own/run", training={"max_steps": 2}, evaluation={"answer_by": "generate"})
+    )
+    with pytest.raises(ConfigError, match="would be measured otherwise"):
+        evaluate_adapters([other.path, generating.path], data=str(held_out), reporter=Reporter())
+    before = held_out.read_bytes()
+    with pytest.raises(ConfigError, match="would replace the data"):
+        evaluate(learned.path, data=str(held_out), predictions=held_out, reporter=Reporter())
+    assert held_out.read_bytes() == before
     with pytest.raises(ConfigError, match="no data that all of them are measured on"):
         evaluate_adapters([learned.path, other.path], reporter=Reporter())
-    with pytest.raises(ConfigError, match="not a file that can be written"):
+    with pytest.raises(ConfigError, match="not a file"):
         evaluate(learned.path, predictions=tmp_path, reporter=Reporter())
     with pytest.raises(ConfigError, match="no metric that is measured needs answers"):
         evaluate(learned.path, overrides=["evaluation.metrics=[]"], predictions=written, reporter=Reporter())

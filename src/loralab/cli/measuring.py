@@ -68,7 +68,7 @@ def evaluate(
         max_length=max_length,
         device=device,
         split=own_split,
-        metrics=None if metrics is None else f"[{metrics.strip().strip('[]')}]",
+        metrics=_as_list(metrics),
         answer_by=answer_by,
     )
     from loralab.workflows.evaluate import evaluate_adapters
@@ -87,6 +87,11 @@ def evaluate(
         print_json(results[0] if len(results) == 1 else {"adapters": named})
         return
     print_evaluations([path.name or str(path) for path in targets], results)
+
+
+def _as_list(metrics: str | None) -> str | None:
+    """Return `a,b` in the form of a setting's list; auto stays as it is."""
+    return metrics if metrics is None or metrics.strip() == "auto" else f"[{metrics.strip().strip('[]')}]"
 
 
 def _targets(run: Path | None, adapters: list[Path]) -> list[Path]:

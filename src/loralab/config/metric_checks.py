@@ -7,9 +7,12 @@ Owns what can be told of metrics without data or model. Whether the data can ans
 from collections.abc import Sequence
 
 from loralab.config.findings import Finding
-from loralab.config.metric_facts import ALWAYS, FACTS, better_of, figure_name, is_outside, owner_of
+from loralab.config.metric_facts import ALWAYS, FACTS, RESERVED, Way, better_of, figure_name, is_outside, owner_of
 from loralab.config.schema import Config, EvaluationConfig, TrainingConfig
 from loralab.lookup import suggest
+
+# Settings that act only where a metric needs answers.
+ANSWER_KEYS = ("answer_by", "labels", "metric_rows")
 
 
 def watched_metric(training: TrainingConfig) -> str:
@@ -35,6 +38,24 @@ def answering_metrics(evaluation: EvaluationConfig) -> list[str]:
     return [name for name in asked_metrics(evaluation) if is_outside(name) or FACTS[name].needs != "losses"]
 
 
+def answering_way(evaluation: EvaluationConfig, names: Sequence[str]) -> tuple[Way, str]:
+    """Choose how answers come about, and say why.
+
+    Args:
+        evaluation: section of the configuration.
+        names: metrics that are measured.
+    """
+    if evaluation.answer_by != "auto":
+        return evaluation.answer_by, "set in evaluation.answer_by"
+    if evaluation.labels is not None:
+        return "score", "evaluation.labels are closed answers"
+    asked = [name for name in names if is_outside(name) or FACTS[name].needs != "losses"]
+    closed = [name for name in asked if name == "yes_no" or (not is_outside(name) and FACTS[name].needs == "scores")]
+    if closed and (closed == asked or closed != ["yes_no"]):
+        return "score", f"{', '.join(closed)}: the answers are closed; answer_by: generate has them written"
+    return "generate", "an answer that the model writes by itself is what a user would see"
+
+
 def check_names(config: Config) -> list[Finding]:
     """Find metrics that do not exist or stand twice."""
     findings, names = [], asked_metrics(config.evaluation)
@@ -42,14 +63,22 @@ def check_names(config: Config) -> list[Finding]:
         if name in names[:place]:
             findings.append(Finding("evaluation.metrics", f"{name!r} is named twice", "name it once"))
         elif is_outside(name):
-            module, _, function = name.partition(":")
-            if not all(part.isidentifier() for part in [*module.split("."), function]):
-                what = f"not a function's name: {name!r}"
-                findings.append(Finding("evaluation.metrics", what, "write package.module:function"))
+            findings += _check_outside(name)
         elif name not in FACTS:
             fix = suggest(owner_of(figure_name(name)) or name, FACTS)
             findings.append(Finding("evaluation.metrics", f"no such metric: {name!r}", fix))
     return findings
+
+
+def _check_outside(name: str) -> list[Finding]:
+    module, _, function = name.partition(":")
+    if not all(part.isidentifier() for part in [*module.split("."), function]):
+        what = f"not a function's name: {name!r}"
+        return [Finding("evaluation.metrics", what, "write package.module:function")]
+    if figure_name(function) in RESERVED:
+        what = f"{name!r} would give a figure {function!r}, which is another one's name"
+        return [Finding("evaluation.metrics", what, "give the function another name")]
+    return []
 
 
 def check_ways(config: Config) -> list[Finding]:
@@ -57,20 +86,21 @@ def check_ways(config: Config) -> list[Finding]:
     evaluation, findings = config.evaluation, []
     if check_names(config):
         return []  # told already
-    way, names = evaluation.answer_by, answering_metrics(evaluation)
+    names = answering_metrics(evaluation)
     if evaluation.metrics != "auto" and not names:
-        read = [key for key in ("answer_by", "labels", "metric_rows") if evaluation.chosen(key)]
         what = "no metric in evaluation.metrics needs answers"
-        findings += [Finding(f"evaluation.{key}", f"{key} has no effect: {what}", "remove it") for key in read]
-        return findings
+        return [
+            Finding(f"evaluation.{key}", f"{key} has no effect: {what}", "remove it")
+            for key in ANSWER_KEYS
+            if evaluation.chosen(key)
+        ]
+    way, _ = answering_way(evaluation, names)
     for name in names:
         needs = "answers" if is_outside(name) else FACTS[name].needs
-        if needs == "generated" and (way in ("score", "teacher_forced") or (way == "auto" and evaluation.labels)):
-            what = f"{name!r} needs generated answers, but they come by {'score' if way == 'auto' else way}"
-            findings.append(Finding("evaluation.metrics", what, "set evaluation.answer_by: generate"))
-        if needs == "scores" and (way in ("generate", "teacher_forced") or (way == "auto" and not evaluation.labels)):
-            what = f"{name!r} needs closed labels that are scored"
-            fix = "set evaluation.answer_by: score, and evaluation.labels to choose the labels"
+        if (needs == "generated" and way != "generate") or (needs == "scores" and way != "score"):
+            kind = "generated answers" if needs == "generated" else "closed labels that are scored"
+            what = f"{name!r} needs {kind}, but answers come by {way}"
+            fix = f"leave {name} out, or set evaluation.answer_by: {'generate' if needs == 'generated' else 'score'}"
             findings.append(Finding("evaluation.metrics", what, fix))
     return findings + _check_labels(evaluation)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 Better: TypeAlias = Literal["higher", "lower"]
+Way: TypeAlias = Literal["generate", "score", "teacher_forced"]
 Need: TypeAlias = Literal["losses", "answers", "generated", "scores"]
 
 
@@ -71,6 +72,24 @@ FACTS: dict[str, MetricFacts] = {
 }
 # What training measures in any case, besides the loss; the second is not a metric of an evaluation.
 ALWAYS: dict[str, Better] = {"eval_loss": "lower", "loss": "lower", "perplexity": "lower"}
+# Names in `evaluation.json` and `metrics.jsonl` that no function of a user's may take.
+RESERVED = frozenset(
+    {
+        *("loss", "eval_loss", "eval_loss_batch_mean", "num_batches", "num_examples", "supervised_tokens"),
+        *("split", "batch_size", "max_length", "base", "difference", "differences", "metrics", "details", "note"),
+        *(
+            "answered_by",
+            "answered_rows",
+            "left_out",
+            "learning_rate",
+            "grad_norm",
+            "tokens_per_second",
+            "step",
+            "epoch",
+        ),
+        *(figure for facts in FACTS.values() for figure in facts.figures),
+    }
+)
 
 
 def is_outside(name: str) -> bool:

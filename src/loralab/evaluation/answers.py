@@ -6,11 +6,10 @@ of answering whose figures must never be mixed, and go to `metrics/`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
+from loralab.config.metric_facts import Way
 from loralab.evaluation.perplexity import FloatArray, SplitLoss
 
-Way: TypeAlias = Literal["generate", "score", "teacher_forced"]
 
 
 @dataclass(frozen=True, slots=True)

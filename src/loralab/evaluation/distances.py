@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loralab.data.example import Branch, TokenizedExample
 from loralab.errors import ModelError
+from loralab.evaluation.metrics.intervals import ratio_intervals
 from loralab.evaluation.perplexity import FloatArray, Interrupted
 from loralab.layout.collate import MicroBatch
 from loralab.layout.planner import Planner
@@ -234,20 +235,6 @@ def mean_intervals(
 
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13 (percentile interval).
     """
-    means = sums.sum(axis=0) / counts.sum()
-    if len(counts) < 2:
-        return [{"mean": float(mean), "low": None, "high": None} for mean in means]
-    draw = np.random.default_rng(seed)
-    drawn = []
-    for start in range(0, resamples, 256):  # weights of all resamples at once could take gigabytes
-        size = min(256, resamples - start)
-        weights = draw.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=size).astype(np.float64)
-        finite = np.where(np.isfinite(sums), sums, 0.0)  # a weight of 0 times infinity would be no number
-        drawn.append((weights @ finite) / (weights @ counts)[:, None])
-    low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return [
-        {"mean": float(m), "low": float(a), "high": float(b)}
-        if np.isfinite(m)
-        else {"mean": float(m), "low": None, "high": None}
-        for m, a, b in zip(means, low, high, strict=True)
-    ]
+    means = (sums.sum(axis=0) / counts.sum()).tolist()
+    intervals = ratio_intervals(sums, counts, resamples=resamples, level=level, seed=seed)
+    return [{"mean": mean, "low": each.low, "high": each.high} for mean, each in zip(means, intervals, strict=True)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from loralab.config.paths import local_path
@@ -23,7 +24,7 @@ from loralab.data.reading.rows import Row
 from loralab.data.reading.sources import resolve_sources
 from loralab.errors import DataError
 from loralab.evaluation.distances import DISTANCES, BranchDistances, mean_intervals, measure_branches
-from loralab.evaluation.perplexity import SplitLoss, compare_losses, perplexity_of
+from loralab.evaluation.perplexity import FloatArray, SplitLoss, compare_losses, perplexity_of
 from loralab.evaluation.probe_texts import PROBE_NAME, PROBE_TEXTS
 from loralab.layout.planner import Planner
 from loralab.models.supervised import SupervisedPeftModel
@@ -33,6 +34,7 @@ _WHERE = "option --probe"
 # Files of these are prose; of others, each row is a passage.
 _TEXT_SUFFIXES = frozenset({".txt", ".text", ".md"})
 _PERPLEXITY = "perplexity on unrelated text"
+_Starts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +95,8 @@ def _row_texts(rows: Iterable[Row]) -> list[str]:
     return texts
 
 
-def probe_branches(probe: Probe, prompter: Prompter, *, max_length: int) -> list[Branch]:
-    """Return the passages as tokens, each begun as the tokenizer begins text; long ones in windows.
+def probe_branches(probe: Probe, prompter: Prompter, *, max_length: int) -> list[list[Branch]]:
+    """Return the passages as tokens, each begun as the tokenizer begins text; long ones in several windows.
 
     No end token is put behind a passage: whether to stop there is what fine-tuning changes on purpose.
 
@@ -103,24 +105,27 @@ def probe_branches(probe: Probe, prompter: Prompter, *, max_length: int) -> list
         prompter: knows the tokenizer.
         max_length: longest window, in tokens.
 
+    Returns:
+        The windows of each passage that has a token to predict; at least one each.
+
     Raises:
         DataError: no passage has a token that can be predicted.
     """
     begin = [prompter.tokenizer.bos_token_id] if adds_bos(prompter.tokenizer) else []
-    branches = []
+    passages = []
     for ids in prompter.encode(list(probe.texts)):
         whole = np.asarray([*begin, *ids], dtype=np.int32)
         # Each window begins with the last token of the one before, so every token is predicted once.
         step = max(max_length - 1, 1)
         windows = (whole[start : start + step + 1] for start in range(0, len(whole) - 1, step))
-        branches += [Branch(window[:1], window[1:]) for window in windows]
-    if not branches:
+        passages.append([Branch(window[:1], window[1:]) for window in windows])
+    if not any(passages):
         raise DataError(
             f"no passage of {probe.name!r} has two tokens, so there is nothing to predict",
             where=_WHERE,
             fix="give longer texts",
         )
-    return branches
+    return [windows for windows in passages if windows]
 
 
 def measure_forgetting(
@@ -151,17 +156,17 @@ def measure_forgetting(
         should_stop: asked before every batch.
 
     Returns:
-        `name`, `rows`, `tokens`, `base_perplexity`, `adapter_perplexity`, `difference` (of the losses),
+        `name`, `rows` (passages; their windows are added up), `tokens`, `base_perplexity`, `adapter_perplexity`, `difference` (of the losses),
         `perplexity_change` (ratio - 1), every distance of `DISTANCES` with its interval, and `reading`: what was seen.
 
     Raises:
         DataError: no passage can be measured.
         Interrupted: `should_stop` answered yes.
     """
-    branches = probe_branches(probe, prompter, max_length=max_length)
-    measured = measure_branches(
+    passages = probe_branches(probe, prompter, max_length=max_length)
+    windows = measure_branches(
         model,
-        branches,
+        [branch for passage in passages for branch in passage],
         planner=planner,
         batch_size=batch_size,
         device=device,
@@ -169,27 +174,29 @@ def measure_forgetting(
         label="probe",
         should_stop=should_stop,
     )
-    counts = np.array([each.distances.shape[1] for each in measured], dtype=np.float64)
-    base, adapter = (_split_loss(measured, counts, side) for side in ("base_losses", "adapter_losses"))
+    # What one passage says of an adapter its next window says again: a passage counts as one row.
+    starts = np.cumsum([0, *map(len, passages)])[:-1]
+    counts = np.add.reduceat(np.array([float(each.distances.shape[1]) for each in windows]), starts)
+    base, adapter = (_split_loss(windows, counts, starts, side) for side in ("base_losses", "adapter_losses"))
     difference = compare_losses(adapter, base, resamples=resamples)
-    sums = np.array([each.distances.sum(axis=1) for each in measured])
+    sums = np.add.reduceat(np.array([each.distances.sum(axis=1) for each in windows]), starts)
     intervals = mean_intervals(sums, counts, resamples=resamples)
     change = {key: relative_change(difference[key]) for key in ("eval_loss", "low", "high")}
     return {
         "name": probe.name,
-        "rows": len(branches),
+        "rows": len(passages),
         "tokens": int(counts.sum()),
         "base_perplexity": base.perplexity,
         "adapter_perplexity": adapter.perplexity,
         "difference": difference,
         "perplexity_change": {"value": change["eval_loss"], "low": change["low"], "high": change["high"]},
         **dict(zip(DISTANCES, intervals, strict=True)),
-        "reading": read_forgetting(difference, rows=len(branches)),
+        "reading": read_forgetting(difference, rows=len(passages)),
     }
 
 
-def _split_loss(measured: Sequence[BranchDistances], counts: np.ndarray[Any, Any], side: str) -> SplitLoss:
-    totals = np.array([getattr(each, side).sum() for each in measured])
+def _split_loss(windows: Sequence[BranchDistances], counts: FloatArray, starts: _Starts, side: str) -> SplitLoss:
+    totals = np.add.reduceat(np.array([getattr(each, side).sum() for each in windows]), starts)
     return SplitLoss(totals, counts, np.zeros(0), np.zeros(0), np.zeros(0))
 
 
@@ -199,7 +206,7 @@ def relative_change(nats: float | None) -> float | None:
 
 
 def read_forgetting(difference: dict[str, Any], *, rows: int) -> str:
-    """Return in words what a probe showed; nothing is claimed that the interval does not hold.
+    """Return in words what a probe showed; nothing is claimed that the verdict does not.
 
     Args:
         difference: of the losses, as `compare_losses` gives it.
@@ -207,11 +214,13 @@ def read_forgetting(difference: dict[str, Any], *, rows: int) -> str:
     """
     value, low, high = difference["eval_loss"], difference["low"], difference["high"]
     if low is None or high is None:
-        return f"{_PERPLEXITY} changed by {_percent(value)}; {rows} passage is too few to say more"
+        passages = "1 passage is" if rows == 1 else f"{rows} passages are"
+        return f"{_PERPLEXITY} changed by {_percent(value)}; {passages} too few to say more"
     interval = f"{difference['level']:.0%} interval {_percent(low)} to {_percent(high)}"
-    if low <= 0 <= high:
-        return f"no forgetting seen at n = {rows}: {_PERPLEXITY} changed by {_percent(value)} ({interval})"
-    word = "rose" if value > 0 else "fell"
+    word = {"worse": "rose", "better": "fell"}.get(difference["verdict"])
+    if word is None:
+        why = "" if low <= 0 <= high else f"; {difference['reason']}"
+        return f"no forgetting seen at n = {rows}: {_PERPLEXITY} changed by {_percent(value)} ({interval}{why})"
     return f"{_PERPLEXITY} {word} by {_percent(value).lstrip('+-')} ({interval}, n = {rows})"
 
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from scipy import stats
 from torch import nn
 
 from loralab.data.example import TokenizedExample
+from loralab.evaluation.metrics import intervals
+from loralab.evaluation.metrics.swap import swap_test
+from loralab.evaluation.metrics.verdict import judge
 from loralab.layout.collate import MicroBatch
 from loralab.layout.planner import Planner
 from loralab.models.token_loss import TokenLosses
@@ -23,9 +24,7 @@ from loralab.progress import Reporter
 from loralab.training.distributed import ALONE, Processes
 from loralab.training.loss import run_micro_batches
 
-FloatArray = npt.NDArray[np.float64]
-# Beyond this, a plain bootstrap takes gigabytes; the normal interval of the ratio is as good there.
-_BOOTSTRAP_ROWS = 20_000
+FloatArray = intervals.FloatArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +160,10 @@ class _Sums:
 
 
 def compare_losses(adapter: SplitLoss, base: SplitLoss, *, resamples: int, level: float = 0.95) -> dict[str, Any]:
-    """Return the difference adapter - base with a paired interval over examples.
+    """Return the difference adapter - base with a paired interval over examples, and what may be said of it.
+
+    What is drawn and swapped is an example, which is a row, all turns of it. Rows of plain text are windows, each an
+    example of its own: where windows of one document are alike, there is less to go by than the interval says.
 
     Args:
         adapter: losses with the adapter.
@@ -170,31 +172,30 @@ def compare_losses(adapter: SplitLoss, base: SplitLoss, *, resamples: int, level
         level: confidence level.
 
     Returns:
-        `eval_loss` (the difference in nats per token), `low`, `high`, `level`, `method`; the
-        bounds are None where fewer than two examples leave nothing to resample.
+        `eval_loss` (the difference in nats per token), `low`, `high`, `level`, `method`, `verdict`, `reason` (what
+        the verdict rests on), `swap_p` and `swap_method` (see `metrics/swap.py`; absent where a loss is not finite).
+        The bounds are None where fewer than two examples leave nothing to resample.
 
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13 (percentile interval).
     """
     nats, counts = adapter.totals - base.totals, adapter.counts
-    result: dict[str, Any] = {"eval_loss": float(nats.sum() / counts.sum()), "level": level}
-    if len(nats) < 2:
-        return result | {"low": None, "high": None, "method": "none: one example"}
-    if len(nats) > _BOOTSTRAP_ROWS:
-        residual = nats - result["eval_loss"] * counts
-        error = math.sqrt(len(nats) * residual.var(ddof=1)) / counts.sum()
-        half = float(stats.norm.ppf((1 + level) / 2)) * error
-        low, high = result["eval_loss"] - half, result["eval_loss"] + half
-        return result | {"low": float(low), "high": float(high), "method": "normal interval of the ratio, by example"}
-    interval = stats.bootstrap(
-        (nats, counts),
-        lambda n, c, axis=-1: n.sum(axis=axis) / c.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=max(1, 4_000_000 // len(nats)),
-        confidence_level=level,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    method = f"paired percentile bootstrap over examples, {resamples} resamples"
-    return result | {"low": float(interval.low), "high": float(interval.high), "method": method}
+    value = float(nats.sum() / max(counts.sum(), 1.0))
+    (interval,) = intervals.ratio_intervals(nats[:, None], counts, resamples=resamples, level=level)
+    swap = None
+    if np.isfinite(nats).all():
+        sides = (np.stack([side.totals, counts], axis=1) for side in (adapter, base))
+        swap = swap_test(*sides, _loss_of_sums, resamples=resamples)["eval_loss"]
+    verdict = judge(value, interval, better="lower", rows=len(nats), level=level, swap=swap)
+    return {
+        "eval_loss": value,
+        "level": level,
+        "low": interval.low,
+        "high": interval.high,
+        "method": interval.method if interval.low is None else f"paired {interval.method}",
+        **verdict.as_dict(),
+        **({} if swap is None else swap.as_dict()),
+    }
+
+
+def _loss_of_sums(totals: FloatArray) -> dict[str, FloatArray]:
+    return {"eval_loss": totals[..., 0] / np.maximum(totals[..., 1], 1.0)}

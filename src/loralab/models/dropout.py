@@ -91,8 +91,24 @@ class KeyedDropout(nn.Module):
         Raises:
             ModelError: the rows are not the tokens that have keys.
         """
-        if not self.training or self.p == 0.0:
+        keep = self.keep(inputs)
+        if keep is None:
             return inputs
+        # The scale in place: what is kept for the backward sweep is the mask, one byte a number.
+        kept = torch.where(keep.view(inputs.shape), inputs, torch.zeros((), dtype=inputs.dtype, device=inputs.device))
+        return kept.mul_(1.0 / (1.0 - self.p))
+
+    def keep(self, inputs: Tensor) -> Tensor | None:
+        """Return which numbers of `inputs` are kept (rows, D), or None where nothing is dropped.
+
+        Args:
+            inputs: (..., D), with one row per keyed token.
+
+        Raises:
+            ModelError: the rows are not the tokens that have keys.
+        """
+        if not self.training or self.p == 0.0:
+            return None
         tokens = self.keys.tokens
         rows = inputs.numel() // inputs.shape[-1]
         if tokens is None or len(tokens) != rows:
@@ -101,11 +117,7 @@ class KeyedDropout(nn.Module):
                 where=f"adapted layer {self.layer}",
                 fix="set lora.dropout: 0, or leave this layer out of lora.target_modules",
             )
-        keep = self._keep(tokens, inputs.shape[-1]).view(inputs.shape)
-        # The scale in place: what is kept for the backward sweep is the mask, one byte a number.
-        return torch.where(keep, inputs, torch.zeros((), dtype=inputs.dtype, device=inputs.device)).mul_(
-            1.0 / (1.0 - self.p)
-        )
+        return self._keep(tokens, inputs.shape[-1])
 
     def _keep(self, tokens: Tensor, width: int) -> Tensor:
         columns = torch.arange((width + _LANES - 1) // _LANES, device=tokens.device) * _GOLDEN

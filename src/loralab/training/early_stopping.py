@@ -65,7 +65,7 @@ class EarlyStopper(TrainerCallback):
         if self.early_stopping is not None and run_state.without_improvement >= self.early_stopping.patience:
             control.should_training_stop = control.should_save = True
             run_state.stopped_because = (
-                f"early stopping: {self.figure} has not been {self._beyond(best)} (step {run_state.best_step}) "
+                f"early stopping: {self.figure} has not been {self._beyond(run_state)} "
                 f"for {self.early_stopping.patience} observations"
             )
 
@@ -74,7 +74,13 @@ class EarlyStopper(TrainerCallback):
             return math.isfinite(value)
         return value < before - by if self.better == "lower" else value > before + by
 
-    def _beyond(self, best: float | None) -> str:
-        if best is None:
+    def _beyond(self, state: RunState) -> str:
+        """Return what an improvement would have been."""
+        best, reference = state.best_value, state.reference_value
+        if best is None or reference is None:
             return "a number"
-        return f"{'below' if self.better == 'lower' else 'above'} {best:.4f}"
+        side = "below" if self.better == "lower" else "above"
+        if best == reference:
+            return f"{side} {best:.4f} (step {state.best_step})"
+        delta = self.early_stopping.min_delta if self.early_stopping else 0.0
+        return f"{side} {reference:.4f} by more than {delta:g} (best {best:.4f}, step {state.best_step})"

@@ -23,7 +23,7 @@ from loralab.layout.planner import Planner
 from loralab.progress import Reporter
 from loralab.reports.comparison_page import render_comparison
 from loralab.run import RunFolder, write_json, write_text
-from loralab.workflows.evaluate import find_split
+from loralab.workflows.evaluate import OWN_ROWS, find_split
 from loralab.workflows.session import Session, open_session
 from loralab.workflows.step_layout import resolve_planner
 
@@ -37,7 +37,6 @@ _READ = (
     "evaluation.bootstrap_samples",
     "evaluation.max_new_tokens",
 )
-_OWN_ROWS = ("data.train", "data.validation", "data.test", "data.split_method", "data.split_seed")
 # Where base and adapter are compared, as `measured_at` of the file says it.
 AT_PROMPT = "the last token of the prompt"
 AT_TEXT = "the mean over the tokens of the text, which has no prompt"
@@ -92,7 +91,7 @@ def compare(
     """
     probe = _check_request(request)
     reads = [*_READ, *(() if request.data is not None else ("evaluation.split",))]
-    ignores = () if request.data is None else _OWN_ROWS
+    ignores = () if request.data is None else OWN_ROWS
     session = open_session(
         path, overrides=overrides, base_model=base_model, reporter=reporter, reads=reads, ignores=ignores
     )

@@ -1,24 +1,26 @@
 """The `eval` command: adapters against their base, on a run's own split or on other data."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loralab.config.metric_checks import asked_metrics
+from loralab.config.metric_checks import ANSWER_KEYS, answering_metrics, asked_metrics
 from loralab.config.metric_facts import is_outside
 from loralab.config.paths import local_path
-from loralab.config.schema import Config, DataConfig
+from loralab.config.schema import Config, DataConfig, EvaluationConfig
 from loralab.data.dataset import PreparedData, prepare_data
 from loralab.data.tokens.store import TokenStore
 from loralab.errors import ConfigError, DataError
 from loralab.models.load import check_length, max_positions
 from loralab.progress import Reporter
-from loralab.run import read_json, write_json
+from loralab.run import RunFolder, read_json, write_json
 from loralab.workflows.predictions import write_lines, write_predictions
 from loralab.workflows.session import Session, Target, load_adapter_tokenizer, open_session
 from loralab.workflows.split_evaluation import SplitEvaluation, evaluate_split, resolve_split
 from loralab.workflows.step_layout import resolve_planner
-from loralab.workflows.task_metrics import resolve_task
+from loralab.workflows.task_metrics import Task, resolve_task
 
 # What overrides can change here; `data` is what rows become, wherever they come from.
 _READ = (
@@ -33,7 +35,8 @@ _READ = (
     "evaluation.labels",
     "evaluation.max_new_tokens",
 )
-_OWN_ROWS = ("data.train", "data.validation", "data.test", "data.split_method", "data.split_seed")
+# Settings of the run's own rows, which other data make meaningless.
+OWN_ROWS = ("data.train", "data.validation", "data.test", "data.split_method", "data.split_seed")
 
 
 class Found(NamedTuple):
@@ -90,6 +93,27 @@ def evaluate(
     )[0]
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is asked of each adapter; fields as in `evaluate`."""
+
+    overrides: Sequence[str]
+    base_model: str | None
+    data: str | None
+    data_split: str | None
+    predictions: Path | None
+
+    @property
+    def own(self) -> bool:
+        """Whether it is the run's own evaluation, but for its split."""
+        return self.data is None and self.base_model is None and set(self.overrides) <= set(self.splits)
+
+    @property
+    def splits(self) -> list[str]:
+        """The overrides that name a split."""
+        return [text for text in self.overrides if text.startswith("evaluation.split=")]
+
+
 def evaluate_adapters(
     paths: Sequence[Path],
     *,
@@ -106,61 +130,66 @@ def evaluate_adapters(
         The content of `evaluation.json` for each, in order.
 
     Raises:
-        UserError: as `evaluate`; or rows that several adapters could not share.
+        UserError: as `evaluate`; or adapters that would be measured on other rows, or in another way.
     """
+    request = _Request(overrides, base_model, data, data_split, predictions)
     if len(paths) > 1 and data is None:
         raise ConfigError(
             f"{len(paths)} adapters, and no data that all of them are measured on",
             where="option --data",
             fix="name it with --data FILE: each run's own split has other rows",
         )
-    if predictions is not None and (predictions.is_dir() or not predictions.absolute().parent.is_dir()):
-        raise ConfigError(
-            f"not a file that can be written: {str(predictions)!r}",
-            where="option --predictions",
-            fix="name a file in a folder that is there",
-        )
-    contents, lines = [], []
-    for path in paths:
-        result = _evaluate_one(
-            path, overrides=overrides, base_model=base_model, data=data, data_split=data_split, reporter=reporter
-        )
-        contents.append(result.content)
-        if predictions is not None:
-            lines += [{"run": str(path), **row} for row in result.predictions()]
     if predictions is not None:
-        if not lines:
-            raise ConfigError(
-                "no predictions: no metric that is measured needs answers",
-                where="option --predictions",
-                fix="name one, for example evaluation.metrics=[exact_match]",
-            )
+        _check_predictions(predictions, data)
+    contents: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
+    before: Task | None = None
+    for path in paths:
+        result, task = _evaluate_one(path, request, before, reporter)
+        before = before or task
+        contents.append(result.content)
+        lines += [{"run": str(path), **row} for row in result.predictions()] if predictions is not None else []
+    if predictions is not None:
         write_lines(predictions, lines)
         reporter.say(f"{len(lines)} predictions: {predictions}")
     return contents
 
 
+def _check_predictions(path: Path, data: str | None) -> None:
+    """Check that predictions can be written, before hours of work for them.
+
+    Raises:
+        ConfigError: they cannot, or would replace the data.
+    """
+    folder = path.absolute().parent
+    source = None if data is None else local_path(data)
+    if source is not None and source.exists() and source.resolve() == path.resolve():
+        what, fix = f"would replace the data: {str(path)!r}", "name another file"
+    elif path.exists() and not path.is_file():
+        what, fix = f"not a file: {str(path)!r}", "name a file"
+    elif not folder.is_dir() or not os.access(folder, os.W_OK):
+        what, fix = f"no folder that can be written to: {str(folder)!r}", "name a file in another folder"
+    else:
+        return
+    raise ConfigError(what, where="option --predictions", fix=fix)
+
+
 def _evaluate_one(
-    path: Path,
-    *,
-    overrides: Sequence[str],
-    base_model: str | None,
-    data: str | None,
-    data_split: str | None,
-    reporter: Reporter,
-) -> SplitEvaluation:
-    reads = [*_READ, *(() if data is not None else ("evaluation.split",))]
+    path: Path, request: _Request, before: Task | None, reporter: Reporter
+) -> tuple[SplitEvaluation, Task]:
+    data, overrides = request.data, request.overrides
     session = open_session(
         path,
         overrides=overrides,
-        base_model=base_model,
+        base_model=request.base_model,
         reporter=reporter,
-        reads=reads,
-        ignores=() if data is None else _OWN_ROWS,
+        reads=[*_READ, *(() if data is not None else ("evaluation.split",))],
+        ignores=() if data is None else OWN_ROWS,
     )
-    found = find_split(session, data, data_split, reporter)
-    config = _without_foreign_code(session, overrides, reporter)
+    found = find_split(session, data, request.data_split, reporter)
+    config = without_foreign_code(session.config, overrides, reporter)
     task, chosen = resolve_task(config, found.data, splits={found.name: found.split})
+    _check_task(task, before, path, request)
     task.check_room(session.model)
     planner, choices = resolve_planner(session.model, config, max_length=found.max_length, device=session.device)
     budget = read_json(session.target.folder.record).get("token_budget", {}) if session.target.folder else {}
@@ -180,27 +209,65 @@ def _evaluate_one(
         device=session.device,
         reporter=reporter,
     )
-    folder = session.target.folder
-    split_chosen = any(text.startswith("evaluation.split=") for text in overrides)
-    # `evaluation.json` is what the run itself measured; other settings do not replace it.
-    if folder is not None and data is None and base_model is None and (split_chosen or not overrides):
-        write_json(folder.path / f"evaluation-{found.name}.json" if split_chosen else folder.evaluation, result.content)
-        if not split_chosen:
-            write_predictions(folder.predictions, result)
-    return result
+    # `evaluation.json` is what the run itself measured; what was measured otherwise does not replace it.
+    if session.target.folder is not None and request.own and config is session.config:
+        _keep(session.target.folder, found.name, result, split_chosen=bool(request.splits))
+    return result, task
 
 
-def _without_foreign_code(session: Session, overrides: Sequence[str], reporter: Reporter) -> Config:
-    """Return the configuration without functions that nobody but a run folder has named."""
-    config = session.config
+def _check_task(task: Task, before: Task | None, path: Path, request: _Request) -> None:
+    """Check that an adapter is measured as the ones before it, and that there will be predictions to write.
+
+    Raises:
+        ConfigError: it is not, or they will not.
+    """
+    if before is not None and (task.way, list(task.metrics)) != (before.way, list(before.metrics)):
+        ways = [f"{', '.join(each.metrics) or 'no metric'} by {each.way or 'losses'}" for each in (before, task)]
+        raise ConfigError(
+            f"{str(path)!r} would be measured otherwise than the adapter before it: {ways[1]}, not {ways[0]}",
+            where="arguments RUN, --adapter",
+            fix="choose for all of them: --metrics NAME,.. --answer-by generate",
+        )
+    if request.predictions is not None and task.way is None:
+        raise ConfigError(
+            "no predictions: no metric that is measured needs answers",
+            where="option --predictions",
+            fix="name one, for example --metrics exact_match",
+        )
+
+
+def _keep(folder: RunFolder, split: str, result: SplitEvaluation, *, split_chosen: bool) -> None:
+    """Write a run's own evaluation into its folder."""
+    if split_chosen:
+        write_json(folder.path / f"evaluation-{split}.json", result.content)
+        return
+    write_json(folder.evaluation, result.content)
+    write_predictions(folder.predictions, result)
+
+
+def without_foreign_code(config: Config, overrides: Sequence[str], reporter: Reporter) -> Config:
+    """Return a run folder's configuration without functions that nobody else has named.
+
+    A run folder may come from someone else: its word is not enough to run code.
+
+    Args:
+        config: of the run folder, with overrides.
+        overrides: given by the user.
+        reporter: told of what is left out.
+    """
     named = any(text.partition("=")[0].strip() in ("evaluation", "evaluation.metrics") for text in overrides)
-    foreign = [] if named else [name for name in asked_metrics(config.evaluation) if is_outside(name)]
+    asked = asked_metrics(config.evaluation)
+    foreign = [] if named else [name for name in asked if is_outside(name)]
     if not foreign:
         return config
-    fix = f"evaluation.metrics=[{', '.join(asked_metrics(config.evaluation))}]"
+    fix = f"evaluation.metrics=[{', '.join(asked)}]"
     reporter.say(f"not measured: {', '.join(foreign)}, code that a run folder names is not run; allow it with {fix}")
-    kept = [name for name in asked_metrics(config.evaluation) if name not in foreign]
-    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"metrics": kept})})
+    left: dict[str, Any] = {"metrics": [name for name in asked if name not in foreign]}
+    evaluation = config.evaluation.model_copy(update=left)
+    if not answering_metrics(evaluation):  # what was set for their answers has nothing to act on
+        unset = {key: EvaluationConfig.model_fields[key].default for key in ANSWER_KEYS}
+        evaluation = evaluation.model_copy(update=unset)
+    return config.model_copy(update={"evaluation": evaluation})
 
 
 def find_split(session: Session, data: str | None, data_split: str | None, reporter: Reporter) -> Found:

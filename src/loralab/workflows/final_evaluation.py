@@ -3,6 +3,7 @@
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from loralab.config.metric_checks import watched_metric
 from loralab.errors import RunFolderError
 from loralab.evaluation.perplexity import Interrupted
 from loralab.models.adapters import WEIGHTS_FILE
@@ -17,7 +18,11 @@ from loralab.workflows.steps import Run
 
 def keep_best(run: Run, state: RunState) -> None:
     """Put the best checkpoint's adapter into the model, when that was asked for."""
-    if not run.config.training.load_best_model_at_end or state.best_step is None:
+    if not run.config.training.load_best_model_at_end:
+        return
+    if state.best_step is None:
+        figure = watched_metric(run.config.training)
+        run.reporter.say(f"no evaluation had a {figure}: the adapter of the last step is kept")
         return
     if state.best_step == run.record.content["steps"]:
         return

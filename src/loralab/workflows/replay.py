@@ -5,18 +5,21 @@ Owns the comparison of two run folders, its proof, and what a run folder must ho
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from loralab.config.load import load_config
+from loralab.config.load import LoadedConfig, load_config
+from loralab.config.metric_checks import asked_metrics, watched_metric
+from loralab.config.metric_facts import is_outside
 from loralab.errors import ConfigError, Problem, ProofError, RunFolderError, excerpt
 from loralab.models.adapters import WEIGHTS_FILE, adapter_sha256
 from loralab.progress import Reporter
 from loralab.run import Json, RunFolder, file_sha256, open_run, read_json, read_metrics
 from loralab.workflows.configure import load_run_config
+from loralab.workflows.evaluate import without_foreign_code
 from loralab.workflows.record import config_differences
 from loralab.workflows.resume import contract_changes
 from loralab.workflows.train import train
@@ -59,8 +62,26 @@ def replay(
         same_cuts.append("training.cache_frozen_trunk=off")  # it may have been off for lack of room
     chosen = ["model.trust_remote_code=false", *same_cuts, *overrides, f"output.dir={target}"]
     loaded = load_run_config(folder.config, chosen, name=str(record.get("name", path.name)))
+    loaded = _without_foreign_code(loaded, overrides, reporter)
     again = train(loaded, reporter=reporter, warm_start=record.get("warm_start"))
     return compare_runs(folder, again)
+
+
+def _without_foreign_code(loaded: LoadedConfig, overrides: Sequence[str], reporter: Reporter) -> LoadedConfig:
+    """Leave out functions that only the run folder names.
+
+    Raises:
+        ConfigError: one of them decided on the adapter.
+    """
+    config, asked = without_foreign_code(loaded.config, overrides, reporter), asked_metrics(loaded.config.evaluation)
+    watched, functions = watched_metric(config.training), [name for name in asked if is_outside(name)]
+    if config is not loaded.config and any(name.endswith(f":{watched}") for name in functions):
+        raise ConfigError(
+            f"the run watched a function of its own, {watched!r}, and code that a run folder names is not run",
+            where=str(loaded.config.output.dir),
+            fix=f"allow it with evaluation.metrics=[{', '.join(asked)}]",
+        )
+    return replace(loaded, config=config)
 
 
 def _check_replayable(folder: RunFolder, record: Mapping[str, Any]) -> None:

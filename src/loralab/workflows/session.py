@@ -100,7 +100,7 @@ def find_target(path: Path) -> Target:
 
 def load_target_config(target: Target, overrides: Sequence[str], base_model: str | None) -> LoadedConfig:
     """Return the run's configuration, or a minimal one for an adapter alone, with overrides."""
-    measured = any(text.startswith("evaluation.") for text in overrides)
+    measured = any(text.partition("=")[0].strip() in ("evaluation", "evaluation.metrics") for text in overrides)
     # A run folder may come from someone else: its word is not enough to run code.
     chosen = [
         "model.trust_remote_code=false",

@@ -317,7 +317,10 @@ def _measure_validation(run: Run, state: RunState, request: StopRequest) -> Call
                 should_stop=should_stop,
                 processes=run.processes,
             )
-            measured = meter.measure(result, run.planner, label="to validate", intervals=False) if meter else None
+            figures: dict[str, float] = {}
+            if meter is not None:
+                measured = meter.measure(result, run.planner, label="to validate", intervals=False)
+                figures = run.processes.share(measured.values if run.processes.first else None)
         except Interrupted:
             return {}
         finally:
@@ -327,7 +330,7 @@ def _measure_validation(run: Run, state: RunState, request: StopRequest) -> Call
             "eval_perplexity": result.perplexity,
             "eval_token_accuracy": result.token_accuracy,
             "eval_token_entropy": result.token_entropy,
-            **{f"eval_{name}": value for name, value in (measured.values if measured else {}).items()},
+            **{f"eval_{name}": value for name, value in figures.items()},
         }
 
     return measure

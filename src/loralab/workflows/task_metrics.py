@@ -8,26 +8,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
-from loralab.config.metric_checks import asked_metrics, watched_metric
-from loralab.config.metric_facts import FACTS, Better, is_outside, owner_of
+from loralab.config.metric_checks import ANSWER_KEYS, answering_way, asked_metrics, watched_metric
+from loralab.config.metric_facts import ALWAYS, FACTS, YES_NO_CLASSES, Better, Way, is_outside, owner_of
 from loralab.config.schema import Config, EvaluationConfig
 from loralab.data.dataset import PreparedData
-from loralab.data.prompts.decoding import Decoder
 from loralab.data.prompts.prompter import Prompter
 from loralab.data.tokens.store import TokenStore
-from loralab.errors import DataError, ModelError
-from loralab.evaluation.answers import Answered, Evidence, Question, Way
+from loralab.errors import ConfigError, DataError, ModelError
+from loralab.evaluation.answers import Answered, Evidence, Question
 from loralab.evaluation.generate import GenerationSettings, answer_questions
 from loralab.evaluation.metrics.measure import Measurement, compare, measure
 from loralab.evaluation.metrics.metric import Metric
 from loralab.evaluation.metrics.table import resolve_metrics
-from loralab.evaluation.perplexity import FloatArray, SplitLoss
-from loralab.evaluation.questions import questions_of, spread
+from loralab.evaluation.perplexity import SplitLoss
+from loralab.evaluation.questions import answerable_rows, longest_prompt, questions_of, references_of, spread
 from loralab.evaluation.score import LabelIds, label_ids, score_labels
 from loralab.evaluation.teacher_forced import force_answers
+from loralab.evaluation.volumes import measure_volumes
 from loralab.layout.planner import Planner
 from loralab.models.load import max_positions
 from loralab.models.precision import Resolved
@@ -37,6 +36,8 @@ from loralab.training.distributed import ALONE, Processes
 
 # Of more different answers than this, scoring each is no closed question.
 _MOST_LABELS = 20
+# So many rows of a split show how its answers are written.
+_SHOWN_ANSWERS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,23 +116,28 @@ def resolve_task(
     names, reason = _resolve_names(config, data)
     metrics = resolve_metrics(names)
     task = Task(metrics)
+    if not task.of_answers:
+        _check_no_answer_settings(config.evaluation)
     if not metrics:
         return task, {}
     choices: dict[str, Resolved[Any]] = {"metrics": Resolved(", ".join(names), reason)}
     if not task.of_answers or not splits:
         return task, choices
-    questions = {name: questions_of(split, data.prompter) for name, split in splits.items()}
-    everything = [question for each in questions.values() for question in each]
-    way = _resolve_way(config.evaluation, names)
-    choices["answer_by"] = Resolved(way.value, way.reason)
+    rows = {name: answerable_rows(split, name) for name, split in splits.items()}
+    way, why = answering_way(config.evaluation, names)
+    choices["answer_by"] = Resolved(way, why)
+    choices |= _left_out(splits, rows)
+    unread = way != "score" and all(metric.check is None for metric in task.of_answers.values())
+    asked = [[] if unread else [*references_of(each, data.prompter)] for each in rows.values()]
     labels: LabelIds = {}
-    if way.value == "score":
-        chosen = _resolve_labels(config.evaluation, everything, names)
-        ids = label_ids(chosen.value, data.prompter, everything)
+    if way == "score":
+        chosen = _resolve_labels(config.evaluation, [question for each in asked for question in each], names)
+        looked_at = (questions_of(each, data.prompter, spread(len(each), _SHOWN_ANSWERS)) for each in rows.values())
+        ids = label_ids(chosen.value, data.prompter, [question for each in looked_at for question in each])
         labels = ids.value
         choices["labels"] = Resolved(", ".join(map(repr, labels)), f"{chosen.reason}; {ids.reason}")
-    task = Task(metrics, way.value, labels, max((len(question.prompt_ids) for question in everything), default=0))
-    for each in questions.values():
+    task = Task(metrics, way, labels, max(map(longest_prompt, rows.values())))
+    for each in asked:
         _check_answerable(task, each)
     return task, choices
 
@@ -142,24 +148,37 @@ def _resolve_names(config: Config, data: PreparedData) -> tuple[list[str], str]:
     names, reasons = [], []
     if data.report["format"]["value"] == "yes_no":
         names, reasons = ["yes_no"], ["rows are answered by yes or no"]
-    owner = owner_of(watched_metric(config.training))
-    if owner is not None and owner not in ("perplexity", *names):
+    watched = watched_metric(config.training)
+    owner = owner_of(watched)
+    if owner is not None and watched not in ALWAYS and owner not in names:
         names.append(owner)
-        reasons.append(f"training watches {watched_metric(config.training)}")
+        reasons.append(f"training watches {watched}")
     return names, "; ".join(reasons)
 
 
-def _resolve_way(evaluation: EvaluationConfig, names: Sequence[str]) -> Resolved[Way]:
-    if evaluation.answer_by != "auto":
-        return Resolved(evaluation.answer_by, "set in evaluation.answer_by")
-    if evaluation.labels is not None:
-        return Resolved("score", "evaluation.labels are closed answers")
-    asked = [name for name in names if is_outside(name) or FACTS[name].needs != "losses"]
-    if asked == ["yes_no"] or "calibration" in asked:
-        return Resolved(
-            "score", f"{', '.join(asked)}: the answers are closed; set answer_by: generate to have them written"
+def _left_out(splits: Mapping[str, TokenStore], rows: Mapping[str, TokenStore]) -> dict[str, Resolved[Any]]:
+    """Return which rows are answered, where some are not: a cut answer is no truth to be measured against."""
+    cut = {name: len(split) - len(rows[name]) for name, split in splits.items()}
+    if not any(cut.values()):
+        return {}
+    shares = [f"{name} {len(rows[name])} of {len(split)}" for name, split in splits.items() if cut[name]]
+    why = "rows whose answer was cut at data.max_length are left out of all but the losses: raise it to have them in"
+    return {"answered_rows": Resolved(", ".join(shares), why)}
+
+
+def _check_no_answer_settings(evaluation: EvaluationConfig) -> None:
+    """Check that no setting of answers is set where none are asked for.
+
+    Raises:
+        ConfigError: one is; it would have no effect.
+    """
+    unread = [key for key in ANSWER_KEYS if evaluation.chosen(key)]
+    if unread:
+        raise ConfigError(
+            f"{unread[0]} has no effect: no metric that is measured needs answers",
+            where=f"key evaluation.{unread[0]}",
+            fix="name metrics in evaluation.metrics, or remove it",
         )
-    return Resolved("generate", "an answer that the model writes by itself is what a user would see")
 
 
 def _resolve_labels(
@@ -168,6 +187,15 @@ def _resolve_labels(
     if evaluation.labels is not None:
         return Resolved(list(evaluation.labels), "set in evaluation.labels")
     found = list(dict.fromkeys(question.reference.strip() for question in questions))
+    if len(found) < 2 and "yes_no" in names:
+        both = sorted({*found, *YES_NO_CLASSES[:2]})
+        return Resolved(both, f"yes and no; all rows that are measured are answered by {found[0]!r}")
+    if len(found) < 2:
+        raise DataError(
+            f"the data has one answer, {found[0]!r}: there is nothing to choose from",
+            where=f"key evaluation.metrics ({', '.join(names)})",
+            fix="name the closed answers in evaluation.labels, or set evaluation.answer_by: generate",
+        )
     if len(found) > _MOST_LABELS:
         raise DataError(
             f"the data has {len(found)} different answers, too many to score each (at most {_MOST_LABELS})",
@@ -179,22 +207,18 @@ def _resolve_labels(
 
 def _check_answerable(task: Task, questions: Sequence[Question]) -> None:
     """Check the data against every metric, with its own references as the answers."""
+    scores = dict.fromkeys(task.labels, 0.0) if task.way == "score" else None
+    stopped = True if task.way == "generate" else None
     evidence = Evidence(
         units=max((question.unit for question in questions), default=-1) + 1,
         way=task.way,
-        answers=[_perfect(task, question) for question in questions],
+        answers=[
+            Answered(question, question.reference, stopped=stopped, label_scores=scores) for question in questions
+        ],
     )
     for metric in task.of_answers.values():
         if metric.check is not None:
             metric.check(evidence)
-
-
-def _perfect(task: Task, question: Question) -> Answered:
-    if task.way == "score":
-        return Answered(question, question.reference, label_scores=dict.fromkeys(task.labels, 0.0))
-    if task.way == "generate":
-        return Answered(question, question.reference, ids=question.reference_ids, stopped=True)
-    return Answered(question, question.reference)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,12 +230,14 @@ class Measured:
         answers: one per question.
         way: how they came about, or None.
         rows: number of rows that were answered.
+        left_out: number of rows whose answer was cut, which are not asked.
     """
 
     parts: tuple[Measurement, ...]
     answers: Sequence[Answered]
     way: Way | None
     rows: int
+    left_out: int = 0
 
     @property
     def scores(self) -> dict[str, list[float]]:
@@ -227,7 +253,9 @@ class Measured:
         """Return what `evaluation.json` holds of it."""
         found = [part.as_dict() for part in self.parts]
         merged = {key: {k: v for each in found for k, v in each[key].items()} for key in ("metrics", "details")}
-        answered = {} if self.way is None else {"answered_by": self.way, "answered_rows": self.rows}
+        answered: dict[str, Any] = {}
+        if self.way is not None:
+            answered = {"answered_by": self.way, "answered_rows": self.rows, "left_out": {"truncated": self.left_out}}
         return {**self.values, **answered, **merged}
 
 
@@ -267,10 +295,13 @@ class TaskMeter:
         self._evaluation = evaluation
         self._shared: dict[str, Any] = {"reporter": reporter, "should_stop": should_stop, "processes": processes}
         self._device = device
-        rows = spread(len(split), limit)
-        self._rows = len(rows)
-        self._questions = questions_of(split, prompter, rows) if task.of_answers else []
-        self._sizes = _answer_sizes(split, prompter) if "perplexity" in task.metrics else None
+        self._first = processes.first
+        whole = answerable_rows(split, "that is measured") if task.of_answers else split
+        rows = spread(len(whole), limit)
+        self._rows, self._left_out = len(rows), len(split) - len(whole)
+        self._questions = questions_of(whole, prompter, rows) if task.of_answers else []
+        sized = "perplexity" in task.metrics and self._first
+        self._sizes = measure_volumes(split, prompter, reporter=reporter) if sized else None
 
     def measure(self, losses: SplitLoss, planner: Planner, *, label: str, intervals: bool = True) -> Measured:
         """Measure the model as it is now.
@@ -283,9 +314,13 @@ class TaskMeter:
 
         Raises:
             Interrupted: the run is to stop.
+
+        Of several processes the first alone has figures; all have the answers.
         """
         resamples = self._evaluation.bootstrap_samples if intervals else 0
         parts, answers = [], self._answer(planner, label)
+        if not self._first:  # a user's function may give each process other scores
+            return Measured((), answers, self._task.way, self._rows, self._left_out)
         if self._task.of_losses:
             volumes, words = self._sizes or (None, None)
             evidence = Evidence(units=len(losses.counts), losses=losses, answer_bytes=volumes, answer_words=words)
@@ -293,7 +328,7 @@ class TaskMeter:
         if self._task.of_answers:
             evidence = Evidence(units=self._rows, way=self._task.way, answers=answers)
             parts.append(measure(self._task.of_answers, evidence, resamples=resamples))
-        return Measured(tuple(parts), answers, self._task.way, self._rows)
+        return Measured(tuple(parts), answers, self._task.way, self._rows, self._left_out)
 
     def _answer(self, planner: Planner, label: str) -> Sequence[Answered]:
         size = self._evaluation.batch_size
@@ -348,14 +383,3 @@ def compare_sides(adapter: Measured, base: Measured, *, resamples: int) -> dict[
         for mine, theirs in zip(adapter.parts, base.parts, strict=True)
         for name, difference in compare(mine, theirs, resamples=resamples).items()
     }
-
-
-def _answer_sizes(split: TokenStore, prompter: Prompter) -> tuple[FloatArray, FloatArray]:
-    """Return the UTF-8 bytes and the words of the supervised text of each row, stop tokens left out (examples)."""
-    decoder = Decoder(prompter.tokenizer, prompter.stop.ids[0])
-    sizes = np.zeros((2, len(split)))
-    for index in range(len(split)):
-        spans = [[t for t in b.answer_ids.tolist() if t not in prompter.stop.ids] for b in split[index].branches]
-        texts = decoder.texts(spans)
-        sizes[:, index] = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
-    return sizes[0], sizes[1]

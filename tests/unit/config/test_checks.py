@@ -182,6 +182,24 @@ BROKEN: list[tuple[str, Values, list[str], str]] = [
         "write package.module:function",
     ),
     (
+        "check_names",
+        {"data": {"validation": 0.1}, "evaluation": {"metrics": ["mine:eval_loss"]}},
+        ["evaluation.metrics"],
+        "give the function another name",
+    ),
+    (
+        "check_names",
+        {"data": {"validation": 0.1}, "evaluation": {"metrics": ["mine:base"]}},
+        ["evaluation.metrics"],
+        "another one's name",
+    ),
+    (
+        "check_ways",
+        {"data": {"validation": 0.1}, "evaluation": {"metrics": ["calibration"], "answer_by": "generate"}},
+        ["evaluation.metrics"],
+        "leave calibration out",
+    ),
+    (
         "check_ways",
         {
             "data": {"validation": 0.1},
@@ -200,13 +218,13 @@ BROKEN: list[tuple[str, Values, list[str], str]] = [
         "check_ways",
         {"data": {"validation": 0.1}, "evaluation": {"metrics": ["length"], "labels": ["a", "b"]}},
         ["evaluation.metrics"],
-        "they come by score",
+        "answers come by score",
     ),
     (
         "check_ways",
-        {"data": {"validation": 0.1}, "evaluation": {"metrics": ["calibration"]}},
+        {"data": {"validation": 0.1}, "evaluation": {"metrics": ["calibration", "stop_rate"]}},
         ["evaluation.metrics"],
-        "set evaluation.answer_by: score",
+        "set evaluation.answer_by: generate",
     ),
     (
         "check_ways",
@@ -375,6 +393,7 @@ KEPT: list[Values] = [
     },
     {"evaluation": {"metrics": ["calibration", "label_accuracy"], "labels": ["a", "b"]}},
     {"evaluation": {"metrics": []}},
+    {"evaluation": {"metrics": ["calibration", "yes_no"]}},
     {"advanced": {"trainer_args": {name: {} if name == "lr_scheduler_kwargs" else 0.5 for name in TRAINER_ARGS}}},
     {"data": {"format": "text", "long_text": "truncate", "train_on": "all"}},
     {"data": {"validation": "1st.jsonl", "test": "test"}},

@@ -99,6 +99,17 @@ def _yes_no(totals: FloatArray) -> Mapping[str, FloatArray]:
     return figures
 
 
+def _yes_no_counts(totals: FloatArray) -> Mapping[str, FloatArray]:
+    """Return the references of each class, and for its precision the answers of the class."""
+    cells = totals.reshape(*totals.shape[:-1], len(YES_NO_CLASSES), len(YES_NO_CLASSES) + 1)
+    true, said = cells.sum(axis=-1), cells.sum(axis=-2)
+    counts = {}
+    for index, word in enumerate(YES_NO_CLASSES):
+        counts |= {f"yes_no_precision_{word}": said[..., index]}
+        counts |= {f"yes_no_{name}_{word}": true[..., index] for name in ("recall", "f1")}
+    return counts
+
+
 def _yes_no_right(evidence: Evidence) -> FloatArray:
     answers, references = texts_of(evidence)
     pairs = zip(answers, references, strict=True)
@@ -198,6 +209,7 @@ YES_NO_METRIC = Metric(
         fix="leave yes_no out of evaluation.metrics, or mend the row's answer; label_accuracy takes any labels",
     ),
     shares=("yes_no_accuracy", "yes_no_unparsable"),
+    counts=_yes_no_counts,
 )
 
 LABEL_ACCURACY = Metric(

@@ -9,10 +9,11 @@ Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inferenc
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
-from loralab.evaluation.perplexity import FloatArray
-
+# Not `evaluation.perplexity`'s, which draws its interval here.
+FloatArray = npt.NDArray[np.float64]
 # Drawn row numbers held at a time, 8 bytes each, twice.
 _HELD = 2_000_000
 # Drawn row numbers in all: some seconds. Beyond it there are fewer resamples, which matter little for that many rows.
@@ -38,6 +39,22 @@ class Interval:
 def affordable_resamples(rows: int, resamples: int) -> int:
     """Return how many resamples are drawn of that many rows: those asked for, or fewer above 100,000 rows or so."""
     return min(resamples, max(_LEAST, _DRAWN // max(rows, 1)))
+
+
+def describe_resamples(rows: int, resamples: int) -> tuple[int, str]:
+    """Return how many resamples are drawn, and how, in words; 0 and why where none can be.
+
+    Args:
+        rows: there are.
+        resamples: asked for.
+    """
+    if rows < 2:
+        return 0, "none: one row leaves nothing to resample"
+    if resamples < 1:
+        return 0, "none: not asked for"
+    count = affordable_resamples(rows, resamples)
+    fewer = "" if count == resamples else f" ({resamples} asked for)"
+    return count, f"percentile bootstrap over {rows} rows, {count} resamples{fewer}"
 
 
 def resample_sums(statistics: FloatArray, *, resamples: int, seed: int) -> FloatArray:
@@ -93,6 +110,31 @@ def percentile_interval(value: float, drawn: FloatArray, *, level: float, method
             method += ", stretched to the value since resamples are biased"
         low, high = min(low, value), max(high, value)
     return Interval(low, high, method)
+
+
+def ratio_intervals(
+    above: FloatArray, below: FloatArray, *, resamples: int, level: float, seed: int = 0
+) -> list[Interval]:
+    """Return the interval of each column's sum divided by the sum of `below`.
+
+    Args:
+        above: what each row adds to each column (units, k); a column that is not finite has no interval.
+        below: what each row adds to the divisor (units).
+        resamples: bootstrap resamples.
+        level: confidence level.
+        seed: of the resamples.
+    """
+    count, method = describe_resamples(len(below), resamples)
+    if not count:
+        return [Interval(None, None, method)] * above.shape[1]
+    # Not drawn is 0 times infinity, which is no number; those columns get none below.
+    rows = np.concatenate([np.where(np.isfinite(above), above, 0.0), below[:, None]], axis=1)
+    sums = resample_sums(rows, resamples=count, seed=seed)
+    drawn = np.full((count, above.shape[1]), np.nan)
+    np.divide(sums[:, :-1], sums[:, -1:], out=drawn, where=sums[:, -1:] > 0)
+    values = above.sum(axis=0) / max(float(below.sum()), 1.0)
+    pairs = zip(values.tolist(), drawn.T, strict=True)
+    return [percentile_interval(value, each, level=level, method=method) for value, each in pairs]
 
 
 def wilson_interval(value: float, count: int, *, level: float) -> Interval:

@@ -4,6 +4,7 @@ Owns what is said of a difference; what a metric is stands in `metric.py`, how r
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,14 @@ from loralab.errors import DataError
 from loralab.evaluation.answers import Evidence
 from loralab.evaluation.metrics.intervals import (
     Interval,
-    affordable_resamples,
+    describe_resamples,
     percentile_interval,
     resample_sums,
     wilson_interval,
 )
 from loralab.evaluation.metrics.metric import Better, Metric
-from loralab.evaluation.metrics.verdict import compare_right, judge
+from loralab.evaluation.metrics.swap import SwapTest, swap_test
+from loralab.evaluation.metrics.verdict import McNemar, compare_right, judge
 from loralab.evaluation.perplexity import FloatArray
 
 _MISSING = {
@@ -37,7 +39,8 @@ class Figure:
 
     Attributes:
         value: the figure.
-        count: observations behind it: answers, tokens, bytes or words.
+        count: observations behind it: answers (of a class those whose reference it is, for its precision those that
+            say it), tokens, bytes or words.
         low: lower bound of its interval, or None where there is none.
         high: upper bound, or None.
         level: confidence level.
@@ -70,6 +73,7 @@ class Measurement:
         statistics: what each row adds, by metric name (units, k).
         per_answer: a score per answer, higher is better, by metric name (answers), for metrics that have one.
             For those with a `share_of_right` it is 1 for a right answer and 0 for a wrong one.
+        evidence: what was measured.
     """
 
     metrics: Mapping[str, Metric]
@@ -78,6 +82,7 @@ class Measurement:
     details: Mapping[str, Mapping[str, Any]]
     statistics: Mapping[str, FloatArray]
     per_answer: Mapping[str, FloatArray]
+    evidence: Evidence
 
     @property
     def values(self) -> dict[str, float]:
@@ -114,11 +119,11 @@ def measure(
     statistics = {name: np.asarray(metric.statistics(evidence)) for name, metric in metrics.items()}
     draws = _draw(metrics, statistics, resamples=resamples, seed=seed)
     # Wilson's interval takes answers for independent of each other; those of one row are not.
-    whole_rows = len({answer.question.unit for answer in evidence.answers}) == len(evidence.answers)
+    single = _one_answer_a_row(evidence)
     figures: dict[str, Figure] = {}
     for name, metric in metrics.items():
         totals = statistics[name].sum(axis=0)
-        wilson = metric.shares if whole_rows else ()
+        wilson = metric.shares if single else ()
         figures |= _figures(metric, totals, draw=draws[name], wilson=wilson, level=level)
     return Measurement(
         metrics=metrics,
@@ -127,7 +132,12 @@ def measure(
         details={name: metric.details(evidence) for name, metric in metrics.items() if metric.details is not None},
         statistics=statistics,
         per_answer={n: metric.per_answer(evidence) for n, metric in metrics.items() if metric.per_answer is not None},
+        evidence=evidence,
     )
+
+
+def _one_answer_a_row(evidence: Evidence) -> bool:
+    return len({answer.question.unit for answer in evidence.answers}) == len(evidence.answers)
 
 
 def _check_needs(name: str, metric: Metric, evidence: Evidence) -> None:
@@ -161,12 +171,9 @@ def _draw(
     finite = [name for name in metrics if np.isfinite(statistics[name]).all()]
     draws = {name: _Draw(None, "none: some row is not finite") for name in metrics}
     rows = len(statistics[finite[0]]) if finite else 0
-    if rows < 2 or resamples < 1:
-        reason = "none: one row leaves nothing to resample" if rows < 2 else "none: not asked for"
-        return draws | dict.fromkeys(finite, _Draw(None, reason))
-    count = affordable_resamples(rows, resamples)
-    fewer = "" if count == resamples else f" ({resamples} asked for)"
-    method = f"percentile bootstrap over {rows} rows, {count} resamples{fewer}"
+    count, method = describe_resamples(rows, resamples)
+    if not count:
+        return draws | dict.fromkeys(finite, _Draw(None, method))
     sums = resample_sums(np.concatenate([statistics[name] for name in finite], axis=1), resamples=count, seed=seed)
     widths = np.cumsum([statistics[name].shape[1] for name in finite])
     for name, part in zip(finite, np.split(sums, widths[:-1], axis=1), strict=True):
@@ -179,14 +186,20 @@ def _values(metric: Metric, totals: FloatArray) -> Mapping[str, FloatArray]:
     return {name: np.asarray(value, dtype=np.float64) for name, value in metric.figures(totals).items()}
 
 
+def _counts(metric: Metric, totals: FloatArray) -> dict[str, int]:
+    """Return how many observations stand behind each figure of totals (k)."""
+    counts: dict[str, FloatArray] = dict.fromkeys(metric.better, metric.count(totals))
+    counts |= {} if metric.counts is None else metric.counts(totals)
+    return {name: round(float(count)) for name, count in counts.items()}
+
+
 def _figures(
     metric: Metric, totals: FloatArray, *, draw: _Draw, wilson: tuple[str, ...], level: float
 ) -> dict[str, Figure]:
-    counts: dict[str, FloatArray] = dict.fromkeys(metric.better, metric.count(totals))
-    counts |= {} if metric.counts is None else metric.counts(totals)
+    counts = _counts(metric, totals)
     figures = {}
     for name, array in _values(metric, totals).items():
-        value, count = float(array), round(float(counts[name]))
+        value, count = float(array), counts[name]
         if np.isnan(value):
             continue
         if name in wilson:
@@ -208,51 +221,52 @@ def compare(
         adapter: figures of the one model.
         base: figures of the other, of the same questions.
         resamples: bootstrap resamples; the same rows are drawn on both sides.
-        level: confidence level; a difference is seen where its interval leaves out 0.
-        seed: of the resamples.
+        level: confidence level; a difference is seen where its interval leaves out 0 and the tests agree (`judge`).
+        seed: of the resamples and swaps.
 
     Returns:
-        For each figure that both have: `value` (adapter - base), `low`, `high`, `level`, `method`, `count` (the
-        smaller of the two), `rows`, `verdict`, `reason` (what the verdict rests on) and, for shares of right answers,
-        `mcnemar` with `only_adapter`, `only_base` and the exact two-sided `p`.
+        For each figure that both have, on answers that both give: `value` (adapter - base), `low`, `high`, `level`,
+        `method`, `count` (the smaller of the two), `rows`, `verdict`, `reason` (what the verdict rests on), `swap_p`
+        and `swap_method` (p of a test that exchanges the two models' rows, where sums are finite) and, for shares of
+        right answers with one answer per row, `mcnemar` with `only_adapter`, `only_base` and the exact two-sided `p`.
 
     Raises:
         DataError: the two were not measured on equally many rows and answers.
 
-    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13 (percentile interval).
+    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13 (percentile interval); `swap.py` has
+    those of the swap test.
     """
     metrics = {name: metric for name, metric in adapter.metrics.items() if name in base.metrics}
     _check_pairs(metrics, adapter, base)
-    ours = _draw(metrics, adapter.statistics, resamples=resamples, seed=seed)
-    theirs = _draw(metrics, base.statistics, resamples=resamples, seed=seed)
+    pairs = {name: _pair(name, metric, adapter, base) for name, metric in metrics.items()}
+    ours, theirs = (
+        _draw(metrics, {name: pair[side] for name, pair in pairs.items()}, resamples=resamples, seed=seed)
+        for side in (0, 1)
+    )
     result: dict[str, dict[str, Any]] = {}
     for name, metric in metrics.items():
-        differing = int((adapter.statistics[name] != base.statistics[name]).any(axis=1).sum())
-        for figure in metric.better:
-            if figure not in adapter.figures or figure not in base.figures:
+        values = [_values(metric, side.sum(axis=0)) for side in pairs[name]]
+        counts = [_counts(metric, side.sum(axis=0)) for side in pairs[name]]
+        swaps = _swap(metric, pairs[name], resamples=resamples, seed=seed)
+        for figure, better in metric.better.items():
+            value = float(values[0][figure]) - float(values[1][figure])
+            if np.isnan([values[0][figure], values[1][figure]]).any():
                 continue
-            value = adapter.figures[figure].value - base.figures[figure].value
             interval = _paired_interval(value, ours[name], theirs[name], figure=figure, level=level)
-            tested = figure == metric.share_of_right
-            test = compare_right(adapter.per_answer[name], base.per_answer[name]) if tested else None
-            verdict = judge(
-                value,
-                interval,
-                better=metric.better[figure],
-                rows=adapter.units,
-                differing=differing,
-                level=level,
-                test=test,
-            )
+            count, test = min(side[figure] for side in counts), _test_right(name, figure, adapter, base)
+            swap = swaps.get(figure)
+            verdict = judge(value, interval, better=better, rows=adapter.units, level=level, swap=swap, test=test)
             result[figure] = {
                 "value": value,
                 "low": interval.low,
                 "high": interval.high,
                 "level": level,
                 "method": interval.method,
-                "count": min(adapter.figures[figure].count, base.figures[figure].count),
+                "count": count,
                 "rows": adapter.units,
-                **verdict.as_dict(),
+                "verdict": verdict.verdict,
+                "reason": "; ".join([verdict.reason, *_notes(name, figure, adapter, base, count=count)]),
+                **({} if swap is None else swap.as_dict()),
                 **({} if test is None else {"mcnemar": test.as_dict()}),
             }
     return result
@@ -269,6 +283,40 @@ def _check_pairs(metrics: Mapping[str, Metric], adapter: Measurement, base: Meas
                 where="comparison of adapter and base",
                 fix="measure both on the same questions",
             )
+
+
+def _pair(name: str, metric: Metric, adapter: Measurement, base: Measurement) -> tuple[FloatArray, FloatArray]:
+    """Return what each row adds on either side (units, k each)."""
+    if metric.paired is None:
+        return adapter.statistics[name], base.statistics[name]
+    return metric.paired(adapter.evidence, base.evidence)
+
+
+def _swap(
+    metric: Metric, pair: tuple[FloatArray, FloatArray], *, resamples: int, seed: int
+) -> Mapping[str, SwapTest]:
+    if not all(np.isfinite(side).all() for side in pair):
+        return {}
+    return swap_test(*pair, functools.partial(_values, metric), resamples=resamples, seed=seed)
+
+
+def _test_right(name: str, figure: str, adapter: Measurement, base: Measurement) -> McNemar | None:
+    # It takes answers for independent of each other; those of one row are not.
+    if figure != adapter.metrics[name].share_of_right or not _one_answer_a_row(adapter.evidence):
+        return None
+    return compare_right(adapter.per_answer[name], base.per_answer[name])
+
+
+def _notes(name: str, figure: str, adapter: Measurement, base: Measurement, *, count: int) -> list[str]:
+    """Return what else a reader of the verdict has to know."""
+    notes, metric = [], adapter.metrics[name]
+    own = [side.figures[figure].count if figure in side.figures else 0 for side in (adapter, base)]
+    if metric.paired is not None and own != [count, count]:
+        of = f"of {own[0]} with the adapter and {own[1]} without"
+        notes.append(f"over the {count} answers that count on both sides, {of}")
+    if figure == metric.share_of_right and not _one_answer_a_row(adapter.evidence):
+        notes.append("without McNemar's test, since rows hold several answers")
+    return notes
 
 
 def _paired_interval(value: float, ours: _Draw, theirs: _Draw, *, figure: str, level: float) -> Interval:

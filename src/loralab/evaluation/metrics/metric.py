@@ -37,6 +37,10 @@ class Metric:
         check: raises a `DataError` that names what is missing where evidence cannot be measured; None checks nothing.
         shares: figures that are plain shares of answers; with one answer per row their interval is Wilson's.
         counts: from totals to the count of each figure that has another one than `count`; None where all share it.
+        paired: from the evidence of two models, of the same questions, to what each row adds on either side when
+            they are compared (units, k each). For figures over those answers alone that can be measured (with a
+            number, of enough words): two models give them to different questions, so that only questions that both
+            answered so may count. None where `statistics` of each side do, since every answer counts.
     """
 
     summary: str
@@ -52,3 +56,4 @@ class Metric:
     check: Callable[[Evidence], None] | None = None
     shares: tuple[str, ...] = ()
     counts: Callable[[FloatArray], Mapping[str, FloatArray]] | None = None
+    paired: Callable[[Evidence, Evidence], tuple[FloatArray, FloatArray]] | None = None

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from loralab.config.metric_facts import FACTS
 from loralab.evaluation.answers import Evidence
@@ -48,26 +49,41 @@ def _pairs(evidence: Evidence) -> tuple[FloatArray, FloatArray]:
 
 
 def _rows(evidence: Evidence) -> FloatArray:
-    """Return all answers, those with a number, |error|, error^2, within 20 %, reference and its square (units, 7)."""
+    answers, _ = _pairs(evidence)
+    return _rows_of(evidence, np.isfinite(answers))
+
+
+def _paired_rows(first: Evidence, second: Evidence) -> tuple[FloatArray, FloatArray]:
+    both = np.isfinite(_pairs(first)[0]) & np.isfinite(_pairs(second)[0])
+    return _rows_of(first, both), _rows_of(second, both)
+
+
+def _rows_of(evidence: Evidence, counted: npt.NDArray[np.bool_]) -> FloatArray:
+    """Return what each row adds (units, 8).
+
+    All answers, those with a number, those within 20 %; then of the answers whose errors count, all of which have a
+    number: how many, |error|, error^2, reference and its square.
+    """
     answers, references = _pairs(evidence)
     parsed = np.isfinite(answers)
-    error = np.where(parsed, answers - references, 0.0)
+    distance = np.where(parsed, np.abs(answers - references), 0.0)
+    error = np.where(counted, distance, 0.0)
     # R2 does not change when all references are moved by one number; near zero their squares keep their digits.
-    centred = np.where(parsed, references - (np.median(references) if len(references) else 0.0), 0.0)
+    centred = np.where(counted, references - (np.median(references) if len(references) else 0.0), 0.0)
     limit = WITHIN * np.abs(references) * (1 + 1e-9)  # 1.2 times a decimal price is not exact in binary
-    within = parsed & (np.abs(error) <= limit)
-    columns = [np.ones_like(error), parsed, np.abs(error), error**2, within, centred, centred**2]
+    within = parsed & (distance <= limit)
+    columns = [np.ones_like(error), parsed, within, counted, error, error**2, centred, centred**2]
     return add_rows(evidence, np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1))
 
 
 def _figures(totals: FloatArray) -> Mapping[str, FloatArray]:
-    count, parsed, absolute, squared, within, references, references_squared = np.moveaxis(totals, -1, 0)
-    spread = references_squared - np.nan_to_num(quotient(references**2, parsed))
+    count, parsed, within, counted, absolute, squared, references, references_squared = np.moveaxis(totals, -1, 0)
+    spread = references_squared - np.nan_to_num(quotient(references**2, counted))
     # Equal references leave rounding errors and nothing to explain.
     spread = np.where(spread > 1e-12 * references_squared, spread, 0.0)
     return {
-        "number_mae": quotient(absolute, parsed),
-        "number_rmse": np.sqrt(quotient(squared, parsed)),
+        "number_mae": quotient(absolute, counted),
+        "number_rmse": np.sqrt(quotient(squared, counted)),
         "number_within_20": quotient(within, count),
         "number_r2": 1 - quotient(squared, spread),
         "number_unparsable": quotient(count - parsed, count),
@@ -81,7 +97,8 @@ def _per_answer(evidence: Evidence) -> FloatArray:
 
 NUMBER = Metric(
     summary="The first number of the answer against that of the reference: mean absolute error, root mean squared "
-    "error and R2 over answers that have a number; share within 20 % of the reference, share without a number.",
+    "error and R2 over answers that have a number; share within 20 % of the reference, share without a number. Errors of two models "
+    "are compared over answers that have a number on both sides.",
     source="Hyndman & Koehler 2006, Another look at measures of forecast accuracy (MAE, RMSE); "
     "R2 = 1 - residual / total sum of squares",
     needs=FACTS["number"].needs,
@@ -97,5 +114,6 @@ NUMBER = Metric(
         fix="leave number out of evaluation.metrics, or mend the row's answer",
     ),
     shares=("number_within_20", "number_unparsable"),
-    counts=lambda totals: dict.fromkeys(("number_mae", "number_rmse", "number_r2"), totals[..., 1]),
+    counts=lambda totals: dict.fromkeys(("number_mae", "number_rmse", "number_r2"), totals[..., 3]),
+    paired=_paired_rows,
 )

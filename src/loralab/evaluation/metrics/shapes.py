@@ -35,13 +35,24 @@ def _length_rows(evidence: Evidence) -> FloatArray:
     return add_rows(evidence, [(len(answer.ids), len(answer.text), 1) for answer in evidence.answers])
 
 
+def _repeated_shares(evidence: Evidence) -> FloatArray:
+    return np.array([repeated_share(answer.text) for answer in evidence.answers], dtype=np.float64)
+
+
 def _repetition_rows(evidence: Evidence) -> FloatArray:
-    shares = np.array([repeated_share(answer.text) for answer in evidence.answers], dtype=np.float64)
+    shares = _repeated_shares(evidence)
     return add_rows(evidence, np.stack([np.nan_to_num(shares), np.isfinite(shares)], axis=1))
 
 
+def _paired_repetition_rows(first: Evidence, second: Evidence) -> tuple[FloatArray, FloatArray]:
+    shares = [_repeated_shares(evidence) for evidence in (first, second)]
+    both = np.isfinite(shares[0]) & np.isfinite(shares[1])
+    ours, theirs = (np.stack([np.where(both, each, 0.0), both], axis=1) for each in shares)
+    return add_rows(first, ours), add_rows(second, theirs)
+
+
 def _repetition_per_answer(evidence: Evidence) -> FloatArray:
-    return np.array([-repeated_share(answer.text) for answer in evidence.answers], dtype=np.float64)
+    return -_repeated_shares(evidence)
 
 
 STOP_RATE = Metric(
@@ -69,7 +80,8 @@ LENGTH = Metric(
 )
 
 REPETITION = Metric(
-    summary="Share of an answer's word 4-grams that occurred before in it; mean over answers of 4 words or more.",
+    summary="Share of an answer's word 4-grams that occurred before in it; mean over answers of 4 words or more. "
+    "Two models are compared over questions that both gave such an answer to.",
     source="Welleck et al. 2020, Neural Text Generation with Unlikelihood Training, section 6 (seq-rep-4)",
     needs=FACTS["repetition"].needs,
     better=FACTS["repetition"].figures,
@@ -77,4 +89,5 @@ REPETITION = Metric(
     figures=lambda totals: {"repetition": quotient(totals[..., 0], totals[..., 1])},
     count=lambda totals: totals[..., 1],
     per_answer=_repetition_per_answer,
+    paired=_paired_repetition_rows,
 )

@@ -9,9 +9,9 @@ from typing import Any
 
 from scipy import stats
 
-from loralab.evaluation.metrics.intervals import Interval
-from loralab.evaluation.metrics.metric import Better
-from loralab.evaluation.perplexity import FloatArray
+from loralab.config.metric_facts import Better
+from loralab.evaluation.metrics.intervals import FloatArray, Interval
+from loralab.evaluation.metrics.swap import SwapTest
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,34 +72,39 @@ def judge(
     *,
     better: Better | None,
     rows: int,
-    differing: int,
     level: float,
+    swap: SwapTest | None,
     test: McNemar | None = None,
 ) -> Verdict:
     """Say what a paired difference allows to say, by the most careful of what was measured.
+
+    A difference is seen where its interval leaves out 0, the swap test's p is at most 1 - level, and so is
+    McNemar's where there is one.
 
     Args:
         value: adapter - base.
         interval: of the difference.
         better: which direction is better, or None where neither is.
         rows: rows that were measured.
-        differing: rows on which the two models differ at all.
         level: confidence level of the interval.
+        swap: the swap test, or None where sums are not finite, of which there is no interval either.
         test: McNemar's test, for shares of right answers.
     """
     nothing = f"no difference seen at n = {rows}"
     low, high = interval.low, interval.high
-    if low is None or high is None:
+    if low is None or high is None or swap is None:
         return Verdict(nothing, f"there is no interval ({interval.method})")
     if low <= 0 <= high:
         return Verdict(nothing, "the interval holds 0")
-    # Even if all of so few rows moved the same way, a sign test would not call it more than chance.
-    if 2 * 0.5**differing > 1 - level + 1e-12:
-        return Verdict(nothing, f"the interval leaves out 0, but only {differing} rows differ")
-    if test is not None and test.p > 1 - level:
-        return Verdict(nothing, f"the interval leaves out 0, but McNemar's test has p = {test.p:.2g}")
+    out = "the interval leaves out 0"
+    if swap.p > 1 - level + 1e-12:
+        differing = f"{swap.differing} row{' differs' if swap.differing == 1 else 's differ'}"
+        return Verdict(nothing, f"{out}, but the swap test has p = {swap.p:.2g} ({differing})")
+    if test is not None and test.p > 1 - level + 1e-12:
+        return Verdict(nothing, f"{out}, but McNemar's test has p = {test.p:.2g}")
     if better is None:
         verdict = "higher" if value > 0 else "lower"
     else:
         verdict = "better" if (value > 0) == (better == "higher") else "worse"
-    return Verdict(verdict, "the interval leaves out 0" + ("" if test is None else f"; McNemar's p = {test.p:.2g}"))
+    tests = [f"the swap test has p = {swap.p:.2g}"] + ([] if test is None else [f"McNemar's p = {test.p:.2g}"])
+    return Verdict(verdict, "; ".join([out, *tests]))

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from loralab.evaluation.answers import Answered, Evidence, Question, Way
+from loralab.config.metric_facts import Way
+from loralab.evaluation.answers import Answered, Evidence, Question
 from loralab.evaluation.metrics.metric import Metric
 from loralab.evaluation.perplexity import SplitLoss
 
