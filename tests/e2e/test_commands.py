@@ -249,7 +249,9 @@ def test_evaluation_has_the_named_keys(world: World) -> None:
     result = json.loads((world.run / "evaluation.json").read_text(encoding="utf-8"))
     assert set(result) == {*FIGURES, *SETTINGS, "base", "difference"}
     assert set(result["base"]) == {*FIGURES, *SETTINGS}
-    assert set(result["difference"]) == {"eval_loss", "low", "high", "level", "method"}
+    assert set(result["difference"]) == {
+        *("eval_loss", "low", "high", "level", "method", "verdict", "reason", "swap_p", "swap_method"),
+    }
     for part in (result, result["base"]):
         assert [part[name] for name in SETTINGS] == ["validation", 4, 128]
         assert part["num_batches"] == 2

@@ -52,10 +52,9 @@ def _figure(value: Any) -> str:
 
 def _loss_difference(difference: Mapping[str, Any]) -> str:
     text = f"eval_loss {difference['eval_loss']:+.4f} nats per token"
-    if difference["low"] is None:
-        return text
-    verdict = "" if difference["low"] > 0 or difference["high"] < 0 else "; no difference seen"
-    return f"{text}, {_interval(difference)}{verdict}"
+    if difference["low"] is not None:
+        text += f", {_interval(difference)}"
+    return f"{text}: {difference['verdict']}"
 
 
 def _difference(difference: Mapping[str, Any]) -> str:

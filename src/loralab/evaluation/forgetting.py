@@ -156,8 +156,9 @@ def measure_forgetting(
         should_stop: asked before every batch.
 
     Returns:
-        `name`, `rows` (passages; their windows are added up), `tokens`, `base_perplexity`, `adapter_perplexity`, `difference` (of the losses),
-        `perplexity_change` (ratio - 1), every distance of `DISTANCES` with its interval, and `reading`: what was seen.
+        `name`, `rows` (passages; their windows are added up), `tokens`, `base_perplexity`, `adapter_perplexity`,
+        `difference` (of the losses), `perplexity_change` (ratio - 1), every distance of `DISTANCES` with its interval,
+        and `reading`: what was seen.
 
     Raises:
         DataError: no passage can be measured.
@@ -214,8 +215,8 @@ def read_forgetting(difference: dict[str, Any], *, rows: int) -> str:
     """
     value, low, high = difference["eval_loss"], difference["low"], difference["high"]
     if low is None or high is None:
-        passages = "1 passage is" if rows == 1 else f"{rows} passages are"
-        return f"{_PERPLEXITY} changed by {_percent(value)}; {passages} too few to say more"
+        why = "1 passage is too few to say more" if rows == 1 else difference["reason"]
+        return f"{_PERPLEXITY} changed by {_percent(value)}; {why}"
     interval = f"{difference['level']:.0%} interval {_percent(low)} to {_percent(high)}"
     word = {"worse": "rose", "better": "fell"}.get(difference["verdict"])
     if word is None:

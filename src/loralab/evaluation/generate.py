@@ -4,11 +4,13 @@ Owns generation settings; the prompts come from the `Prompter` (or from tokenize
 came from it).
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import cast, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
@@ -22,6 +24,9 @@ from loralab.models.load import max_positions
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
 from loralab.training.distributed import ALONE, Processes
+
+# Of prompts with less room, so many are named.
+_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,11 @@ class GenerationSettings:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Longest answer, in tokens, where the model has positions for it."""
+        return self.max_new_tokens or EvaluationConfig().max_new_tokens
 
 
 def generate_answers(
@@ -91,8 +101,11 @@ def generate_answers(
         ModelError: a prompt is longer than the model's positions.
         Interrupted: `should_stop` answered yes.
     """
+    places = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    rooms = _fit_positions(model, prompts, settings, places)
+    _tell_short(model, rooms, settings, places=places, reporter=reporter)
     work = _Work(model, prompter, settings, reporter, label, should_stop, processes)
-    return [read_answer(ids, prompter) for ids in work.generate(prompts, batch_size)]
+    return [read_answer(ids, prompter) for ids in work.generate(prompts, rooms, batch_size)]
 
 
 def answer_questions(
@@ -107,14 +120,38 @@ def answer_questions(
     should_stop: Callable[[], bool] = lambda: False,
     processes: Processes = ALONE,
 ) -> list[Answered]:
-    """Answer questions, for metrics; arguments, returned order and errors are those of `generate_answers`."""
+    """Answer questions, for metrics; arguments, returned order and errors are those of `generate_answers`.
+
+    Answers with less room than asked for are not told of: see `tell_short_rooms`.
+    """
+    prompts = _PromptsOf(questions)
+    rooms = _fit_positions(model, prompts, settings, [f"row {question.row}" for question in questions])
     work = _Work(model, prompter, settings, reporter, label, should_stop, processes)
-    written = work.generate([question.prompt_ids for question in questions], batch_size)
+    written = work.generate(prompts, rooms, batch_size)
     answers = [read_answer(ids, prompter) for ids in written]
     return [
         Answered(question, answer.text, ids=tuple(ids[: answer.tokens - answer.stopped]), stopped=answer.stopped)
         for question, ids, answer in zip(questions, written, answers, strict=True)
     ]
+
+
+class _PromptsOf(Sequence[Sequence[int]]):
+    """The prompts of questions, each read when it is asked for: all of them together may be large."""
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        self._questions = questions
+
+    def __len__(self) -> int:
+        return len(self._questions)
+
+    @overload
+    def __getitem__(self, index: int) -> Sequence[int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "_PromptsOf": ...
+    def __getitem__(self, index: int | slice) -> "Sequence[int] | _PromptsOf":
+        if isinstance(index, slice):
+            return _PromptsOf(self._questions[index])
+        return self._questions[index].prompt_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +166,8 @@ class _Work:
     should_stop: Callable[[], bool]
     processes: Processes
 
-    def generate(self, prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-        """Return the generated ids behind each prompt, what follows a stop token included."""
-        rooms = _fit_positions(self.model, prompts, self.settings, self.reporter)
+    def generate(self, prompts: Sequence[Sequence[int]], rooms: Sequence[int], batch_size: int) -> list[list[int]]:
+        """Return the generated ids behind each prompt, at most `rooms` each, what follows a stop token included."""
         asked = _asked_once(prompts, self.settings)
         distinct = sorted(set(asked))
         batches = _batches({index: (rooms[index], len(prompts[index])) for index in distinct}, batch_size)
@@ -184,24 +220,64 @@ def _asked_once(prompts: Sequence[Sequence[int]], settings: GenerationSettings) 
     """Return for each prompt the index of the one whose answer is its own: greedy answers depend on nothing else."""
     if settings.temperature > 0:
         return list(range(len(prompts)))
-    first: dict[tuple[int, ...], int] = {}
-    return [first.setdefault(tuple(prompt), index) for index, prompt in enumerate(prompts)]
+    first: dict[bytes, int] = {}
+    return [first.setdefault(_digest(prompt), index) for index, prompt in enumerate(prompts)]
+
+
+def _digest(prompt: Sequence[int]) -> bytes:
+    """Return what tells a prompt from others in little memory."""
+    return hashlib.blake2b(np.asarray(prompt, dtype=np.int64).tobytes(), digest_size=16).digest()
+
+
+def tell_short_rooms(
+    model: SupervisedPeftModel, questions: Sequence[Question], *, settings: GenerationSettings, reporter: Reporter
+) -> None:
+    """Say in one line which answers may have fewer tokens than asked for: once, not for every side and evaluation.
+
+    Args:
+        model: whose positions end them.
+        questions: what is asked.
+        settings: how to generate.
+        reporter: told of it.
+
+    Raises:
+        DataError: a prompt has no tokens.
+        ModelError: a prompt is longer than the model's positions.
+    """
+    places = [f"row {question.row}" for question in questions]
+    rooms = _fit_positions(model, _PromptsOf(questions), settings, places)
+    _tell_short(model, rooms, settings, places=places, reporter=reporter)
 
 
 def _fit_positions(
-    model: SupervisedPeftModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings, reporter: Reporter
+    model: SupervisedPeftModel,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    places: Sequence[str],
 ) -> list[int]:
     """Return for each prompt how many tokens its answer may have."""
-    wanted = settings.max_new_tokens or EvaluationConfig().max_new_tokens
-    rooms = []
-    for number, prompt in enumerate(prompts, start=1):
-        where = f"prompt {number}"
-        room = answer_room(model, prompt, wanted, where=where)
-        if room < wanted:
-            limit = max_positions(model.language_model.config)
-            reporter.say(f"{where}: max_new_tokens {wanted} -> {room}, the model has {limit} positions")
-        rooms.append(room)
-    return rooms
+    wanted = settings.longest
+    return [answer_room(model, prompt, wanted, where=place) for prompt, place in zip(prompts, places, strict=True)]
+
+
+def _tell_short(
+    model: SupervisedPeftModel,
+    rooms: Sequence[int],
+    settings: GenerationSettings,
+    *,
+    places: Sequence[str],
+    reporter: Reporter,
+) -> None:
+    wanted = settings.longest
+    short = [number for number, room in enumerate(rooms) if room < wanted]
+    if not short:
+        return
+    named = list(dict.fromkeys(places[number] for number in short))
+    shown = ", ".join(named[:_NAMED]) + (", ..." if len(named) > _NAMED else "")
+    reporter.say(
+        f"max_new_tokens {wanted} -> {min(rooms)} at the least for {len(short)} of {len(rooms)} prompts ({shown}): "
+        f"the model has {max_positions(model.language_model.config)} positions"
+    )
 
 
 def answer_room(model: SupervisedPeftModel, prompt: Sequence[int], wanted: int, *, where: str) -> int:

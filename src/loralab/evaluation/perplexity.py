@@ -183,8 +183,8 @@ def compare_losses(adapter: SplitLoss, base: SplitLoss, *, resamples: int, level
     (interval,) = intervals.ratio_intervals(nats[:, None], counts, resamples=resamples, level=level)
     swap = None
     if np.isfinite(nats).all():
-        sides = (np.stack([side.totals, counts], axis=1) for side in (adapter, base))
-        swap = swap_test(*sides, _loss_of_sums, resamples=resamples)["eval_loss"]
+        ours, theirs = (np.stack([side.totals, counts], axis=1) for side in (adapter, base))
+        swap = swap_test(ours, theirs, _loss_of_sums, resamples=resamples)["eval_loss"]
     verdict = judge(value, interval, better="lower", rows=len(nats), level=level, swap=swap)
     return {
         "eval_loss": value,

@@ -24,6 +24,8 @@ class _StoredQuestion(Question):
     """A question whose ids and prompt are made when they are read, since a split may have many long prompts."""
 
     __slots__ = ("_branch", "_prompter")
+    _branch: Branch
+    _prompter: Prompter
 
     def __init__(self, unit: int, example: TokenizedExample, branch: Branch, prompter: Prompter) -> None:
         values = {

@@ -32,9 +32,29 @@ _WHERE = "key evaluation.labels"
 _LOOKED_AT = 200
 
 
-def label_ids(
-    labels: Sequence[str], prompter: Prompter, questions: Sequence[Question] = ()
-) -> Resolved[dict[str, tuple[int, ...]]]:
+@dataclass(frozen=True, slots=True, eq=False)
+class WrittenLabels(Mapping[str, tuple[int, ...]]):
+    """Token ids by label, as a user names it, and the text that they are.
+
+    Attributes:
+        ids: token ids by label.
+        texts: what the ids say, without outer blanks, by label; a stop token that ends them left out.
+    """
+
+    ids: LabelIds
+    texts: Mapping[str, str]
+
+    def __getitem__(self, label: str) -> tuple[int, ...]:
+        return self.ids[label]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def label_ids(labels: Sequence[str], prompter: Prompter, questions: Sequence[Question] = ()) -> Resolved[WrittenLabels]:
     """Choose the token ids that stand for each label.
 
     A label is tokenized as an answer behind a prompt, with what most references have before it (a template may
@@ -59,13 +79,15 @@ def label_ids(
     encoded = prompter.encode_answers([form.value.write(label) for label in labels])
     ids = {label: _without_stop(found, prompter) for label, found in zip(labels, encoded, strict=True)}
     _check_labels(ids, prompter)
+    # As references become text, so that a label and a reference of the same tokens are the same text.
+    texts = {label: prompter.decode(list(found)).strip() for label, found in ids.items()}
     clash = _find_prefix(ids)
     if clash is None:
-        return Resolved(ids, f"{form.reason}; stop tokens left out, which say nothing about the label")
+        why = "stop tokens left out, which say nothing about the label"
+        return Resolved(WrittenLabels(ids, texts), f"{form.reason}; {why}")
     stopped = {label: (*found, prompter.stop.ids[0]) for label, found in ids.items()}
-    return Resolved(
-        stopped, f"{form.reason}; each with its stop token, since {clash[1]!r} begins with all tokens of {clash[0]!r}"
-    )
+    why = f"each with its stop token, since {clash[1]!r} begins with all tokens of {clash[0]!r}"
+    return Resolved(WrittenLabels(stopped, texts), f"{form.reason}; {why}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +204,8 @@ def score_labels(
         count_tokens: told how many tokens this process's model reads, micro-batch by micro-batch, without padding.
 
     Returns:
-        One answer per question, in order: the most likely label, and every label's log-probability in nats,
-        summed over its tokens.
+        One answer per question, in order: the most likely label as it was scored (in the spelling of the references,
+        which an exact match is held against), and every label's log-probability in nats, summed over its tokens.
 
     Raises:
         ModelError: a prompt leaves no position for a label.
@@ -219,11 +241,12 @@ def score_labels(
     )
     # Each prompt was scored by one process and is zero in the others, so these sums are exact.
     rows = dict(zip(prompts, processes.sum(scores).tolist(), strict=True))
-    return [_answered(question, dict(zip(labels, rows[question.prompt_ids], strict=True))) for question in questions]
-
-
-def _answered(question: Question, scores: Mapping[str, float]) -> Answered:
-    return Answered(question, max(scores, key=lambda label: scores[label]), label_scores=scores)
+    texts = labels.texts if isinstance(labels, WrittenLabels) else {label: label for label in labels}
+    found = ((question, dict(zip(labels, rows[question.prompt_ids], strict=True))) for question in questions)
+    return [
+        Answered(question, texts[max(scores, key=lambda label: scores[label])], label_scores=scores)
+        for question, scores in found
+    ]
 
 
 def _check_positions(model: SupervisedPeftModel, questions: Sequence[Question], longest: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from loralab.data.example import TokenIds
+from loralab.data.example import Branch
 from loralab.data.prompts.decoding import Decoder
 from loralab.data.prompts.prompter import Prompter
 from loralab.data.tokens.store import TokenStore
@@ -41,9 +41,8 @@ class TokenBytes:
         self._stops = frozenset(prompter.stop.ids)
         self._added = {int(token): str(added.content) for token, added in self._tokenizer.added_tokens_decoder.items()}
         self._alone = Decoder(self._tokenizer, prompter.stop.ids[0])
-        spell = self._choose_spelling()
-        self.exact = spell is not None
-        self._spell = spell or self._decode_alone
+        self._spell = self._choose_spelling()
+        self.exact = self._spell is not None
         self._known: dict[int, bytes] = {}
         (first,) = prompter.encode(["a"])
         self.adds_blank = bool(first) and self.of(first[0]).startswith(b" ")
@@ -59,10 +58,6 @@ class TokenBytes:
             return functools.partial(_bytes_of_piece, with_bytes=decoder.decode(["a", "<0x41>"]) == "aA")
         return None
 
-    def _decode_alone(self, token: str) -> bytes:
-        (text,) = self._alone.texts([[int(self._tokenizer.convert_tokens_to_ids(token))]])
-        return text.encode()
-
     def of(self, token: int) -> bytes:
         """Return the bytes of a token; of a stop token a blank, since it ends words."""
         found = self._known.get(token)
@@ -75,6 +70,8 @@ class TokenBytes:
             return b" "
         if token in self._added:
             return self._added[token].encode()
+        if self._spell is None:
+            return self._alone.texts([[token]])[0].encode()
         return self._spell(str(self._tokenizer.convert_ids_to_tokens(token)))
 
 
@@ -102,20 +99,41 @@ def _byte_values() -> dict[str, int]:
 
 
 class _Reader:
-    """Reads text from its beginning, or from the middle, and counts the words that begin."""
+    """Reads text from its beginning, or from the middle, and counts the words that begin.
 
-    def __init__(self) -> None:
+    Args:
+        words: where they are counted (examples).
+    """
+
+    def __init__(self, words: FloatArray) -> None:
+        self._words = words
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._inside = False
+        self._began: int | None = None
 
-    def count(self, text: bytes) -> int:
-        """Return how many words begin in what comes next."""
+    def read(self, text: bytes, example: int | None) -> None:
+        """Read on.
+
+        Args:
+            text: what comes next; it may end within a character.
+            example: whose words those are that begin in it, or None where they do not count.
+        """
+        first = self._began if self._decoder.getstate()[0] else example
         read = self._decoder.decode(text)
+        self._began = example if read else first
         if not read:
-            return 0
+            return
         begun = len(read.split()) - (self._inside and not read[0].isspace())
+        # A character that began in the text before belongs to that.
+        if begun and not self._inside and not read[0].isspace():
+            self._add(1, first)
+            begun -= 1
+        self._add(begun, example)
         self._inside = not read[-1].isspace()
-        return begun
+
+    def _add(self, count: int, example: int | None) -> None:
+        if example is not None:
+            self._words[example] += count
 
 
 def measure_volumes(split: TokenStore, prompter: Prompter, *, reporter: Reporter) -> tuple[FloatArray, FloatArray]:
@@ -141,46 +159,48 @@ def measure_volumes(split: TokenStore, prompter: Prompter, *, reporter: Reporter
             f"{_LABEL}: this tokenizer does not spell its tokens in bytes or pieces: each counts as what it is decoded "
             "to by itself"
         )
-    counter = _Counter(table, prompter)
-    volumes = np.zeros((2, len(split)))
+    volumes, words = np.zeros(len(split)), np.zeros(len(split))
+    counter = _Counter(table, prompter, words)
     units, origins = split.units, split.origins
     follows = np.zeros(len(split), dtype=bool)
     follows[1:] = (np.diff(units) == 1) & (np.diff(origins, axis=0) == 0).all(axis=1)
     for index in range(len(split)):
         for branch in split[index].branches:
-            volumes[:, index] += counter.add(branch.prompt_ids, branch.answer_ids, follows=bool(follows[index]))
+            volumes[index] += counter.add(branch, index, follows=bool(follows[index]))
         if not (index + 1) % _TELL_EVERY:
             reporter.progress(_LABEL, index + 1, len(split))
     reporter.finish(_LABEL)
-    return volumes[0], volumes[1]
+    return volumes, words
 
 
 class _Counter:
-    """Counts the text of branches one behind the other."""
+    """Counts the text of branches one behind the other; words are counted where the reader puts them."""
 
-    def __init__(self, table: TokenBytes, prompter: Prompter) -> None:
+    def __init__(self, table: TokenBytes, prompter: Prompter, words: FloatArray) -> None:
         self._table = table
         self._stops = frozenset(prompter.stop.ids)
         self._special = frozenset(prompter.tokenizer.all_special_ids)
-        self._reader = _Reader()
+        self._words = words
+        self._reader = _Reader(words)
 
-    def add(self, prompt: TokenIds, answer: TokenIds, *, follows: bool) -> tuple[int, int]:
-        """Return bytes and words of an answer.
+    def add(self, branch: Branch, example: int, *, follows: bool) -> int:
+        """Count the words of an answer and return its bytes.
 
         Args:
-            prompt: ids before it.
-            answer: its ids.
+            branch: the answer and what is before it.
+            example: the row that it belongs to.
             follows: whether the row before is the one before it in its source row.
         """
-        ids = answer.tolist()
+        ids = branch.answer_ids.tolist()
         text = b"".join(map(self._table.of, ids))
         unseen = sum(map(self._stops.__contains__, ids))
         # A window of a text begins with one token that is not predicted; an answer stands by itself.
-        if len(prompt) != 1 or not follows:
-            self._reader = _Reader()
-            first = int(prompt[0]) if len(prompt) == 1 else None
+        if len(branch.prompt_ids) != 1 or not follows:
+            self._reader = _Reader(self._words)
+            first = int(branch.prompt_ids[0]) if len(branch.prompt_ids) == 1 else None
             if first is not None and first not in self._special:
-                self._reader.count(self._table.of(first))
-            elif first is not None and self._table.adds_blank and text.startswith(b" "):
-                text = text[1:]
-        return len(text) - unseen, self._reader.count(text)
+                self._reader.read(self._table.of(first), None)
+            elif first is not None and self._table.adds_blank:
+                text = text.removeprefix(b" ")
+        self._reader.read(text, example)
+        return len(text) - unseen

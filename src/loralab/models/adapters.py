@@ -21,6 +21,7 @@ from loralab.errors import ModelError, excerpt
 from loralab.lookup import look_up
 from loralab.models.eva import Batches, find_directions, with_ranks
 from loralab.models.first_weights import Beginning, check_dora
+from loralab.models.fused_lora import fuse_lora
 from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.models.targets import adapted_layers, placement, resolve_target_modules
@@ -68,6 +69,7 @@ def build_adapter(
     start = VARIANTS[lora.variant].start
     if start is not None:
         chosen["first_weights"] = start(model, beginning)
+    chosen["lora_forward"] = fuse_lora(model, dtype=model.embedding.weight.dtype)
     reason = model.check_head()
     path = "full logits" if reason else "gathered"
     chosen["head"] = Resolved(path, reason or "head(gathered hidden states) equals the model's own logits")
@@ -128,6 +130,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, where: str = "argument 
         )
     if getattr(config, "use_dora", False):
         check_dora(model)
+    fuse_lora(model, dtype=model.embedding.weight.dtype)
     model.check_head()
     model.eval()
     return model

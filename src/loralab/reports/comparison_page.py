@@ -129,11 +129,10 @@ def _generation(generation: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 def _probe(probe: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if probe is None:
         return None
-    low = probe["difference"]["low"]
     return {
         "name": probe["name"],
         "reading": _sentence(probe["reading"]),
-        "worse": low is not None and low > 0,
+        "worse": probe["difference"]["verdict"] == "worse",
         "facts": [
             ("Passages", f"{probe['rows']:,}"),
             ("Tokens", f"{probe['tokens']:,}"),

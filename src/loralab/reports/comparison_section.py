@@ -60,7 +60,6 @@ def _probe(probe: Json) -> Json | None:
     reading = str(probe.get("reading") or "")
     if not reading:
         return None
-    low = dig_number(probe, "difference", "low")
     pairs = [
         ("Passages", format_count(dig_number(probe, "rows"))),
         ("Tokens", format_count(dig_number(probe, "tokens"))),
@@ -71,6 +70,6 @@ def _probe(probe: Json) -> Json | None:
     return {
         "name": str(dig(probe, "name") or ""),
         "reading": reading[:1].upper() + reading[1:].rstrip(".") + ".",
-        "outcome": "worse" if low is not None and low > 0 else "none",
+        "outcome": "worse" if dig(probe, "difference", "verdict") == "worse" else "none",
         "facts": [(name, value) for name, value in pairs if value != MISSING],
     }

@@ -276,9 +276,9 @@ def _evaluation(facts: Facts) -> Iterator[str]:
     counts = _listed([rows, _counted(tokens, "supervised token")])
     told = f"{where}{counts} the loss was {format_loss(loss)} nats per token"
     if base is not None:
-        told += (
-            f" with the adapter and {format_loss(base)} without it{_difference(dig_table(evaluation, 'difference'))}"
-        )
+        difference = dig_table(evaluation, "difference")
+        told += f" with the adapter and {format_loss(base)} without it{_difference(difference)}"
+        told += f": {difference['verdict']}" if difference.get("verdict") else ""
     yield f"{told}."
     yield from _figures(facts)
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from loralab.reports.facts import Facts, dig, dig_number
+from loralab.run import Json
 
 MISSING = "\u2013"
 SPACE = "\u00a0"
@@ -25,7 +26,8 @@ class Verdict:
     """Whether the adapter is better than the base model.
 
     Attributes:
-        outcome: `none` when the interval holds 0, `unknown` without an interval, `missing` without an evaluation.
+        outcome: `none` when no difference was seen, `unknown` without an interval or a verdict, `missing` without an
+            evaluation.
         headline: the answer in a few words.
         sentence: the difference with its interval.
         caveats: what weakens the result.
@@ -181,22 +183,34 @@ def assess(facts: Facts) -> Verdict:
     if low is None or high is None:
         sentence = f"Loss is {direction} by {format_loss(abs(change))} nats per token; there is no interval{counted}."
         return Verdict("unknown", f"Loss {where} is {direction}; how sure that is was not measured", sentence, caveats)
+    return _judged(evaluation, change, low, high, where=where, counted=counted, caveats=caveats)
+
+
+def _judged(
+    evaluation: Json, change: float, low: float, high: float, *, where: str, counted: str, caveats: tuple[str, ...]
+) -> Verdict:
+    """Return the verdict that the evaluation holds, in words; it is not judged again here."""
     level = f"{100 * (dig_number(evaluation, 'difference', 'level') or 0.95):.4g}{SPACE}% interval"
     decimals = _decimals(high - low)
+    direction = "lower" if change < 0 else "higher"
+    said = f"Loss is {direction} by {abs(change):.{decimals}f} nats per token"
+    judged = str(dig(evaluation, "difference", "verdict") or "")
+    if judged in ("better", "worse"):
+        near, far = sorted((abs(low), abs(high)))
+        sentence = f"{said} ({level} {near:.{decimals}f} to {far:.{decimals}f}{counted})."
+        headline = f"Yes: loss {where} is lower"
+        if judged == "worse":
+            headline = f"No: loss {where} is higher than the base model\u2019s"
+        return Verdict("better" if judged == "better" else "worse", headline, sentence, caveats)
+    span = f"{level} of the change from {low:+.{decimals}f} to {high:+.{decimals}f}{counted}"
     if low <= 0 <= high:
-        sentence = (
-            f"Loss is {direction} by {abs(change):.{decimals}f} nats per token, within chance: {level} of the change "
-            f"from {low:+.{decimals}f} to {high:+.{decimals}f}{counted}."
-        )
-        return Verdict("none", "No difference seen", sentence, caveats)
-    near, far = sorted((abs(low), abs(high)))
-    sentence = (
-        f"Loss is {direction} by {abs(change):.{decimals}f} nats per token "
-        f"({level} {near:.{decimals}f} to {far:.{decimals}f}{counted})."
-    )
-    if change < 0:
-        return Verdict("better", f"Yes: loss {where} is lower", sentence, caveats)
-    return Verdict("worse", f"No: loss {where} is higher than the base model\u2019s", sentence, caveats)
+        return Verdict("none", "No difference seen", f"{said}, within chance: {span}.", caveats)
+    if judged:
+        why = str(dig(evaluation, "difference", "reason") or "the tests do not agree")
+        return Verdict("none", "No difference seen", f"{said}, which may be chance: {why}; {span}.", caveats)
+    # A record of an earlier version: an interval alone does not decide.
+    headline = f"Loss {where} is {direction}; whether by more than chance was not judged"
+    return Verdict("unknown", headline, f"{said}; {span}.", caveats)
 
 
 def _decimals(width: float, *, least: int = 2) -> int:

@@ -18,7 +18,7 @@ from loralab.data.prompts.prompter import Prompter
 from loralab.data.tokens.store import TokenStore
 from loralab.errors import ConfigError, DataError, ModelError
 from loralab.evaluation.answers import Answered, Evidence, Question
-from loralab.evaluation.generate import GenerationSettings, answer_questions
+from loralab.evaluation.generate import GenerationSettings, answer_questions, tell_short_rooms
 from loralab.evaluation.metrics.measure import Measurement, compare, measure
 from loralab.evaluation.metrics.metric import Metric
 from loralab.evaluation.metrics.table import resolve_metrics
@@ -300,6 +300,9 @@ class TaskMeter:
         rows = spread(len(whole), limit)
         self._rows, self._left_out = len(rows), len(split) - len(whole)
         self._questions = questions_of(whole, prompter, rows) if task.of_answers else []
+        self._generation = GenerationSettings(max_new_tokens=evaluation.max_new_tokens)
+        if task.way == "generate":
+            tell_short_rooms(model, self._questions, settings=self._generation, reporter=reporter)
         sized = "perplexity" in task.metrics and self._first
         self._sizes = measure_volumes(split, prompter, reporter=reporter) if sized else None
 
@@ -336,12 +339,11 @@ class TaskMeter:
             case None:
                 return []
             case "generate":
-                settings = GenerationSettings(max_new_tokens=self._evaluation.max_new_tokens)
                 return answer_questions(
                     self._model,
                     self._questions,
                     prompter=self._prompter,
-                    settings=settings,
+                    settings=self._generation,
                     batch_size=size,
                     label=f"answers {label}",
                     **self._shared,

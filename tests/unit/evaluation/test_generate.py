@@ -16,6 +16,7 @@ from loralab.evaluation.generate import (
     build_generation_config,
     generate_answers,
     pad_left,
+    tell_short_rooms,
 )
 from loralab.evaluation.perplexity import Interrupted
 from loralab.models.adapters import build_adapter
@@ -286,6 +287,40 @@ def test_a_long_prompt_leaves_the_other_answers_alone() -> None:
     assert mixed[1].text == PROMPTER.decode(argmax_answer(model, long, most=4))
     with pytest.raises(ModelError, match="prompt of 256 tokens, but the model has 256 positions"):
         answer(model, [PROMPTS[0], (PROMPTS[0] * 50)[:256]])
+
+
+class Listening(Reporter):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_answers_with_less_room_are_told_of_in_one_line() -> None:
+    model: Any = Scripted([1, 1, 1, 1])  # 256 positions
+    settings, reporter = GenerationSettings(7), Listening()
+    questions = [question([5] * length, unit=unit) for unit, length in enumerate([252, 9, 254, *[253] * 9])]
+    tell_short_rooms(model, questions, settings=settings, reporter=reporter)
+    assert reporter.said == [
+        "max_new_tokens 7 -> 2 at the least for 11 of 12 prompts (row 1, row 3, row 4, row 5, row 6, row 7, row 8, "
+        "row 9, ...): the model has 256 positions"
+    ]
+    tell_short_rooms(model, questions[1:2], settings=settings, reporter=reporter)
+    options: Any = {"prompter": PROMPTER, "settings": settings, "batch_size": 1, "reporter": reporter}
+    answer_questions(model, questions[:1], **options)  # for both sides, at every evaluation
+    assert len(reporter.said) == 1
+    generate_answers(model, [questions[0].prompt_ids], **options)
+    assert reporter.said[1] == (
+        "max_new_tokens 7 -> 4 at the least for 1 of 1 prompts (prompt 1): the model has 256 positions"
+    )
+
+
+def test_a_question_without_room_is_named_by_its_row() -> None:
+    model: Any = Scripted([1])
+    with pytest.raises(ModelError, match="prompt of 256 tokens, but the model has 256 positions") as caught:
+        tell_short_rooms(model, [question([5] * 256, unit=6)], settings=GenerationSettings(7), reporter=Reporter())
+    assert caught.value.problems[0].where == "row 7"
 
 
 def test_prompt_without_tokens_is_named() -> None:

@@ -1,10 +1,25 @@
 """Questions from rows: one for each trained turn, and samples that cover a split."""
 
+import pickle
+from pathlib import Path
+
+import numpy as np
 import pytest
 
+from loralab.data.tokens.store import TokenStore
+from loralab.data.tokens.tokenize import Unit
 from loralab.errors import DataError
-from loralab.evaluation.questions import as_example, questions_of, spread
+from loralab.evaluation.answers import Question
+from loralab.evaluation.questions import (
+    answerable_rows,
+    as_example,
+    longest_prompt,
+    questions_of,
+    references_of,
+    spread,
+)
 from unit.data.prompters import CHATML, build_prompter
+from unit.data.stores import branch, write_units
 from unit.evaluation.asking import question
 from unit.layout.examples import example
 
@@ -39,6 +54,62 @@ def test_plain_text_asks_nothing() -> None:
     with pytest.raises(DataError, match=r"plain text \(data.format: text\) asks nothing") as caught:
         questions_of([example((ids("the cat"), [5])), example(([4], [5, 6]), row=7)], PROMPTER)
     assert caught.value.problems[0].where == "row 7"
+
+
+def stored(folder: Path, *prompts: int, cut: tuple[int, ...] = ()) -> TokenStore:
+    """Write a row for each prompt of so many tokens; the rows at `cut` had their answer cut."""
+    answer = [*ids("runs"), STOP]
+    units = [
+        Unit(
+            [branch([5] * prompt, answer if row else [*ids("long"), STOP])],
+            notes={"truncated"} if row in cut else set(),
+        )
+        for row, prompt in enumerate(prompts)
+    ]
+    return write_units(folder / "store", [(0, row, unit) for row, unit in enumerate(units, start=1)])
+
+
+def test_rows_whose_answer_was_cut_are_not_asked(tmp_path: Path) -> None:
+    split = stored(tmp_path, 3, 9, 4, 2, cut=(1, 2))
+    whole = answerable_rows(split, "validation")
+    assert whole.origins[:, 1].tolist() == [1, 4]
+    assert [q.row for q in questions_of(whole, PROMPTER)] == [1, 4]
+    assert (longest_prompt(split), longest_prompt(whole)) == (9, 3)
+    assert len(answerable_rows(split.select(np.array([0, 3])), "validation")) == 2
+
+
+def test_rows_that_were_all_cut_cannot_be_asked(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the answers of all 2 rows were cut at data\.max_length") as caught:
+        answerable_rows(stored(tmp_path, 3, 4, cut=(0, 1)), "validation")
+    problem = caught.value.problems[0]
+    assert problem.where == "split validation"
+    assert problem.fix.startswith("raise data.max_length")
+
+
+def test_stored_text_asks_nothing_cut_or_not(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"plain text \(data.format: text\) asks nothing") as caught:
+        answerable_rows(stored(tmp_path, 3, 4, 1, cut=(0, 1, 2)), "test")
+    assert caught.value.problems[0].where == "row 3"
+
+
+def test_references_are_read_without_prompts(tmp_path: Path) -> None:
+    split = stored(tmp_path, 3, 4, 2)
+    found = list(references_of(split, PROMPTER))
+    assert [(q.unit, q.row, q.source, q.reference) for q in found] == [
+        (q.unit, q.row, q.source, q.reference) for q in questions_of(split, PROMPTER)
+    ]
+    assert [q.reference for q in found] == ["long", "runs", "runs"]
+    assert {(q.prompt, q.prompt_ids, q.reference_ids) for q in found} == {("", (), ())}
+
+
+def test_questions_keep_no_prompt_of_their_own(tmp_path: Path) -> None:
+    split = stored(tmp_path, 2000, 3000)
+    found = questions_of(split, PROMPTER)
+    assert found[1].prompt_ids is not found[1].prompt_ids  # made when it is read
+    assert found[0] == questions_of(split, PROMPTER)[0] != found[1]
+    plain = pickle.loads(pickle.dumps(found[0]))
+    assert type(plain) is Question
+    assert (plain.prompt_ids, plain.reference, plain.prompt) == ((5,) * 2000, "long", found[0].prompt)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ import torch
 
 from loralab.config.schema import LoraConfig
 from loralab.errors import DataError, ModelError
-from loralab.evaluation.answers import Answered, Question
+from loralab.evaluation.answers import Answered, Evidence, Question
 from loralab.evaluation.generate import GenerationSettings, answer_questions
+from loralab.evaluation.metrics.measure import measure
+from loralab.evaluation.metrics.texts import EXACT_MATCH
 from loralab.evaluation.perplexity import Interrupted
 from loralab.evaluation.score import label_ids, score_labels
 from loralab.layout.planner import Planner
@@ -293,8 +295,24 @@ def test_labels_stand_where_references_have_them(references: tuple[str, ...], le
 def test_labels_are_written_in_the_case_of_the_references() -> None:
     found = label_ids(["red", "BLUE", "green"], PROMPTER, written("Red", "blue", "Red", "red"))
     assert found.value == {"red": ids("Red"), "BLUE": ids("blue"), "green": ids("green")}
+    assert found.value.texts == {"red": "Red", "BLUE": "blue", "green": "green"}
     apart = label_ids(["red", "Red"], PROMPTER, written("Red", "red", "Red"))
     assert apart.value == {"red": ids("red"), "Red": ids("Red")}
+
+
+@pytest.mark.parametrize("write", ["{}", " {}", "a: {}"])
+def test_an_answer_is_spelled_as_it_was_scored(model: SupervisedPeftModel, write: str) -> None:
+    """Labels are named in lower case, references begin with a capital: those that are right match exactly."""
+    questions = written(*[write.format(each) for each in ("Red", "Blue", "Red", "Blue")])
+    labels = label_ids(["red", "blue"], PROMPTER, questions).value
+    found = score(model, questions, labels)
+    assert {each.text for each in found} <= {write.format("Red").strip(), write.format("Blue").strip()}
+    for each in found:
+        assert each.label_scores is not None
+        assert list(each.label_scores) == ["red", "blue"]
+        assert each.text.lower().endswith(max(each.label_scores, key=each.label_scores.__getitem__))
+    right = measure({"exact_match": EXACT_MATCH}, Evidence(units=4, way="score", answers=found), resamples=0)
+    assert right.values["exact_match"] == 0.5  # one prompt, so one answer to all four
 
 
 @pytest.mark.parametrize(

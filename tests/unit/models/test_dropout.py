@@ -15,6 +15,7 @@ from loralab.errors import ModelError
 from loralab.layout.planner import Planner
 from loralab.models.adapters import build_adapter
 from loralab.models.dropout import DropoutKeys, KeyedDropout, token_keys
+from loralab.models.fused_lora import fuse_lora
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.training.loss import model_inputs
 from support.families import build_family
@@ -150,23 +151,26 @@ def masks_of_a_step(model: SupervisedPeftModel, planner: Planner, key: tuple[int
     found: dict[Any, list[bool]] = {}
     heard: list[tuple[int, Tensor]] = []
     layers = [module for module in model.modules() if isinstance(module, KeyedDropout)]
-    hooks = [
-        layer.register_forward_hook(lambda module, _args, output: heard.append((module.layer, output)))
-        for layer in layers
-    ]
-    for batch in planner(sharing_rows(0, vocabulary=VOCABULARY)).micro_batches:
-        heard.clear()
-        model(**model_inputs(batch), dropout_key=key)
-        tokens = batch.token_prefixes.flatten().tolist()
-        real = batch.attention_mask.flatten().bool().tolist()
-        assert len(heard) == len(layers)
-        for layer, output in heard:
-            dropped = (output.flatten(0, 1) == 0).tolist()
-            for token, row, there in zip(tokens, dropped, real, strict=True):
-                if there:
-                    assert found.setdefault((layer, token), row) == row  # one path, one mask
-    for hook in hooks:
-        hook.remove()
+    own = KeyedDropout.keep
+
+    def hear(layer: KeyedDropout, inputs: Tensor) -> Tensor | None:
+        keep = own(layer, inputs)
+        assert keep is not None
+        heard.append((layer.layer, keep))
+        return keep
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KeyedDropout, "keep", hear)
+        for batch in planner(sharing_rows(0, vocabulary=VOCABULARY)).micro_batches:
+            heard.clear()
+            model(**model_inputs(batch), dropout_key=key)
+            tokens = batch.token_prefixes.flatten().tolist()
+            real = batch.attention_mask.flatten().bool().tolist()
+            assert len(heard) == len(layers)
+            for layer, keep in heard:
+                for token, row, there in zip(tokens, keep.logical_not().tolist(), real, strict=True):
+                    if there:
+                        assert found.setdefault((layer, token), row) == row  # one path, one mask
     return found
 
 
@@ -193,6 +197,7 @@ def test_equal_in_every_way_after_saving_and_loading(tmp_path: Path) -> None:
     config.inference_mode = False
     again = SupervisedPeftModel(build_family("llama", vocabulary=VOCABULARY), config)
     again.load_adapter(str(tmp_path), "default", is_trainable=True)
+    fuse_lora(again, dtype=torch.float32)
     again.tree_kernel = "per_tree"
     loss, gradients, _ = loss_and_gradients(model, planner, rows, dropout_key=(3, 4))
     found, found_gradients, _ = loss_and_gradients(again, planner, rows, dropout_key=(3, 4))

@@ -109,7 +109,9 @@ def evaluation(*, change: float = -1.3192, low: float | None = -1.3904, high: fl
             "split": "test",
         }
 
-    difference = {"eval_loss": change, "low": low, "high": high, "level": 0.95, "method": "paired bootstrap"}
+    bounds = {"eval_loss": change, "low": low, "high": high, "level": 0.95, "method": "paired bootstrap"}
+    judged = "better" if (high or 0) < 0 else "worse" if (low or 0) > 0 else "no difference seen at n = 99"
+    difference = bounds | {"verdict": judged, "reason": "as the interval says"}
     return {**side(1.6081, 4.9933), "base": side(2.9273, 18.6771), "difference": difference}
 
 
@@ -180,7 +182,7 @@ def comparison() -> dict[str, Any]:
             "tokens": 3069,
             "base_perplexity": 42.6,
             "adapter_perplexity": 55.1,
-            "difference": {"eval_loss": 0.257, "low": 0.2, "high": 0.3},
+            "difference": {"eval_loss": 0.257, "low": 0.2, "high": 0.3, "verdict": "worse"},
             "top1_agreement": mean,
             "reading": "perplexity on unrelated text rose by 29 % (n = 30)",
         },

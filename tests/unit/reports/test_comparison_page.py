@@ -40,7 +40,7 @@ def result(**changed: Any) -> dict[str, Any]:
     }  # fmt: skip
     probe = {
         "name": "old texts", "rows": 30, "tokens": 900, "base_perplexity": 20.0, "adapter_perplexity": 22.4,
-        "difference": {"eval_loss": 0.11, "low": 0.05, "high": 0.2, "level": 0.95},
+        "difference": {"eval_loss": 0.11, "low": 0.05, "high": 0.2, "level": 0.95, "verdict": "worse"},
         "reading": "perplexity on unrelated text rose by 12 % (n = 30)", **{name: interval(0.1) for name in FIGURES},
     }  # fmt: skip
     return {
@@ -63,6 +63,13 @@ def test_page_says_everything() -> None:
         "Row 2 KL 0.2, L2 12.5, same top token: yes", "A green frog.", "A red fox runs.", "Adapter cut at the length",
     ):  # fmt: skip
         assert words in text, words
+
+
+def test_forgetting_is_marked_where_it_was_seen() -> None:
+    assert "verdict-worse" in render_comparison(result()).split("</style>")[1]
+    probe = result()["probe"]
+    probe["difference"]["verdict"] = "no difference seen at n = 2"  # though its interval leaves out 0
+    assert "verdict-worse" not in render_comparison(result(probe=probe)).split("</style>")[1]
 
 
 def test_prompts_come_in_the_order_of_their_divergence() -> None:

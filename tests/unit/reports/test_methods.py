@@ -48,7 +48,7 @@ def test_the_paragraph_has_the_runs_numbers(tmp_path: Path) -> None:
         "It ran on cpu for 1 h 2 min, with at most 3.2 GiB of memory",
         "Software: loralab 0.1.0, torch 2.13.0, transformers 5.23.0, peft 0.21.2.",
         "On the test split (99 rows, 8,123 supervised tokens) the loss was 1.608 nats per token with the adapter and "
-        "2.927 without it (difference -1.319, 95 % interval -1.390 to -1.251, paired bootstrap).",
+        "2.927 without it (difference -1.319, 95 % interval -1.390 to -1.251, paired bootstrap): better.",
         "scored and not generated (99 rows)",
         "yes_no_macro_f1 was 0.771 (95 % interval 0.680 to 0.853) with the adapter and 0.750 (95 % interval 0.662 to "
         "0.841) without it (difference +0.021, 95 % interval -0.030 to +0.071): no difference seen at n = 99.",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from loralab.reports.comparison_section import describe_comparison
 from loralab.reports.facts import load_facts
 from loralab.reports.html import write_report
 from loralab.reports.metric_sections import describe_details, describe_metrics
@@ -154,6 +155,14 @@ def test_the_comparison_has_totals_probe_and_a_link_to_its_page(tmp_path: Path) 
     assert "comparison.html" not in [attributes["href"] for attributes in page.of("a")]
     folder.comparison_page.write_text("page")
     assert "comparison.html" in [attributes["href"] for attributes in read_page(folder).of("a")]
+
+
+def test_forgetting_is_marked_where_it_was_seen(tmp_path: Path) -> None:
+    comparison = run_folders.comparison()
+    comparison["probe"]["difference"]["verdict"] = "no difference seen at n = 2"  # though its interval leaves out 0
+    found = describe_comparison(load_facts(whole_run(tmp_path, comparison=comparison)))
+    assert found is not None
+    assert found["probe"]["outcome"] == "none"
 
 
 def test_hostile_names_and_texts_are_shown_as_text(tmp_path: Path) -> None:

@@ -58,6 +58,26 @@ def test_no_difference_names_the_interval(tmp_path: Path) -> None:
     assert "interval of the change from -0.050 to +0.030" in plain(verdict)
 
 
+def test_a_test_that_disagrees_is_no_difference(tmp_path: Path) -> None:
+    content = evaluation(change=0.015, low=0.01, high=0.02)
+    why = "the interval leaves out 0, but the swap test has p = 1 (2 rows differ)"
+    content["difference"] |= {"verdict": "no difference seen at n = 2", "reason": why}
+    verdict = judge(tmp_path, evaluation=content)
+    assert (verdict.outcome, verdict.headline) == ("none", "No difference seen")
+    assert plain(verdict) == (
+        f"Loss is higher by 0.015 nats per token, which may be chance: {why}; 95 % interval of the change from +0.010 "
+        "to +0.020, 99 rows."
+    )
+
+
+def test_a_record_without_a_verdict_is_not_judged_by_its_interval(tmp_path: Path) -> None:
+    content = evaluation()
+    del content["difference"]["verdict"]
+    verdict = judge(tmp_path, evaluation=content)
+    assert (verdict.outcome, verdict.headline[:4]) == ("unknown", "Loss")
+    assert "was not judged" in verdict.headline
+
+
 @pytest.mark.parametrize("bound", [None, float("nan")])
 def test_without_an_interval_nothing_is_promised(tmp_path: Path, bound: float | None) -> None:
     verdict = judge(tmp_path, evaluation=evaluation(low=bound, high=bound))

@@ -103,7 +103,7 @@ def _yes_no_counts(totals: FloatArray) -> Mapping[str, FloatArray]:
     """Return the references of each class, and for its precision the answers of the class."""
     cells = totals.reshape(*totals.shape[:-1], len(YES_NO_CLASSES), len(YES_NO_CLASSES) + 1)
     true, said = cells.sum(axis=-1), cells.sum(axis=-2)
-    counts = {}
+    counts: dict[str, FloatArray] = {}
     for index, word in enumerate(YES_NO_CLASSES):
         counts |= {f"yes_no_precision_{word}": said[..., index]}
         counts |= {f"yes_no_{name}_{word}": true[..., index] for name in ("recall", "f1")}

@@ -292,9 +292,7 @@ def _pair(name: str, metric: Metric, adapter: Measurement, base: Measurement) ->
     return metric.paired(adapter.evidence, base.evidence)
 
 
-def _swap(
-    metric: Metric, pair: tuple[FloatArray, FloatArray], *, resamples: int, seed: int
-) -> Mapping[str, SwapTest]:
+def _swap(metric: Metric, pair: tuple[FloatArray, FloatArray], *, resamples: int, seed: int) -> Mapping[str, SwapTest]:
     if not all(np.isfinite(side).all() for side in pair):
         return {}
     return swap_test(*pair, functools.partial(_values, metric), resamples=resamples, seed=seed)

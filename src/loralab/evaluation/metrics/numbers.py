@@ -97,8 +97,8 @@ def _per_answer(evidence: Evidence) -> FloatArray:
 
 NUMBER = Metric(
     summary="The first number of the answer against that of the reference: mean absolute error, root mean squared "
-    "error and R2 over answers that have a number; share within 20 % of the reference, share without a number. Errors of two models "
-    "are compared over answers that have a number on both sides.",
+    "error and R2 over answers that have a number; share within 20 % of the reference, share without a number. "
+    "Errors of two models are compared over questions that both answered by a number.",
     source="Hyndman & Koehler 2006, Another look at measures of forecast accuracy (MAE, RMSE); "
     "R2 = 1 - residual / total sum of squares",
     needs=FACTS["number"].needs,

@@ -21,6 +21,7 @@ from loralab.evaluation.metrics.losses import PERPLEXITY
 from loralab.evaluation.metrics.measure import compare, measure
 from loralab.evaluation.metrics.numbers import NUMBER
 from loralab.evaluation.metrics.shapes import LENGTH, REPETITION, STOP_RATE
+from loralab.evaluation.metrics.swap import SwapTest
 from loralab.evaluation.metrics.table import METRICS
 from loralab.evaluation.metrics.texts import EXACT_MATCH
 from loralab.evaluation.metrics.verdict import McNemar, compare_right, judge
@@ -173,14 +174,98 @@ def test_pairs_are_drawn_together() -> None:
 def test_verdict_follows_the_more_careful_test() -> None:
     away = Interval(0.1, 0.9, "m")
     say = {"better": "higher", "rows": 9, "level": 0.95}
-    assert judge(0.5, away, differing=9, test=McNemar(6, 0, 0.031), **say).verdict == "better"
-    careful = judge(0.5, away, differing=9, test=McNemar(5, 0, 0.0625), **say)
+    sure, chance = SwapTest(0.03, 7, "m"), SwapTest(0.0625, 5, "m")
+    seen = judge(0.5, away, swap=sure, test=McNemar(6, 0, 0.031), **say)
+    assert seen.verdict == "better"
+    assert seen.reason == "the interval leaves out 0; the swap test has p = 0.03; McNemar's p = 0.031"
+    careful = judge(0.5, away, swap=sure, test=McNemar(5, 0, 0.0625), **say)
     assert careful.verdict == "no difference seen at n = 9"
     assert "McNemar" in careful.reason
-    few = judge(0.5, away, differing=5, **say)
+    few = judge(0.5, away, swap=chance, **say)
     assert few.verdict == "no difference seen at n = 9"
-    assert "only 5 rows differ" in few.reason
-    assert judge(0.5, away, differing=6, **say).verdict == "better"
+    assert few.reason == "the interval leaves out 0, but the swap test has p = 0.062 (5 rows differ)"
+    assert judge(0.5, away, swap=sure, **say).verdict == "better"
+    assert judge(0.5, Interval(-0.1, 0.9, "m"), swap=sure, **say).verdict == "no difference seen at n = 9"
+    assert judge(0.5, away, swap=None, **say).verdict == "no difference seen at n = 9"
+
+
+def test_a_class_of_one_row_proves_nothing() -> None:
+    # One "maybe" of 101 rows, right with the adapter alone; ten other rows differ, five each way.
+    references = ["maybe", *["yes", "no"] * 50]
+    base, adapter = ["no", *references[1:]], list(references)
+    for side, first in ((adapter, 1), (base, 11)):
+        for row in range(first, first + 5):
+            side[row] = "no" if references[row] == "yes" else "yes"
+    sides = [measure({"y": YES_NO_METRIC}, evidence_of(said, references), resamples=400) for said in (adapter, base)]
+    found = compare(*sides, resamples=400)
+    for figure in ("precision", "recall", "f1"):
+        difference = found[f"yes_no_{figure}_maybe"]
+        assert difference["value"] == 1
+        assert difference["low"] > 0
+        assert difference["verdict"] == "no difference seen at n = 101"
+        assert difference["swap_p"] == 1.0
+        assert "the swap test has p = 1" in difference["reason"]
+    assert [found[f"yes_no_{figure}_maybe"]["count"] for figure in ("precision", "recall", "f1")] == [0, 1, 1]
+
+
+def test_counts_of_a_class_are_its_own() -> None:
+    found = measure(
+        {"y": YES_NO_METRIC}, evidence_of(["yes", "yes", "no", "?"], ["yes", "no", "no", "no"]), resamples=9
+    )
+    counts = {name.removeprefix("yes_no_"): figure.count for name, figure in found.figures.items()}
+    assert counts == {
+        "accuracy": 4, "macro_f1": 4, "unparsable": 4, "precision_yes": 2, "recall_yes": 1, "f1_yes": 1,
+        "precision_no": 1, "recall_no": 3, "f1_no": 3,
+    }  # fmt: skip
+
+
+def test_turns_of_one_row_are_no_independent_answers() -> None:
+    # One row of 30 turns, all right with the adapter alone, and five rows that are equal.
+    units = [0] * 30 + [1, 2, 3, 4, 5]
+    said = [["x"] * 35, ["wrong"] * 30 + ["x"] * 5]
+    sides = [measure(_EXACT, evidence_of(each, ["x"] * 35, units=units), resamples=400) for each in said]
+    found = compare(*sides, resamples=400)["exact_match"]
+    assert "mcnemar" not in found
+    assert found["reason"].endswith("without McNemar's test, since rows hold several answers")
+    assert found["verdict"] == "no difference seen at n = 6"
+    # By chance alone one side or the other is right on the whole of a row: it is taken for a difference in few cases.
+    rng, seen, every = np.random.default_rng(0), 0, 60
+    for _ in range(every):
+        right = rng.random(10) < 0.5
+        both = [["x" if each == side else "wrong" for each in right for _ in range(30)] for side in (True, False)]
+        rows = [row for row in range(10) for _ in range(30)]
+        pair = [measure(_EXACT, evidence_of(each, ["x"] * 300, units=rows), resamples=0) for each in both]
+        seen += not compare(*pair, resamples=200)["exact_match"]["verdict"].startswith("no difference")
+    assert seen / every <= 0.1
+
+
+def test_errors_are_compared_over_answers_that_both_gave() -> None:
+    # The base reads twenty easy ones and misses none; the adapter is off by five on those, by one on the others.
+    references = [str(100 + row) for row in range(100)]
+    base = [reference if row < 20 else "I do not know" for row, reference in enumerate(references)]
+    adapter = [str(int(reference) + (5 if row < 20 else 1)) for row, reference in enumerate(references)]
+    sides = [measure({"n": NUMBER}, evidence_of(said, references), resamples=300) for said in (adapter, base)]
+    found = compare(*sides, resamples=300)
+    assert sides[0].values["number_mae"] == pytest.approx(1.8)
+    for figure in ("number_mae", "number_rmse"):
+        assert found[figure]["value"] == pytest.approx(5)
+        assert (found[figure]["count"], found[figure]["verdict"]) == (20, "worse")
+        assert found[figure]["reason"].endswith(
+            "over the 20 answers that count on both sides, of 100 with the adapter and 20 without"
+        )
+    assert found["number_r2"]["count"] == 20
+    assert (found["number_within_20"]["count"], found["number_unparsable"]["count"]) == (100, 100)
+    assert found["number_unparsable"]["value"] == pytest.approx(-0.8)
+    assert "both sides" not in found["number_within_20"]["reason"]
+
+
+def test_repetition_is_compared_over_answers_that_are_long_on_both_sides() -> None:
+    long, short, again = "one two three four five", "one two", "a b c d a b c d"
+    adapter = measure({"r": REPETITION}, evidence_of([long, again, short], ["x"] * 3), resamples=50)
+    base = measure({"r": REPETITION}, evidence_of([long, short, again], ["x"] * 3), resamples=50)
+    found = compare(adapter, base, resamples=50)["repetition"]
+    assert (found["value"], found["count"]) == (0.0, 1)
+    assert "over the 1 answers" in found["reason"]
 
 
 def test_three_answers_prove_nothing() -> None:
@@ -198,9 +283,10 @@ def test_mcnemar_by_hand() -> None:
 
 
 def test_figures_that_one_side_lacks_are_not_compared() -> None:
-    adapter = measure({"number": NUMBER}, evidence_of(["?", "?"], ["1", "2"]), resamples=20)
     base = measure({"number": NUMBER}, evidence_of(["1", "?"], ["1", "2"]), resamples=20)
-    assert set(compare(adapter, base, resamples=20)) == {"number_within_20", "number_unparsable"}
+    for said in (["?", "?"], ["?", "2"]):  # no number at all, and none to a question that the base answered by one
+        adapter = measure({"number": NUMBER}, evidence_of(said, ["1", "2"]), resamples=20)
+        assert set(compare(adapter, base, resamples=20)) == {"number_within_20", "number_unparsable"}
 
 
 def test_sides_of_different_rows_are_refused() -> None:
