@@ -1,7 +1,7 @@
 """Rules over what is measured: metrics, ways of answering, and what decides on the best adapter.
 
 Owns what can be told of metrics without data or model. Whether the data can answer a metric is checked when it is read
-(`workflows/task_metrics.py`).
+(`workflows/task.py`).
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,6 @@ from loralab.config.metric_facts import Way
 from loralab.evaluation.perplexity import FloatArray, SplitLoss
 
 
-
 @dataclass(frozen=True, slots=True)
 class Question:
     """One trained turn: a prompt, and the answer that the data has for it.

@@ -20,7 +20,7 @@ from loralab.workflows.predictions import write_lines, write_predictions
 from loralab.workflows.session import Session, Target, load_adapter_tokenizer, open_session
 from loralab.workflows.split_evaluation import SplitEvaluation, evaluate_split, resolve_split
 from loralab.workflows.step_layout import resolve_planner
-from loralab.workflows.task_metrics import Task, resolve_task
+from loralab.workflows.task import Task, resolve_task
 
 # What overrides can change here; `data` is what rows become, wherever they come from.
 _READ = (

@@ -42,7 +42,7 @@ from loralab.workflows.record import describe_choices
 from loralab.workflows.split_evaluation import measured_splits, resolve_evaluation
 from loralab.workflows.step_layout import build_blueprint, build_sampler, expect_planner
 from loralab.workflows.step_memory import needed_bytes, optimizer_bytes, trained_shapes
-from loralab.workflows.task_metrics import resolve_task
+from loralab.workflows.task import resolve_task
 
 
 def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter) -> dict[str, Any]:

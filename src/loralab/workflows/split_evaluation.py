@@ -22,7 +22,8 @@ from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
 from loralab.training.distributed import ALONE, Processes
-from loralab.workflows.task_metrics import Measured, Task, TaskMeter, compare_sides
+from loralab.workflows.task import Task
+from loralab.workflows.task_meter import Measured, TaskMeter, compare_sides
 
 # Text rows have no prompt of their own: their samples continue this many tokens.
 _TEXT_PROMPT_TOKENS = 32

@@ -62,7 +62,8 @@ from loralab.training.trainer import StepTrainer
 from loralab.workflows.plan_steps import all_steps, tokens_alone
 from loralab.workflows.record import RunRecord
 from loralab.workflows.step_layout import build_sampler
-from loralab.workflows.task_metrics import Task, TaskMeter
+from loralab.workflows.task import Task
+from loralab.workflows.task_meter import TaskMeter
 
 # A run that is over sooner needs no announcement.
 _TOLD_SECONDS = 60.0

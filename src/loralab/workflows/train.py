@@ -72,7 +72,7 @@ from loralab.workflows.resume import find_start, resume_contract
 from loralab.workflows.split_evaluation import measured_splits, resolve_evaluation
 from loralab.workflows.step_layout import resolve_planner, sketch_blueprint
 from loralab.workflows.steps import Run, run_steps
-from loralab.workflows.task_metrics import resolve_task
+from loralab.workflows.task import resolve_task
 from loralab.workflows.warm_start import apply_warm_start
 
 

@@ -16,7 +16,8 @@ from loralab.layout.planner import Planner
 from loralab.models.adapters import build_adapter
 from loralab.progress import Reporter
 from loralab.workflows.configure import load_run_config
-from loralab.workflows.task_metrics import TaskMeter, resolve_task
+from loralab.workflows.task import resolve_task
+from loralab.workflows.task_meter import TaskMeter
 from support import tiny
 
 LONG = "one two three four five six seven eight nine ten " * 8
