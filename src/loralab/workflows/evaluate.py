@@ -104,14 +104,14 @@ class _Request:
     predictions: Path | None
 
     @property
-    def own(self) -> bool:
-        """Whether it is the run's own evaluation, but for its split."""
-        return self.data is None and self.base_model is None and set(self.overrides) <= set(self.splits)
+    def split_chosen(self) -> bool:
+        """Whether the user has named a split of the run's own data."""
+        return any(text.startswith("evaluation.split=") for text in self.overrides)
 
     @property
-    def splits(self) -> list[str]:
-        """The overrides that name a split."""
-        return [text for text in self.overrides if text.startswith("evaluation.split=")]
+    def kept(self) -> bool:
+        """Whether the run folder keeps the result: under the split's name, or in the place of the run's own."""
+        return self.data is None and self.base_model is None and (self.split_chosen or not self.overrides)
 
 
 def evaluate_adapters(
@@ -210,8 +210,8 @@ def _evaluate_one(
         reporter=reporter,
     )
     # `evaluation.json` is what the run itself measured; what was measured otherwise does not replace it.
-    if session.target.folder is not None and request.own and config is session.config:
-        _keep(session.target.folder, found.name, result, split_chosen=bool(request.splits))
+    if session.target.folder is not None and request.kept and config is session.config:
+        _keep(session.target.folder, found.name, result, split_chosen=request.split_chosen)
     return result, task
 
 

@@ -310,8 +310,8 @@ def _notes(name: str, figure: str, adapter: Measurement, base: Measurement, *, c
     notes, metric = [], adapter.metrics[name]
     own = [side.figures[figure].count if figure in side.figures else 0 for side in (adapter, base)]
     if metric.paired is not None and own != [count, count]:
-        of = f"of {own[0]} with the adapter and {own[1]} without"
-        notes.append(f"over the {count} answers that count on both sides, {of}")
+        sides = f"with the adapter {own[0]}, without {own[1]}, on both sides {count}"
+        notes.append(f"over answers that count on both sides ({sides})")
     if figure == metric.share_of_right and not _one_answer_a_row(adapter.evidence):
         notes.append("without McNemar's test, since rows hold several answers")
     return notes

@@ -71,12 +71,14 @@ def swap_test(
     exact = rows <= _EXACT_ROWS
     count = 2 ** max(rows - 1, 0) if exact else affordable_resamples(rows, max(resamples, _LEAST))
     choices = _every_swap(rows) if exact else _random_swaps(rows, count, seed=seed)
-    mine, other, rest = ours[differ], theirs[differ], ours[~differ].sum(axis=0)
+    mine, other = ours[differ], theirs[differ]
+    sides, rest = np.concatenate([mine, other], axis=1), np.tile(ours[~differ].sum(axis=0), 2)
     # Sums of the rows on each side, not one side and the change: what is never negative stays so.
-    pairs = [(swapped @ other + (1 - swapped) @ mine, swapped @ mine + (1 - swapped) @ other) for swapped in choices]
+    back = np.concatenate([other, mine], axis=1)
+    sums = np.concatenate([swapped @ back + (1 - swapped) @ sides for swapped in choices]) + rest
     with np.errstate(invalid="ignore"):  # infinite on both sides: no number, counted as large
-        first, second = (figures(np.concatenate(side) + rest) for side in zip(*pairs, strict=True))
-        seen = [figures(side.sum(axis=0) + rest) for side in (mine, other)]
+        first, second = map(figures, np.split(sums, 2, axis=1))
+        seen = [figures(side) for side in np.split(sides.sum(axis=0) + rest, 2)]
         large = {name: _as_large(first[name] - second[name], seen[0][name], seen[1][name]) for name in first}
     kind = "exact test of all" if exact else f"{count} random"
     method = f"{kind} swaps of {rows} differing row{'' if rows == 1 else 's'}"

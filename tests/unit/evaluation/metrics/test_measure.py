@@ -251,7 +251,7 @@ def test_errors_are_compared_over_answers_that_both_gave() -> None:
         assert found[figure]["value"] == pytest.approx(5)
         assert (found[figure]["count"], found[figure]["verdict"]) == (20, "worse")
         assert found[figure]["reason"].endswith(
-            "over the 20 answers that count on both sides, of 100 with the adapter and 20 without"
+            "over answers that count on both sides (with the adapter 100, without 20, on both sides 20)"
         )
     assert found["number_r2"]["count"] == 20
     assert (found["number_within_20"]["count"], found["number_unparsable"]["count"]) == (100, 100)
@@ -265,7 +265,7 @@ def test_repetition_is_compared_over_answers_that_are_long_on_both_sides() -> No
     base = measure({"r": REPETITION}, evidence_of([long, short, again], ["x"] * 3), resamples=50)
     found = compare(adapter, base, resamples=50)["repetition"]
     assert (found["value"], found["count"]) == (0.0, 1)
-    assert "over the 1 answers" in found["reason"]
+    assert "with the adapter 2, without 2, on both sides 1" in found["reason"]
 
 
 def test_three_answers_prove_nothing() -> None:
