@@ -44,6 +44,26 @@ def test_an_early_stop_stays_one_after_a_resume(base: Path, rows: Path, tmp_path
     assert (resumed.record["steps"], resumed.record["adapter_sha256"]) == (before["steps"], before["adapter_sha256"])
 
 
+def test_a_resume_behind_the_last_step_takes_no_step_more(base: Path, rows: Path, tmp_path: Path) -> None:
+    # Three steps of five in an epoch, and a kill in the evaluation of the last one: its checkpoint is there.
+    training = {"max_steps": 3, "lr_scheduler_type": "constant"}
+    config = tiny.run_config(base, rows, tmp_path / "run", training=training, data={"validation": 2})
+    whole = loralab.train(config)
+    sha, metrics = whole.record["adapter_sha256"], whole.metrics
+    last = list_checkpoints(whole.folder.checkpoints)[-1]
+    state = json.loads((last / STATE_FILE).read_text())
+    unfinish(whole)
+    for evaluated in (3, 0):
+        (last / STATE_FILE).write_text(json.dumps(state | {"evaluated_step": evaluated}))
+        manifest = json.loads((last / "manifest.json").read_text())
+        manifest["files"].pop(STATE_FILE, None)  # its hash has changed with it
+        (last / "manifest.json").write_text(json.dumps(manifest))
+        resumed = loralab.train(config, resume=True)
+        assert (resumed.record["steps"], resumed.record["adapter_sha256"]) == (3, sha)
+        assert [line["step"] for line in resumed.metrics] == [line["step"] for line in metrics]
+        unfinish(resumed)
+
+
 def test_last_step_is_saved_whatever_the_strategy(base: Path, rows: Path, tmp_path: Path) -> None:
     config = tiny.run_config(base, rows, tmp_path / "run", training={"save_strategy": "no"})
     whole = loralab.train(config)

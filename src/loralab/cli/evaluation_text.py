@@ -7,6 +7,8 @@ from rich.table import Table
 
 from loralab.console import ResultConsole
 
+# From here on figures are written in short.
+_LONG = 1e6
 _COUNTS = ("supervised_tokens", "num_examples", "num_batches")
 _LOSSES = ("eval_loss", "perplexity", "eval_loss_batch_mean")
 
@@ -47,7 +49,9 @@ def _figures(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def _figure(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if abs(value) < _LONG else f"{value:.4g}"
 
 
 def _loss_difference(difference: Mapping[str, Any]) -> str:
@@ -58,7 +62,7 @@ def _loss_difference(difference: Mapping[str, Any]) -> str:
 
 
 def _difference(difference: Mapping[str, Any]) -> str:
-    text = f"{difference['value']:+.4f}"
+    text = _signed(difference["value"])
     if difference["low"] is not None:
         text += f", {_interval(difference)}"
     test = difference.get("mcnemar")
@@ -70,4 +74,8 @@ def _difference(difference: Mapping[str, Any]) -> str:
 
 
 def _interval(difference: Mapping[str, Any]) -> str:
-    return f"{difference['level']:.0%} interval {difference['low']:+.4f} to {difference['high']:+.4f}"
+    return f"{difference['level']:.0%} interval {_signed(difference['low'])} to {_signed(difference['high'])}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}" if abs(value) < _LONG else f"{value:+.4g}"

@@ -22,7 +22,7 @@ LISTED_ROWS = 1000
 _PERCENTILES = (0, 50, 90, 99, 100)
 # What a person should hear of at once, and how it is said.
 _SPOKEN = {
-    "truncated": "cut at max_length {count} (these do not learn to stop)",
+    "truncated": "cut at max_length: {count} (these do not learn to stop)",
     "turns_dropped": "oldest turns left out {count}",
     "turns_cut": "later turns left out at max_length {count}",
     "end_left_out": "messages behind the last answer left out {count}",

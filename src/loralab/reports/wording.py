@@ -1,43 +1,18 @@
-"""Numbers and results in words, for every report.
+"""Numbers in words, for every report.
 
-Owns units, rounding and the sentence that says whether the adapter helped.
+Owns units and rounding. Whether the adapter helped is `verdict.py`'s.
 """
 
 import json
 import math
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
-from loralab.reports.facts import Facts, dig, dig_number
-from loralab.run import Json
 
 MISSING = "\u2013"
 SPACE = "\u00a0"
-FEW_ROWS = 30
 ROUND_FROM = 1000
 MINUTE, HOUR, DAY = 60, 3600, 86400
-
-Outcome = Literal["better", "worse", "none", "unknown", "missing"]
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether the adapter is better than the base model.
-
-    Attributes:
-        outcome: `none` when no difference was seen, `unknown` without an interval or a verdict, `missing` without an
-            evaluation.
-        headline: the answer in a few words.
-        sentence: the difference with its interval.
-        caveats: what weakens the result.
-    """
-
-    outcome: Outcome
-    headline: str
-    sentence: str
-    caveats: tuple[str, ...] = ()
-
 
 def format_count(value: float | None) -> str:
     """Return a count with separators: 12,345."""
@@ -120,7 +95,7 @@ def format_measured(
         return plus + format_number(value)
     # Of shares, three decimals in any case, as logs have them; of others a digit more than the interval needs.
     share = max(abs(value), abs(low), abs(high)) <= 1
-    decimals = _decimals(high - low, least=3) if share else _decimals((high - low) / 10, least=0)
+    decimals = decimals_of(high - low, least=3) if share else decimals_of((high - low) / 10, least=0)
     return f"{value:{'+' if signed else ''},.{decimals}f}"
 
 
@@ -167,81 +142,6 @@ def format_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def assess(facts: Facts) -> Verdict:
-    """Return whether the adapter helped, by the loss of both on the same rows."""
-    evaluation = facts.evaluation
-    change = dig_number(evaluation, "difference", "eval_loss")
-    if change is None:
-        return _not_measured(facts)
-    low, high = dig_number(evaluation, "difference", "low"), dig_number(evaluation, "difference", "high")
-    split = dig(evaluation, "split")
-    where = f"on the {split} split" if split else "on the evaluated rows"
-    rows = dig_number(evaluation, "num_examples")
-    counted = f", {format_count(rows)} row{'' if rows == 1 else 's'}" if rows is not None else ""
-    caveats = tuple(_caveats(facts, rows))
-    direction = "lower" if change < 0 else "higher"
-    if low is None or high is None:
-        sentence = f"Loss is {direction} by {format_loss(abs(change))} nats per token; there is no interval{counted}."
-        return Verdict("unknown", f"Loss {where} is {direction}; how sure that is was not measured", sentence, caveats)
-    return _judged(evaluation, change, low, high, where=where, counted=counted, caveats=caveats)
-
-
-def _judged(
-    evaluation: Json, change: float, low: float, high: float, *, where: str, counted: str, caveats: tuple[str, ...]
-) -> Verdict:
-    """Return the verdict that the evaluation holds, in words; it is not judged again here."""
-    level = f"{100 * (dig_number(evaluation, 'difference', 'level') or 0.95):.4g}{SPACE}% interval"
-    decimals = _decimals(high - low)
-    direction = "lower" if change < 0 else "higher"
-    said = f"Loss is {direction} by {abs(change):.{decimals}f} nats per token"
-    judged = str(dig(evaluation, "difference", "verdict") or "")
-    if judged in ("better", "worse"):
-        near, far = sorted((abs(low), abs(high)))
-        sentence = f"{said} ({level} {near:.{decimals}f} to {far:.{decimals}f}{counted})."
-        headline = f"Yes: loss {where} is lower"
-        if judged == "worse":
-            headline = f"No: loss {where} is higher than the base model\u2019s"
-        return Verdict("better" if judged == "better" else "worse", headline, sentence, caveats)
-    span = f"{level} of the change from {low:+.{decimals}f} to {high:+.{decimals}f}{counted}"
-    if low <= 0 <= high:
-        return Verdict("none", "No difference seen", f"{said}, within chance: {span}.", caveats)
-    if judged:
-        why = str(dig(evaluation, "difference", "reason") or "the tests do not agree")
-        return Verdict("none", "No difference seen", f"{said}, which may be chance: {why}; {span}.", caveats)
-    # A record of an earlier version: an interval alone does not decide.
-    headline = f"Loss {where} is {direction}; whether by more than chance was not judged"
-    return Verdict("unknown", headline, f"{said}; {span}.", caveats)
-
-
-def _decimals(width: float, *, least: int = 2) -> int:
+def decimals_of(width: float, *, least: int = 2) -> int:
     """Return how many decimals show an interval of this width with two digits."""
     return 3 if width <= 0 else min(max(1 - math.floor(math.log10(width)), least), 6)
-
-
-def _caveats(facts: Facts, rows: float | None) -> list[str]:
-    split = dig(facts.evaluation, "split")
-    training = dig(facts.config, "training") or {}
-    caveats = []
-    if split == "train":
-        caveats.append("These rows were trained on: this shows fit, not how new rows are answered.")
-    if split == "validation" and (dig(training, "load_best_model_at_end") or dig(training, "early_stopping")):
-        caveats.append(
-            "The same rows chose when to stop or which checkpoint to keep, which flatters the adapter a bit."
-        )
-    if rows is not None and 1 < rows < FEW_ROWS:  # of one row there is no interval
-        caveats.append(f"Few rows ({format_count(rows)}): the interval is rough.")
-    return caveats
-
-
-def _not_measured(facts: Facts) -> Verdict:
-    status = facts.record.get("status")
-    data = dig(facts.config, "data")
-    if facts.evaluation:
-        why = "The evaluation holds no finite difference between adapter and base model."
-    elif status in ("interrupted", "failed", "running"):
-        why = f"The run has no final evaluation; its status is \u201c{status}\u201d."
-    elif data and dig(data, "validation") is None and dig(data, "test") is None:
-        why = "The run has no validation and no test data."
-    else:
-        why = "There is no evaluation.json in the run folder; `loralab eval` writes one."
-    return Verdict("missing", "Not measured", why)

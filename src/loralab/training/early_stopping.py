@@ -62,11 +62,12 @@ class EarlyStopper(TrainerCallback):
             run_state.reference_value, run_state.without_improvement = value, 0
             return
         run_state.without_improvement += 1
-        if self.early_stopping is not None and run_state.without_improvement >= self.early_stopping.patience:
+        last = state.global_step >= state.max_steps  # where there is nothing left to stop
+        patience = self.early_stopping.patience if self.early_stopping is not None else None
+        if patience is not None and run_state.without_improvement >= patience and not last:
             control.should_training_stop = control.should_save = True
             run_state.stopped_because = (
-                f"early stopping: {self.figure} has not been {self._beyond(run_state)} "
-                f"for {self.early_stopping.patience} observations"
+                f"early stopping: {self.figure} has not been {self._beyond(run_state)} for {patience} observations"
             )
 
     def _improves(self, value: float, before: float | None, *, by: float) -> bool:

@@ -17,7 +17,14 @@ from loralab.models.load import check_length, max_positions
 from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json, write_json
 from loralab.workflows.predictions import write_lines, write_predictions
-from loralab.workflows.session import Session, Target, load_adapter_tokenizer, open_session
+from loralab.workflows.session import (
+    Session,
+    Target,
+    find_target,
+    load_adapter_tokenizer,
+    load_target_config,
+    open_session,
+)
 from loralab.workflows.split_evaluation import SplitEvaluation, evaluate_split, resolve_split
 from loralab.workflows.step_layout import resolve_planner
 from loralab.workflows.task import Task, resolve_task
@@ -141,6 +148,7 @@ def evaluate_adapters(
         )
     if predictions is not None:
         _check_predictions(predictions, data)
+    _check_alike(paths, request)
     contents: list[dict[str, Any]] = []
     lines: list[dict[str, Any]] = []
     before: Task | None = None
@@ -153,6 +161,30 @@ def evaluate_adapters(
         write_lines(predictions, lines)
         reporter.say(f"{len(lines)} predictions: {predictions}")
     return contents
+
+
+def _check_alike(paths: Sequence[Path], request: _Request) -> None:
+    """Check that several adapters are asked for the same metrics in the same way, before any of them is measured.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    first = None
+    for path in paths if len(paths) > 1 else ():
+        config = load_target_config(find_target(path), request.overrides, request.base_model).config
+        asked = config.evaluation.metrics, config.evaluation.answer_by, config.evaluation.labels
+        first = first or (path, asked)
+        if asked != first[1]:
+            shown = [f"{each[0]} by {each[1]}" for each in (asked, first[1])]
+            raise ConfigError(
+                f"{str(path)!r} asks for metrics {shown[0]}, {str(first[0])!r} for {shown[1]}",
+                where="arguments RUN, --adapter",
+                fix=f"choose for all of them, for example --metrics {_written(first[1][0])} --answer-by {first[1][1]}",
+            )
+
+
+def _written(metrics: Sequence[str] | str) -> str:
+    return metrics if isinstance(metrics, str) else ",".join(metrics)
 
 
 def _check_predictions(path: Path, data: str | None) -> None:
@@ -226,7 +258,7 @@ def _check_task(task: Task, before: Task | None, path: Path, request: _Request) 
         raise ConfigError(
             f"{str(path)!r} would be measured otherwise than the adapter before it: {ways[1]}, not {ways[0]}",
             where="arguments RUN, --adapter",
-            fix="choose for all of them: --metrics NAME,.. --answer-by generate",
+            fix=f"choose for all of them: --metrics {','.join(before.metrics)} --answer-by {before.way}",
         )
     if request.predictions is not None and task.way is None:
         raise ConfigError(

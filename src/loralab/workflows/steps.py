@@ -137,7 +137,12 @@ def run_steps(run: Run, contract: Mapping[str, Any], checkpoint: Checkpoint | No
             _take_up(trainer, run.model, checkpoint)
             if owes_evaluation(trainer.args, trainer.state, state, steps_per_epoch=len(sampler)):
                 trainer.evaluate()
-        if state.stopped_because is None and not request.agree(run.processes):  # an early stop stays one after a resume
+        # An early stop stays one after a resume; and behind the last step Trainer would take one more, where that lies
+        # inside an epoch.
+        over = state.stopped_because is not None or trainer.state.global_step >= count_steps(
+            config.training, len(sampler)
+        )
+        if not over and not request.agree(run.processes):
             with expecting_other_intervals():
                 trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         check_finite(run.model, step=trainer.state.global_step)

@@ -4,7 +4,7 @@ Owns the choices, which are made before training. What a metric computes is `eva
 `task_meter.py`'s.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,7 +124,8 @@ def resolve_task(
         looked_at = (questions_of(each, data.prompter, spread(len(each), _SHOWN_ANSWERS)) for each in rows.values())
         ids = label_ids(chosen.value, data.prompter, [question for each in looked_at for question in each])
         labels = ids.value
-        choices["labels"] = Resolved(", ".join(map(repr, labels)), f"{chosen.reason}; {ids.reason}")
+        strange = _check_known(ids.value.texts.values(), [question.reference for each in asked for question in each])
+        choices["labels"] = Resolved(", ".join(map(repr, labels)), f"{chosen.reason}; {ids.reason}{strange}")
     task = Task(metrics, way, labels, max(map(longest_prompt, rows.values())))
     for each in asked:
         _check_answerable(task, each)
@@ -192,6 +193,24 @@ def _resolve_labels(
             fix="name the closed answers in evaluation.labels, or set evaluation.answer_by: generate",
         )
     return Resolved(sorted(found), "the answers that the data has")
+
+
+def _check_known(texts: Iterable[str], references: Sequence[str]) -> str:
+    """Return what is said of references that are none of the labels.
+
+    Raises:
+        DataError: none of them is one.
+    """
+    known = {text.strip().casefold() for text in texts}
+    others = [reference.strip() for reference in references if reference.strip().casefold() not in known]
+    if len(others) < len(references) or not references:
+        return f"; {len(others)} of {len(references)} answers of the data are none of them" if others else ""
+    shown = ", ".join(repr(each) for each in list(dict.fromkeys(others))[:3])
+    raise DataError(
+        f"none of the labels {sorted(known)} is an answer of the data, which are {shown}, ..",
+        where="key evaluation.labels",
+        fix="name the answers as the data has them, or remove evaluation.labels",
+    )
 
 
 def _check_answerable(task: Task, questions: Sequence[Question]) -> None:

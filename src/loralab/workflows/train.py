@@ -251,6 +251,7 @@ def prepare_run(
     kept = residual_rank(config.lora) if saved is None else None
     base, base_choices = load_base_model(config.model, dtype=precision.value, device=device.value, residual_rank=kept)
     choices |= grow_vocabulary(base, new_tokens_of(lora))
+    own_parameters, _ = count_parameters(base)
     largest = max(*(split.largest_id for split in data.splits.values()), *data.prompter.stop.ids)
     check_vocabulary(base, largest)
     if config.training.gradient_checkpointing:
@@ -277,7 +278,7 @@ def prepare_run(
     choices |= base_choices | adapter_choices | layout_choices | resolve_evaluation(config) | task_choices
     for name, choice in choices.items():
         reporter.say(f"{name}: {str(choice.value).removeprefix('torch.')} ({choice.reason})")
-    base_facts = describe_model(config.model, base)
+    base_facts = describe_model(config.model, base) | {"base_parameters": own_parameters}
     memory = predict_run_memory(config, data, planner, blueprint, data_bytes=data_bytes, processes=processes)
     release_freed_memory()
     record, at = RunRecord(folder), device.value

@@ -88,6 +88,17 @@ def test_a_higher_figure_may_be_the_better_one(arguments: TrainingArguments) -> 
     assert "yes_no_macro_f1 has not been above 0.7000 (step 2)" in state.stopped_because
 
 
+def test_at_the_last_step_there_is_nothing_to_stop(arguments: TrainingArguments) -> None:
+    state = RunState()
+    stopper = EarlyStopper(
+        state, figure="eval_loss", better="lower", early_stopping=EarlyStopping(patience=1), save_best=False
+    )
+    for step, value in ((9, 1.0), (10, 2.0)):
+        stopper.on_log(arguments, at(step), TrainerControl(), logs={"eval_loss": value})
+    assert state.without_improvement == 1
+    assert state.stopped_because is None
+
+
 def test_an_evaluation_that_leaves_the_figure_undefined_is_no_improvement(arguments: TrainingArguments) -> None:
     state = RunState()
     stopping = EarlyStopping(metric="yes_no_f1_maybe", patience=2)

@@ -226,9 +226,10 @@ def compare(
 
     Returns:
         For each figure that both have, on answers that both give: `value` (adapter - base), `low`, `high`, `level`,
-        `method`, `count` (the smaller of the two), `rows`, `verdict`, `reason` (what the verdict rests on), `swap_p`
-        and `swap_method` (p of a test that exchanges the two models' rows, where sums are finite) and, for shares of
-        right answers with one answer per row, `mcnemar` with `only_adapter`, `only_base` and the exact two-sided `p`.
+        `method`, `count` (the smaller of the two), `rows` (those that the metric is defined on), `verdict`, `reason`
+        (what the verdict rests on), `swap_p` and `swap_method` (p of a test that exchanges the two models' rows, where
+        sums are finite) and, for shares of right answers with one answer per row, `mcnemar` with `only_adapter`,
+        `only_base` and the exact two-sided `p`.
 
     Raises:
         DataError: the two were not measured on equally many rows and answers.
@@ -248,6 +249,7 @@ def compare(
         values = [_values(metric, side.sum(axis=0)) for side in pairs[name]]
         counts = [_counts(metric, side.sum(axis=0)) for side in pairs[name]]
         swaps = _swap(metric, pairs[name], resamples=resamples, seed=seed)
+        rows = int(np.any(np.concatenate(pairs[name], axis=1) != 0, axis=1).sum())
         for figure, better in metric.better.items():
             value = float(values[0][figure]) - float(values[1][figure])
             if np.isnan([values[0][figure], values[1][figure]]).any():
@@ -255,7 +257,7 @@ def compare(
             interval = _paired_interval(value, ours[name], theirs[name], figure=figure, level=level)
             count, test = min(side[figure] for side in counts), _test_right(name, figure, adapter, base)
             swap = swaps.get(figure)
-            verdict = judge(value, interval, better=better, rows=adapter.units, level=level, swap=swap, test=test)
+            verdict = judge(value, interval, better=better, rows=rows, level=level, swap=swap, test=test)
             result[figure] = {
                 "value": value,
                 "low": interval.low,
@@ -263,7 +265,7 @@ def compare(
                 "level": level,
                 "method": interval.method,
                 "count": count,
-                "rows": adapter.units,
+                "rows": rows,
                 "verdict": verdict.verdict,
                 "reason": "; ".join([verdict.reason, *_notes(name, figure, adapter, base, count=count)]),
                 **({} if swap is None else swap.as_dict()),

@@ -92,7 +92,7 @@ def _figures(totals: FloatArray) -> Mapping[str, FloatArray]:
 
 def _per_answer(evidence: Evidence) -> FloatArray:
     answers, references = _pairs(evidence)
-    return -np.abs(answers - references)
+    return 0.0 - np.abs(answers - references)  # of no error 0, not -0
 
 
 NUMBER = Metric(

@@ -6,8 +6,11 @@ texts, and gives one score per answer; their mean is the figure, named as the fu
 
 import importlib
 import math
+import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from numbers import Real
+from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +21,8 @@ from loralab.evaluation.metrics.sums import OncePerEvidence, add_rows, quotient,
 from loralab.evaluation.perplexity import FloatArray
 
 KEY = "key evaluation.metrics"
+# Answers that a function is tried on before training.
+_TRIED = 4
 ScoreFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 
@@ -48,7 +53,9 @@ class ScoresOfAnswers:
             given = self._function(answers, references)
             scores = given.tolist() if isinstance(given, np.ndarray) else list(given)
         except Exception as error:
-            raise self._error(f"failed: {type(error).__name__}: {excerpt(error)}") from error
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{Path(frame.filename).name} line {frame.lineno}"
+            raise self._error(f"failed in {place}: {type(error).__name__}: {excerpt(error)}") from error
         if len(scores) != len(evidence.answers):
             raise self._error(f"gave {len(scores)} scores for {len(evidence.answers)} answers")
         for index, score in enumerate(scores):
@@ -62,6 +69,14 @@ class ScoresOfAnswers:
             where=KEY,
             fix="the function takes two lists of texts, answers and references, and returns one number per answer",
         )
+
+    def check(self, evidence: Evidence) -> None:
+        """Try the function on a few answers, so that what is wrong with it is told before hours of training.
+
+        Raises:
+            DataError: as when it is called.
+        """
+        self._call(replace(evidence, answers=evidence.answers[:_TRIED]))
 
     def rows(self, evidence: Evidence) -> FloatArray:
         """Return sum and number of the scores of each row (units, 2)."""
@@ -103,6 +118,7 @@ def load_metric(name: str) -> Metric:
         figures=lambda totals: {attribute: quotient(totals[..., 0], totals[..., 1])},
         count=lambda totals: totals[..., 1],
         per_answer=lambda evidence: sign * scores(evidence),
+        check=scores.check,
     )
 
 
