@@ -113,23 +113,29 @@ def _prompts(result: dict[str, Any]) -> Table:
     """Return the prompts with the largest divergences; the page has all of them."""
     records = sorted(result["prompts"], key=lambda record: -record["kl_divergence"])
     shown = records[:_SHOWN_PROMPTS]
-    table = Table("row", "KL", "L2", "top-1", "base", "adapter")
-    for name in ("base", "adapter"):
-        table.columns[-2 if name == "base" else -1].max_width = 26
+    answered = result["generation"] is not None
+    texts = {"base_output": "base", "adapter_output": "adapter"} if answered else {"reference": "text"}
+    table = Table("row", "KL", "L2", "top-1")
+    for name in texts.values():
+        table.add_column(name, max_width=52 // len(texts))
     for record in shown:
         agree = record["top1_agreement"]
-        same = f"{agree:.0%}" if result["generation"] is None else "same" if agree else "other"
-        texts = (_line(record[f"{side}_output"], record["reference"]) for side in ("base", "adapter"))
-        table.add_row(
-            str(record["row"]), _number(record["kl_divergence"]), _number(record["l2_distance"]), same, *texts
-        )
+        same = f"{agree:.0%}" if not answered else "same" if agree else "other"
+        lines = (_line(record[key]) for key in texts)
+        table.add_row(_row_name(record), _number(record["kl_divergence"]), _number(record["l2_distance"]), same, *lines)
     table.caption = f"{len(shown)} of {len(records)}, in the order of KL(base || adapter)"
     return table
 
 
-def _line(text: str | None, reference: str) -> str:
-    """Return the beginning of an answer on one line, or of the text where none was generated."""
-    flat = " ".join((reference if text is None else text).split())
+def _row_name(record: dict[str, Any]) -> str:
+    """Return `1.3` for the third window of the first row, `1` for a row in one piece."""
+    window = record.get("window")
+    return str(record["row"]) if window is None else f"{record['row']}.{window}"
+
+
+def _line(text: str) -> str:
+    """Return the beginning of a text on one line."""
+    flat = " ".join(text.split())
     return escape(printable(flat if len(flat) <= 50 else f"{flat[:47]}..."))
 
 

@@ -132,7 +132,8 @@ def _probe(probe: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {
         "name": probe["name"],
         "reading": _sentence(probe["reading"]),
-        "worse": probe["difference"]["verdict"] == "worse",
+        "worse": probe["difference"]["verdict"] == "worse" and not probe.get("note"),
+        "own": bool(probe.get("note")),
         "facts": [
             ("Passages", f"{probe['rows']:,}"),
             ("Tokens", f"{probe['tokens']:,}"),
@@ -154,7 +155,8 @@ def _prompt(record: Mapping[str, Any], number: int) -> dict[str, Any]:
     sides = marked or ([(record["base_output"], False)], [(record["adapter_output"], False)])
     return {
         "number": number,
-        "row": record["row"],
+        "row": record["row"] if record.get("window") is None else f"{record['row']}.{record['window']}",
+        "title": _title(record),
         "prompt": record["prompt"],
         "reference": record["reference"],
         "figures": _record_figures(record),
@@ -169,6 +171,11 @@ def _prompt(record: Mapping[str, Any], number: int) -> dict[str, Any]:
             for name, kind, pieces in zip(("Base", "Adapter"), ("base", "adapter"), sides, strict=True)
         ],
     }
+
+
+def _title(record: Mapping[str, Any]) -> str:
+    window = record.get("window")
+    return f"Row {record['row']}" + (f", window {window}" if window is not None else "")
 
 
 def _agreement(record: Mapping[str, Any]) -> str:

@@ -70,6 +70,7 @@ def _probe(probe: Json) -> Json | None:
     return {
         "name": str(dig(probe, "name") or ""),
         "reading": reading[:1].upper() + reading[1:].rstrip(".") + ".",
-        "outcome": "worse" if dig(probe, "difference", "verdict") == "worse" else "none",
+        "outcome": "worse" if dig(probe, "difference", "verdict") == "worse" and not probe.get("note") else "none",
+        "own": bool(probe.get("note")),
         "facts": [(name, value) for name, value in pairs if value != MISSING],
     }

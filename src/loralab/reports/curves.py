@@ -119,6 +119,19 @@ def watched_figure(facts: Facts) -> str | None:
     )
 
 
+def kept_step(facts: Facts) -> float | None:
+    """Return the step of the best evaluation by the watched figure, whose adapter was kept; None where that was not."""
+    figure = watched_figure(facts)
+    if figure is None or dig(facts.config, "training", "load_best_model_at_end") is not True:
+        return None
+    better = better_of(figure) or _watched_direction(facts) or dig(facts.evaluation, "metrics", figure, "better")
+    curve = read_curve(facts.metrics, figure if figure in ("loss", "eval_loss") else f"eval_{figure}")
+    if not curve or better not in ("higher", "lower"):
+        return None
+    # Of equal ones the first, as training itself takes it.
+    return curve.steps[curve.values.index((min if better == "lower" else max)(curve.values))]
+
+
 def _watched_direction(facts: Facts) -> Better | None:
     mode = dig(facts.config, "training", "early_stopping", "mode")
     directions: dict[str, Better] = {"min": "lower", "max": "higher"}

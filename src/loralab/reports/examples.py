@@ -15,6 +15,8 @@ from loralab.reports.wording import format_count, format_number
 from loralab.run import Json
 
 SHOWN = 5
+# Metrics whose scores in predictions.jsonl are minus what is measured, and what that is.
+MINUS_SCORES = {"number": "absolute error", "calibration": "Brier score", "repetition": "repeated share of an answer"}
 SIDES = (("base", "Base model"), ("adapter", "Adapter"))
 # Characters shown of a prompt's beginning and end, and of an answer.
 PROMPT_BEGINNING, PROMPT_END, ANSWER = 240, 560, 800
@@ -62,19 +64,32 @@ def describe_examples(facts: Facts) -> Json | None:
         return None
     scored = [(record, scores) for record in records if (scores := _scores(record, metric)) is not None]
     groups = choose_examples([scores for _, scores in scored])
+    measured = _measured_as(facts, metric)
     return {
         "metric": metric,
+        "measured": measured or "",
+        "better": "higher" if measured is None else "smaller",
         "count": format_count(len(scored)),
         "groups": [
             {
                 "title": title,
                 "of": format_count(count),
-                "rows": [_example(scored[place][0], scored[place][1]) for place in places],
+                "rows": [_example(*scored[place], sign=1 if measured is None else -1) for place in places],
             }
             for title, count, places in groups
             if places
         ],
     }
+
+
+def _measured_as(facts: Facts, metric: str) -> str | None:
+    """Return what a metric's scores are minus of, or None where they are scores as they stand."""
+    if metric in MINUS_SCORES:
+        return MINUS_SCORES[metric]
+    # A function of the user's own gives its figure the function's name.
+    figure = metric.partition(":")[2]
+    better = (dig(side, "metrics", figure, "better") for side in (facts.evaluation, dig(facts.evaluation, "base")))
+    return "its value" if figure and "lower" in better else None
 
 
 def scoring_metric(records: Iterable[Mapping[str, Any]]) -> str | None:
@@ -111,7 +126,7 @@ def choose_examples(scores: Sequence[tuple[float, float]]) -> list[tuple[str, in
     ]
 
 
-def _example(record: Json, scores: tuple[float, float]) -> Json:
+def _example(record: Json, scores: tuple[float, float], *, sign: int) -> Json:
     return {
         "row": str(record.get("row") if record.get("row") is not None else ""),
         "prompt": clip(_text(record.get("prompt")), PROMPT_BEGINNING, PROMPT_END),
@@ -122,7 +137,7 @@ def _example(record: Json, scores: tuple[float, float]) -> Json:
                 "side": side,
                 "text": clip(_text(dig(record, side, "answer")), ANSWER),
                 "stopped": dig(record, side, "stopped"),
-                "score": format_number(score),
+                "score": format_number(sign * score),
                 "labels": _labels(dig_table(record, side, "label_scores")),
             }
             for (side, name), score in zip(SIDES, scores, strict=True)

@@ -124,6 +124,32 @@ def dig_number(value: Any, *keys: str) -> float | None:
     return found if math.isfinite(found) else None
 
 
+def early_end(facts: Facts) -> str:
+    """Return why training ended before its last step; empty where it took all steps, or does not say.
+
+    Records of earlier versions give a reason though the last step was just taken.
+    """
+    why = str(facts.record.get("stopped_because") or "")
+    return "" if facts.record.get("status") == "completed" and _took_all_steps(facts) else why
+
+
+def _took_all_steps(facts: Facts) -> bool:
+    training = dig_table(facts.config, "training")
+    planned, steps = dig_number(training, "max_steps"), dig_number(facts.record, "steps")
+    if planned is not None:
+        return steps is not None and steps >= planned
+    epochs, planned_epochs = dig_number(facts.record, "epochs"), dig_number(training, "num_train_epochs")
+    # The record rounds the epochs to six digits.
+    return epochs is not None and planned_epochs is not None and epochs >= planned_epochs - 1e-5
+
+
+def own_parameters(facts: Facts) -> float | None:
+    """Return the number of the base's own parameters, without those of the adapter."""
+    model = dig_table(facts.record, "model")
+    base, whole, trained = (dig_number(model, key) for key in ("base_parameters", "parameters", "trainable_parameters"))
+    return base if base is not None or whole is None else whole - (trained or 0)
+
+
 def flatten_config(config: Json, origin: Json) -> dict[str, Any]:
     """Return the values of a configuration by dotted key.
 

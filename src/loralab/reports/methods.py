@@ -11,7 +11,16 @@ from loralab.config.metric_facts import FACTS as METRIC_FACTS
 from loralab.config.metric_facts import owner_of
 from loralab.reports.citations import ENTRIES, cite_loralab
 from loralab.reports.curves import watched_figure
-from loralab.reports.facts import Facts, dig, dig_list, dig_number, dig_table, load_facts
+from loralab.reports.facts import (
+    Facts,
+    dig,
+    dig_list,
+    dig_number,
+    dig_table,
+    early_end,
+    load_facts,
+    own_parameters,
+)
 from loralab.reports.paths import is_absolute, path_name
 from loralab.reports.wording import (
     format_bytes,
@@ -124,7 +133,7 @@ def _base(facts: Facts) -> Iterator[str]:
         f"revision {revision}" if revision else "",
         f"SHA-256 {str(sha256)[:16]}" if sha256 else "",
         str(model.get("architecture") or ""),
-        _counted(dig_number(model, "parameters"), "parameter"),
+        _counted(own_parameters(facts), "parameter"),
     ]
     variant = str(lora.get("variant") or "")
     adapter = VARIANTS.get(variant, variant or "an adapter")
@@ -133,7 +142,7 @@ def _base(facts: Facts) -> Iterator[str]:
     yield (
         f"We fine-tuned {path_name(name) if sha256 or is_absolute(name) else name}{_listed(about)} with "
         f"{adapter}{_listed(_adapter_settings(facts, variant))}"
-        + (f"; {_counted(trained, 'parameter')}{f' ({share})' if share else ''} were trained" if trained else "")
+        + (f"; {_counted(trained, 'parameter')}{f' ({share} of all)' if share else ''} were trained" if trained else "")
         + "."
     )
     quantization = dig(facts.config, "model", "quantization")
@@ -169,19 +178,18 @@ def _data(facts: Facts) -> Iterator[str]:
     if not rows:
         return
     tokens, supervised = (dig_number(splits, "train", key) for key in ("total_tokens", "supervised_tokens"))
-    sources = [path_name(str(dig(source, "name") or source)) for source in dig_list(facts.data, "sources")]
+    files = _file_names(facts, "train")
+    # Without a configuration all that is known are the files of all splits.
+    files = files or [path_name(str(dig(source, "name") or source)) for source in dig_list(facts.data, "sources")]
     counts = _listed(
         [_counted(tokens, "token"), f"{format_count(supervised)} of them supervised" if supervised else ""]
     )
     others = [
-        f"{_counted(dig_number(splits, name, 'rows_kept'), 'row')} for {name}"
+        f"{_counted(dig_number(splits, name, 'rows_kept'), 'row')}{_of(_file_names(facts, name))} for {name}"
         for name in splits
         if name != "train" and dig_number(splits, name, "rows_kept") is not None
     ]
-    yield (
-        f"The training data were {rows}{counts}{' of ' + ', '.join(sources) if sources else ''}"
-        f"{', with ' + ' and '.join(others) if others else ''}."
-    )
+    yield (f"The training data were {rows}{counts}{_of(files)}{', with ' + ' and '.join(others) if others else ''}.")
     template = dig(facts.data, "template", "name")
     length = dig_number(facts.config, "data", "max_length")
     form = [
@@ -191,6 +199,16 @@ def _data(facts: Facts) -> Iterator[str]:
     if any(form):
         told = " and ".join(part for part in form if part)
         yield f"{told[:1].upper()}{told[1:]}."
+
+
+def _file_names(facts: Facts, split: str) -> list[str]:
+    """Return the files that a split was read from; none where it is a part of the training data."""
+    entries = [dig(entry, "path") or entry for entry in dig_list(facts.config, "data", split)]
+    return [path_name(entry) for entry in entries if isinstance(entry, str) and entry]
+
+
+def _of(files: list[str]) -> str:
+    return f" of {', '.join(files)}" if files else ""
 
 
 def _training(facts: Facts) -> Iterator[str]:
@@ -238,7 +256,7 @@ def _optimizer(facts: Facts) -> str:
 
 
 def _ending(facts: Facts) -> Iterator[str]:
-    status, why = facts.record.get("status"), facts.record.get("stopped_because")
+    status, why = facts.record.get("status"), early_end(facts)
     if status and status != "completed":
         yield f"The run did not complete: its status is {status}{f' ({why})' if why else ''}."
     elif why:

@@ -19,7 +19,8 @@ from loralab.reports.paths import is_absolute, path_name
 from loralab.reports.provenance import describe_data
 from loralab.reports.sections import describe_overview, describe_scores
 from loralab.reports.usage import describe_usage
-from loralab.reports.wording import assess, format_value
+from loralab.reports.verdict import assess
+from loralab.reports.wording import format_value
 from loralab.run import Json, RunFolder, write_text
 
 TEMPLATE = "model_card.md.jinja"

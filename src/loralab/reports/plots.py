@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from loralab.reports.curves import Curve, read_curve, shown_tasks
+from loralab.reports.curves import Curve, kept_step, read_curve, shown_tasks
 from loralab.reports.facts import Facts, dig, dig_number, load_facts
 from loralab.reports.wording import format_loss, format_number
 from loralab.run import RunFolder, replacing
@@ -123,7 +123,8 @@ def _draw_loss(facts: Facts, axes: Axes) -> bool:
             validation.steps, validation.values, color=VERMILION, linewidth=1.2, marker="o", markersize=5,
             markeredgecolor="white", markeredgewidth=0.8, label="validation", zorder=4,
         )  # fmt: skip
-        _mark_best(axes, validation)
+        _mark_best(axes, validation, word="lowest")
+        _mark_kept(axes, validation, kept_step(facts))
     base = dig_number(facts.evaluation, "base", "eval_loss")
     if base is not None:
         split = dig(facts.evaluation, "split") or "evaluated rows"
@@ -133,15 +134,26 @@ def _draw_loss(facts: Facts, axes: Axes) -> bool:
     return True
 
 
-def _mark_best(axes: Axes, curve: Curve, *, color: str = VERMILION, highest: bool = False) -> None:
+def _mark_best(axes: Axes, curve: Curve, *, color: str = VERMILION, highest: bool = False, word: str = "best") -> None:
     if len(curve.steps) < 2:
         return
     best = (max if highest else min)(range(len(curve.values)), key=curve.values.__getitem__)
     step, value = curve.steps[best], curve.values[best]
-    label = f"best: {format_loss(value)} at step {step:,.0f}"
+    label = f"{word}: {format_loss(value)} at step {step:,.0f}"
     axes.plot(
         [step], [value], linestyle="none", marker="o", markersize=11, markerfacecolor="none",
         markeredgecolor=color, markeredgewidth=1.6, label=label, zorder=5,
+    )  # fmt: skip
+
+
+def _mark_kept(axes: Axes, curve: Curve, step: float | None) -> None:
+    """Mark the step whose adapter was kept, where that is not the lowest point: another figure chose it."""
+    if step not in curve.steps or len(curve.steps) < 2 or step == curve.steps[curve.values.index(min(curve.values))]:
+        return
+    axes.plot(
+        [step], [curve.values[curve.steps.index(step)]], linestyle="none", marker="D", markersize=11,
+        markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.4, label=f"adapter kept: step {step:,.0f}",
+        zorder=5,
     )  # fmt: skip
 
 

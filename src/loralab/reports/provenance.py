@@ -3,7 +3,16 @@
 Owns the choice and order of these facts; what came out of the run is in `sections.py`.
 """
 
-from loralab.reports.facts import SPLITS, Facts, dig, dig_list, dig_number, dig_table, flatten_config
+from loralab.reports.facts import (
+    SPLITS,
+    Facts,
+    dig,
+    dig_list,
+    dig_number,
+    dig_table,
+    flatten_config,
+    own_parameters,
+)
 from loralab.reports.wording import (
     MISSING,
     format_bytes,
@@ -184,7 +193,7 @@ def describe_machine(facts: Facts) -> Json:
     ]
     parameters = [
         ("Architecture", str(model.get("architecture") or MISSING)),
-        ("Parameters", format_count(dig_number(model, "parameters"))),
+        ("Parameters of the base", format_count(own_parameters(facts))),
         ("Trained parameters", format_count(dig_number(model, "trainable_parameters"))),
     ]
     seeds = [(f"Seed: {name}", format_value(value)) for name, value in dig_table(record, "seeds").items()]

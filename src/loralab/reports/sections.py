@@ -12,13 +12,13 @@ from typing import Any
 from loralab.reports.comparison_section import describe_comparison
 from loralab.reports.curve_sections import describe_plots, describe_reading
 from loralab.reports.examples import describe_examples
-from loralab.reports.facts import Facts, dig, dig_list, dig_number, dig_table
+from loralab.reports.facts import Facts, dig, dig_list, dig_number, dig_table, early_end
 from loralab.reports.metric_sections import describe_details, describe_metrics, measured_figures
 from loralab.reports.provenance import describe_choices, describe_data, describe_machine, describe_settings
 from loralab.reports.usage import describe_usage
+from loralab.reports.verdict import assess
 from loralab.reports.wording import (
     MISSING,
-    assess,
     format_bytes,
     format_count,
     format_loss,
@@ -98,7 +98,7 @@ def describe_status(facts: Facts) -> Json:
     return {
         "kind": status if status in STATUS_WORDS else "unknown",
         "words": STATUS_WORDS.get(status, status or "Status unknown"),
-        "reason": str(facts.record.get("stopped_because") or ""),
+        "reason": early_end(facts),
         "finished": format_time(facts.record.get("finished_at")) if facts.record.get("finished_at") else "",
     }
 

@@ -8,11 +8,13 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
-
 MISSING = "\u2013"
 SPACE = "\u00a0"
 ROUND_FROM = 1000
 MINUTE, HOUR, DAY = 60, 3600, 86400
+# From here on a number is written as 6.3e8.
+SCIENTIFIC_FROM = 1e7
+
 
 def format_count(value: float | None) -> str:
     """Return a count with separators: 12,345."""
@@ -69,8 +71,10 @@ def format_number(value: float | None, digits: int = 4) -> str:
     """Return a number with `digits` significant digits and separators; small ones as 2e-5."""
     if value is None:
         return MISSING
-    if value == 0 or 1e-3 <= abs(value) < 1e7:
-        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+    if value == 0:
+        return "0"  # never -0
+    if 1e-3 <= abs(value) < SCIENTIFIC_FROM:
+        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
         text = f"{value:,.{decimals}f}"
         return text.rstrip("0").rstrip(".") if "." in text else text
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
@@ -93,10 +97,23 @@ def format_measured(
     if low is None or high is None or high <= low or max(abs(value), high - low) < 1e-4:
         plus = "+" if signed and value > 0 else ""
         return plus + format_number(value)
+    if max(abs(value), abs(low), abs(high)) >= SCIENTIFIC_FROM:
+        plus = "+" if signed and value > 0 else ""
+        return plus + format_number(value, 2)
     # Of shares, three decimals in any case, as logs have them; of others a digit more than the interval needs.
     share = max(abs(value), abs(low), abs(high)) <= 1
     decimals = decimals_of(high - low, least=3) if share else decimals_of((high - low) / 10, least=0)
-    return f"{value:{'+' if signed else ''},.{decimals}f}"
+    return format_signed(value, decimals) if signed else _without_minus_zero(f"{value:,.{decimals}f}")
+
+
+def format_signed(value: float, decimals: int) -> str:
+    """Return a change with its sign; what rounds to 0 has none."""
+    text = f"{value:+,.{decimals}f}"
+    return text if any(digit in text for digit in "123456789") else text[1:]
+
+
+def _without_minus_zero(text: str) -> str:
+    return text if any(digit in text for digit in "123456789") else text.lstrip("-")
 
 
 def format_interval(low: float | None, high: float | None, *, signed: bool = False) -> str:
@@ -110,7 +127,9 @@ def format_loss(value: float | None) -> str:
     """Return a loss: three decimals where they say enough, else four digits."""
     if value is None:
         return MISSING
-    return f"{value:.3f}" if 0.01 <= abs(value) < ROUND_FROM or value == 0 else format_number(value)
+    if value == 0:
+        return "0.000"
+    return f"{value:.3f}" if 0.01 <= abs(value) < ROUND_FROM else format_number(value)
 
 
 def format_perplexity(value: float | None) -> str:

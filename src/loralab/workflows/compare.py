@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from loralab.config.paths import local_path
+from loralab.data.dataset import PreparedData
 from loralab.data.example import TokenizedExample
+from loralab.data.tokens.store import TokenStore
 from loralab.errors import ConfigError, StorageError
 from loralab.evaluation.answers import Question
 from loralab.evaluation.distances import DISTANCES, BranchDistances, mean_intervals, measure_branches
@@ -22,7 +25,7 @@ from loralab.evaluation.questions import questions_of, spread
 from loralab.layout.planner import Planner
 from loralab.progress import Reporter
 from loralab.reports.comparison_page import render_comparison
-from loralab.run import RunFolder, write_json, write_text
+from loralab.run import RunFolder, file_sha256, read_json, write_json, write_text
 from loralab.workflows.evaluate import OWN_ROWS, find_split
 from loralab.workflows.session import Session, open_session
 from loralab.workflows.step_layout import resolve_planner
@@ -95,10 +98,11 @@ def compare(
     session = open_session(
         path, overrides=overrides, base_model=base_model, reporter=reporter, reads=reads, ignores=ignores
     )
-    name, split, max_length, _ = find_split(session, request.data, request.split, reporter)
+    name, split, max_length, data = find_split(session, request.data, request.split, reporter)
     planner, choices = resolve_planner(session.model, session.config, max_length=max_length, device=session.device)
     reporter.say(f"layout {choices['layout'].value} ({choices['layout'].reason})")
-    rows = [split[index] for index in spread(len(split), request.max_examples)]
+    chosen = spread(len(split), request.max_examples)
+    rows, windows = [split[index] for index in chosen], number_windows(split, data)
     evaluation = session.config.evaluation
     result = {
         "split": name,
@@ -107,19 +111,23 @@ def compare(
         "max_length": max_length,
         "max_new_tokens": evaluation.max_new_tokens,
         "definitions": dict(DISTANCES),
-        **_compare_rows(session, rows, planner, reporter),
+        **_compare_rows(session, rows, [windows[index] for index in chosen], planner=planner, reporter=reporter),
         "probe": None
         if probe is None
-        else measure_forgetting(
-            session.model,
-            probe,
-            prompter=session.prompter,
-            planner=planner,
-            max_length=max_length,
-            batch_size=evaluation.batch_size,
-            resamples=evaluation.bootstrap_samples,
-            device=session.device,
-            reporter=reporter,
+        else _with_origin(
+            session,
+            request.probe,
+            measure_forgetting(
+                session.model,
+                probe,
+                prompter=session.prompter,
+                planner=planner,
+                max_length=max_length,
+                batch_size=evaluation.batch_size,
+                resamples=evaluation.bootstrap_samples,
+                device=session.device,
+                reporter=reporter,
+            ),
         ),
     }
     own = request.data is None and base_model is None and not overrides
@@ -143,8 +151,62 @@ def _check_request(request: ComparisonRequest) -> Probe | None:
     return load_probe(request.probe) if request.with_probe else None
 
 
+def number_windows(split: TokenStore, data: PreparedData) -> list[int | None]:
+    """Return which window of its row each example is, from 1; None where a row is one example.
+
+    Args:
+        split: examples to number.
+        data: that the split is a part of; windows of one row may stand in several splits.
+    """
+    stores = [store for store in data.splits.values() if store.folder == split.folder]
+    origins, units = (np.concatenate([getattr(store, name) for store in stores]) for name in ("origins", "units"))
+    if not len(split):
+        return []
+    factor = int(origins[:, 1].max()) + 1
+    keys, places, counts = np.unique(origins[:, 0] * factor + origins[:, 1], return_inverse=True, return_counts=True)
+    first = np.full(len(keys), units.max())
+    np.minimum.at(first, places, units)
+    own = np.searchsorted(keys, split.origins[:, 0] * factor + split.origins[:, 1])
+    return [
+        int(unit - first[place]) + 1 if counts[place] > 1 else None
+        for unit, place in zip(split.units, own, strict=True)
+    ]
+
+
+def _with_origin(session: Session, probe: str | None, measured: dict[str, Any]) -> dict[str, Any]:
+    """Say of a probe that is one of the run's own files that it is no unrelated text, and so no probe of forgetting."""
+    note = None if probe is None else _own_file(session, probe)
+    if note is None:
+        return measured | {"note": None}
+    reading = str(measured["reading"]).replace("no forgetting seen", "no difference seen")
+    reading = reading.replace("perplexity on unrelated text", "its perplexity")
+    return measured | {"note": note, "reading": f"{note}: {reading}"}
+
+
+def _own_file(session: Session, probe: str) -> str | None:
+    path, folder = local_path(probe), session.target.folder
+    if path is None or not path.is_file():
+        return None
+    data = session.config.data
+    for split, names in (("training", data.train), ("validation", data.validation), ("test", data.test)):
+        entries = names if isinstance(names, list) else [names]
+        files = [entry if isinstance(entry, str) else getattr(entry, "path", None) for entry in entries]
+        own = [local_path(file) for file in files if file is not None]
+        if any(file is not None and file.exists() and file.samefile(path) for file in own):
+            return f"{path.name} is {split} data of the run, not unrelated text"
+    sources = read_json(folder.data).get("sources", []) if folder is not None and folder.data.is_file() else []
+    if any(source.get("sha256") == file_sha256(path) for source in sources):
+        return f"{path.name} is data of the run, not unrelated text"
+    return None
+
+
 def _compare_rows(
-    session: Session, rows: Sequence[TokenizedExample], planner: Planner, reporter: Reporter
+    session: Session,
+    rows: Sequence[TokenizedExample],
+    windows: Sequence[int | None],
+    *,
+    planner: Planner,
+    reporter: Reporter,
 ) -> dict[str, Any]:
     branches = [branch for row in rows for branch in row.branches]
     # Rows of text begin with their first token, behind which nothing was asked.
@@ -165,6 +227,7 @@ def _compare_rows(
         reporter.say("the rows have no prompt, as text has none: compared over all their tokens, nothing generated")
         records = [
             _text_record(rows[owner], session.prompter.decode([*branch.prompt_ids, *branch.answer_ids]), each)
+            | {"window": windows[owner]}
             for owner, branch, each in zip(owners, branches, measured, strict=True)
         ]
         return {"measured_at": AT_TEXT, "totals": totals, "generation": None, "prompts": records}

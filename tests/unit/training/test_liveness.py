@@ -22,6 +22,7 @@ from loralab.training.loss import model_inputs
 from loralab.training.state import RunState
 from loralab.training.trainer import StepTrainer
 from support.families import build_family
+from support.fusing import unfused
 from support.layouts import draw_adapter, sharing_rows
 
 VOCABULARY = 97
@@ -169,6 +170,7 @@ def test_a_branch_that_is_cut_off(change: Any, why: str, tmp_path: Path) -> None
 def test_an_a_that_never_wakes_up(warmup: int, step: int, tmp_path: Path) -> None:
     """It may wait for its B, but no longer than to the third step with a positive rate."""
     model = build()
+    unfused(model)  # a fused layer calls no part of its own
     cut(layer(model, "1.self_attn.v_proj.lora_A.default"), no_gradient)
     schedule = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": warmup}
     said = stopped(model, tmp_path, steps=5, **schedule)
@@ -181,6 +183,7 @@ def test_an_a_has_nothing_to_wait_for_where_its_b_is_not_zero(started: bool, tmp
     model = build()
     if started:
         draw_adapter(model, seed=1)
+    unfused(model)
     cut(layer(model, "1.self_attn.v_proj.lora_A.default"), no_gradient)
     assert stopped(model, tmp_path).where == f"optimizer step {1 if started else 3}"
 

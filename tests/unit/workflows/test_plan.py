@@ -170,7 +170,7 @@ def test_prediction_moves_with_the_settings(files: Path) -> None:
     assert step_bytes(base=base, length=240) > 1.7 * plain
     assert step_bytes(base=base, lora={"r": 64}) > plain
     assert step_bytes(base=base, lora={"target_modules": "attention"}) < plain
-    assert step_bytes(base=base, training={"gradient_checkpointing": True}) < 0.7 * plain
+    assert step_bytes(base=base, training={"gradient_checkpointing": True}) < 0.8 * plain
     assert step_bytes(base=base, training={"token_budget": 256}) < 0.5 * plain
     # The step follows the micro-batch, not the rows of the step.
     assert step_bytes(base=base, rows=16, training={"token_budget": 256}) == step_bytes(
