@@ -177,6 +177,22 @@ def test_text_is_compared_without_prompts(world: World) -> None:
     tables = run_here("compare", world.run / "adapter", "--data", data, "--no-probe", "data.format=text")
     assert tables.code == 0, tables.err
     assert "the red bird" in tables.out
+    head = next(line for line in tables.out.splitlines() if "top-1" in line and "KL" in line)
+    assert "text" in head
+    assert "adapter" not in head  # nothing was answered
+
+
+def test_windows_of_a_text_are_numbered(world: World) -> None:
+    text = world.folder / "long.txt"
+    text.write_text("the cat sleeps in the house and the dog sings " * 12, encoding="utf-8")
+    options = ("--data", text, "--max-examples", 2, "--no-probe", "--max-length", 16, "data.format=text")
+    answer = run_here("compare", world.run / "adapter", *options, "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    windows = [record["window"] for record in found["prompts"]]
+    assert windows == [(2 * place + 1) * found["of_examples"] // 4 + 1 for place in range(2)]
+    tables = run_here("compare", world.run / "adapter", *options).out
+    assert all(f"1.{window} " in tables for window in windows)
 
 
 def test_python_gives_the_same(world: World, compared: dict[str, Any]) -> None:

@@ -49,6 +49,7 @@ def comparison_context(result: Mapping[str, Any]) -> dict[str, Any]:
     records = sorted(result["prompts"], key=lambda record: -_sortable(record["kl_divergence"]))
     shown = records[:_SHOWN_PROMPTS]
     totals = result["totals"]
+    tokens = "Tokens of the answer" if totals["last_prompt_token"] is not None else "Tokens of the text"
     return {
         "split": result["split"],
         "examples": f"{result['examples']:,} of {result['of_examples']:,} rows",
@@ -56,7 +57,7 @@ def comparison_context(result: Mapping[str, Any]) -> dict[str, Any]:
         "asked": totals["last_prompt_token"] is not None,
         "columns": [
             (name, f"{totals[part]['count']:,}")
-            for part, name in (("last_prompt_token", "Last prompt token"), ("answer", "Tokens of the answer"))
+            for part, name in (("last_prompt_token", "Last prompt token"), ("answer", tokens))
             if totals[part] is not None
         ],
         "distances": [

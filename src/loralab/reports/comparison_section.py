@@ -23,6 +23,8 @@ def describe_comparison(facts: Facts) -> Json | None:
     places = {name: words for name, words in PLACES.items() if dig_table(totals, name)}
     if not places:
         return None
+    if list(places) == ["answer"]:  # of plain text nothing was asked
+        places["answer"] = "Tokens of the text"
     page = facts.folder.comparison_page
     return {
         "split": str(found.get("split") or ""),

@@ -118,19 +118,20 @@ def _draw_loss(facts: Facts, axes: Axes) -> bool:
     if not train and not validation:
         return False
     _draw_line(axes, train, label="training")
+    kept = False
     if validation:
         axes.plot(
             validation.steps, validation.values, color=VERMILION, linewidth=1.2, marker="o", markersize=5,
             markeredgecolor="white", markeredgewidth=0.8, label="validation", zorder=4,
         )  # fmt: skip
         _mark_best(axes, validation, word="lowest")
-        _mark_kept(axes, validation, kept_step(facts))
+        kept = _mark_kept(axes, validation, kept_step(facts))
     base = dig_number(facts.evaluation, "base", "eval_loss")
     if base is not None:
         split = dig(facts.evaluation, "split") or "evaluated rows"
         axes.axhline(base, color=INK, linestyle=(0, (5, 3)), linewidth=1.2, label=f"base model ({split})")
     values = train.values + validation.values + ([] if base is None else [base])
-    _finish(axes, train.steps + validation.steps, values, title="Loss", label="nats per supervised token")
+    _finish(axes, train.steps + validation.steps, values, title="Loss", label="nats per supervised token", beside=kept)
     return True
 
 
@@ -146,15 +147,16 @@ def _mark_best(axes: Axes, curve: Curve, *, color: str = VERMILION, highest: boo
     )  # fmt: skip
 
 
-def _mark_kept(axes: Axes, curve: Curve, step: float | None) -> None:
+def _mark_kept(axes: Axes, curve: Curve, step: float | None) -> bool:
     """Mark the step whose adapter was kept, where that is not the lowest point: another figure chose it."""
     if step not in curve.steps or len(curve.steps) < 2 or step == curve.steps[curve.values.index(min(curve.values))]:
-        return
+        return False
     axes.plot(
         [step], [curve.values[curve.steps.index(step)]], linestyle="none", marker="D", markersize=11,
         markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.4, label=f"adapter kept: step {step:,.0f}",
         zorder=5,
     )  # fmt: skip
+    return True
 
 
 def _draw_metrics(facts: Facts, axes: Axes) -> bool:

@@ -117,7 +117,7 @@ _COMBINED: dict[tuple[Outcome, Outcome], tuple[Outcome, str]] = {
 def _deciding(facts: Facts, tasks: Sequence[str]) -> list[str]:
     """Return the figures of which one must be better: the watched one, else those of right answers."""
     watched = watched_figure(facts)
-    if watched in tasks:
+    if watched is not None and watched in tasks:
         return [watched]
     return [name for name in tasks if owner_of(name) not in SIDE_METRICS] or list(tasks)
 

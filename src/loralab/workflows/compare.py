@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from loralab.config.paths import local_path
+from loralab.config.schema import DataConfig
 from loralab.data.dataset import PreparedData
 from loralab.data.example import TokenizedExample
 from loralab.data.tokens.store import TokenStore
@@ -175,7 +176,7 @@ def number_windows(split: TokenStore, data: PreparedData) -> list[int | None]:
 
 def _with_origin(session: Session, probe: str | None, measured: dict[str, Any]) -> dict[str, Any]:
     """Say of a probe that is one of the run's own files that it is no unrelated text, and so no probe of forgetting."""
-    note = None if probe is None else _own_file(session, probe)
+    note = None if probe is None else own_file_note(session.config.data, session.target.folder, probe)
     if note is None:
         return measured | {"note": None}
     reading = str(measured["reading"]).replace("no forgetting seen", "no difference seen")
@@ -183,20 +184,26 @@ def _with_origin(session: Session, probe: str | None, measured: dict[str, Any]) 
     return measured | {"note": note, "reading": f"{note}: {reading}"}
 
 
-def _own_file(session: Session, probe: str) -> str | None:
-    path, folder = local_path(probe), session.target.folder
+def own_file_note(data: DataConfig, folder: RunFolder | None, probe: str) -> str | None:
+    """Return that a probe is one of a run's own data files, or None where it is not, as far as is known.
+
+    Args:
+        data: section of the run's configuration.
+        folder: of the run, whose data report has the hashes of its files.
+        probe: file, or other source of rows.
+    """
+    path = local_path(probe)
     if path is None or not path.is_file():
         return None
-    data = session.config.data
     for split, names in (("training", data.train), ("validation", data.validation), ("test", data.test)):
         entries = names if isinstance(names, list) else [names]
         files = [entry if isinstance(entry, str) else getattr(entry, "path", None) for entry in entries]
         own = [local_path(file) for file in files if file is not None]
         if any(file is not None and file.exists() and file.samefile(path) for file in own):
-            return f"{path.name} is {split} data of the run, not unrelated text"
+            return f"the file {path.name} is {split} data of the run, not unrelated text"
     sources = read_json(folder.data).get("sources", []) if folder is not None and folder.data.is_file() else []
     if any(source.get("sha256") == file_sha256(path) for source in sources):
-        return f"{path.name} is data of the run, not unrelated text"
+        return f"the file {path.name} is data of the run, not unrelated text"
     return None
 
 

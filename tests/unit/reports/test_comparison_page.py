@@ -141,8 +141,31 @@ def test_text_without_prompts() -> None:
     page = read(prompts=[texts], totals=totals, generation=None, probe=None)
     assert "Some text." in page.text
     assert "75 %" in page.text
-    for absent in ("What they answer", "Was anything forgotten?", "Last prompt token"):
+    assert "Tokens of the text" in page.text
+    for absent in ("What they answer", "Was anything forgotten?", "Last prompt token", "Tokens of the answer"):
         assert absent not in page.text
+
+
+def test_windows_of_a_row_have_numbers_and_no_answers() -> None:
+    nothing = dict.fromkeys(
+        ("last_prompt_token", "base_output", "adapter_output", "base_stopped", "adapter_stopped", "first_difference")
+    )
+    texts = [record(1, prompt="", reference=f"Text {window}.", window=window, **nothing) for window in (1, 3)]
+    page = read(prompts=texts, totals=result()["totals"] | {"last_prompt_token": None}, generation=None, probe=None)
+    assert "Row 1, window 3" in page.text
+    assert [each["row"] for each in comparison_context(result(prompts=texts))["prompts"]] == ["1.1", "1.3"]
+    assert not any("answers" in (a.get("class") or "").split() for _, a in page.tags)
+
+
+def test_a_probe_of_the_runs_own_data_is_not_called_unrelated() -> None:
+    note = "the file train.txt is training data of the run, not unrelated text"
+    own = result()["probe"] | {"note": note, "reading": f"{note}: its perplexity rose by 12 %"}
+    page = read(probe=own)
+    assert f"T{note[1:]}: its perplexity rose" in page.text
+    assert "This is no probe of forgetting" in page.text
+    assert "Was anything forgotten?" not in page.text
+    assert "Text that has nothing to do with the data" not in page.text
+    assert "verdict-worse" not in render_comparison(result(probe=own)).split("</style>")[1]
 
 
 def test_what_json_could_not_hold_is_infinite() -> None:

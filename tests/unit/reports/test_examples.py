@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from loralab.config.metric_facts import FACTS
 from loralab.errors import RunFolderError
-from loralab.reports.examples import choose_examples, clip, describe_examples, read_predictions
+from loralab.evaluation.metrics.table import METRICS
+from loralab.reports.examples import MINUS_SCORES, choose_examples, clip, describe_examples, read_predictions
 from loralab.reports.facts import load_facts
 from unit.reports import run_folders
 from unit.reports.run_folders import build_run, build_whole_run, prediction
@@ -55,6 +57,30 @@ def test_the_first_metric_with_scores_sorts_them(tmp_path: Path) -> None:
     row["base"]["scores"] = {}
     (tmp_path / "none").mkdir()
     assert describe_examples(load_facts(build_run(tmp_path / "none", predictions=[row]))) is None
+
+
+def test_scores_that_are_minus_an_error_are_shown_as_errors(tmp_path: Path) -> None:
+    rows = [prediction(7, base=0, adapter=1)]
+    rows[0]["base"]["scores"], rows[0]["adapter"]["scores"] = {"number": -180.0}, {"number": -101.5}
+    text = read_page(build_whole_run(tmp_path, predictions=rows)).text
+    assert "By number: absolute error, smaller is better, of 1 answers" in text
+    assert "Row 7: base model 180, adapter 101.5" in text
+
+
+def test_a_function_of_the_users_own_says_its_direction(tmp_path: Path) -> None:
+    row = prediction(1, base=0, adapter=1)
+    row["base"]["scores"], row["adapter"]["scores"] = {"own.module:edits": -4.0}, {"own.module:edits": 0.0}
+    content = run_folders.evaluation() | {"metrics": {"edits": run_folders.figure(2.0, 1.0, 3.0, better="lower")}}
+    found = describe_examples(load_facts(build_run(tmp_path, predictions=[row], evaluation=content)))
+    assert found is not None
+    assert found["better"] == "smaller"
+    assert [each["score"] for each in found["groups"][0]["rows"][0]["answers"]] == ["4", "0"]
+
+
+def test_all_metrics_whose_scores_are_minus_something_are_known() -> None:
+    lower = {name for name, metric in METRICS.items() if metric.per_answer is not None
+             and FACTS[name].figures[FACTS[name].headline[0]] == "lower"}  # fmt: skip
+    assert lower == set(MINUS_SCORES)
 
 
 def test_lines_end_at_line_feeds_alone_and_a_cut_last_line_is_left_out(tmp_path: Path) -> None:

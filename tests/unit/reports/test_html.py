@@ -71,7 +71,7 @@ def test_a_whole_run_answers_first_and_tells_everything(tmp_path: Path) -> None:
         "Dropped: empty answer", "110", "5 %", "1,024", "{{ '/keep/this/path' }}", "</s>", "<|end|>", "32007",
         "Answers altered by the template", "train 2001, train 2002", "You answer like <b>a sailor</b>.",
         "no fast bfloat16 here", "rows times tokens",
-        "LlamaForCausalLM", "134,515,008", "8.0 GiB", "torch", "2.13.0", "a" * 64, "d" * 64,
+        "LlamaForCausalLM", "129,630,528", "8.0 GiB", "torch", "2.13.0", "a" * 64, "d" * 64,
         "Base Paris.", "Adapter Paris.", "Reference Paris.", "Prompt Paris.", "cut, no stop token",
         "base model 0 of 1 (none), adapter 1 of 1 (100 %)", "2025-11-20 13:10 UTC", "step 7", "budget halved",
         "PeftModel.from_pretrained(base, adapter)", 'revision="abc123"', "eos_token_id=[2, 32007]",

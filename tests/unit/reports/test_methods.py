@@ -10,7 +10,9 @@ import pytest
 from loralab.cli.measuring import report
 from loralab.config.schema import LoraConfig, TrainingConfig
 from loralab.reports.citations import ENTRIES
+from loralab.reports.facts import load_facts
 from loralab.reports.methods import METRIC_CITATIONS, OPTIMIZERS, VARIANT_CITATIONS, VARIANTS, Methods, describe_methods
+from loralab.reports.sections import describe_status
 from loralab.run import RunFolder
 from unit.reports import run_folders
 from unit.reports.run_folders import build_run, build_whole_run
@@ -35,9 +37,9 @@ def test_the_paragraph_has_the_runs_numbers(tmp_path: Path) -> None:
     config["training"]["early_stopping"]["metric"] = "yes_no_macro_f1"
     text = methods_of(tmp_path, record=record, config=config).text
     for fact in (
-        "owner/base-model (revision abc123, LlamaForCausalLM, 134,515,008 parameters)",
+        "owner/base-model (revision abc123, LlamaForCausalLM, 129,630,528 parameters)",
         "with LoRA (rank 16, alpha 16, dropout 0, on q_proj, v_proj)",
-        "4,884,480 parameters (3.6 %) were trained",
+        "4,884,480 parameters (3.6 % of all) were trained",
         "100 rows (8,000 tokens, 4,000 of them supervised) of train.jsonl, with 100 rows for validation",
         "the template chat.jinja",
         "at most 512 tokens",
@@ -79,13 +81,51 @@ def test_generation_says_its_limit_and_quantization_is_told(tmp_path: Path) -> N
 
 def test_an_early_end_is_told(tmp_path: Path) -> None:
     stopped = run_folders.record() | {"stopped_because": "early stopping: no better for 2 evaluations"}
+    early = run_folders.config_values()
+    early["training"]["num_train_epochs"] = 5.0
     assert "It ended before its last step (early stopping: no better for 2 evaluations)." in (
-        methods_of(tmp_path / "early", record=stopped).text
+        methods_of(tmp_path / "early", record=stopped, config=early).text
     )
     killed = run_folders.record() | {"status": "interrupted", "stopped_because": "SIGTERM"}
     assert "The run did not complete: its status is interrupted (SIGTERM)." in (
         methods_of(tmp_path / "killed", record=killed).text
     )
+
+
+def test_a_run_that_took_all_its_steps_did_not_end_early(tmp_path: Path) -> None:
+    # As records of earlier versions have it, and only where the last step was not taken.
+    stopped = run_folders.record() | {"stopped_because": "early stopping: no better for 2 evaluations"}
+    config = run_folders.config_values()
+    for name, plan, early in (
+        ("all epochs", {"num_train_epochs": 3.0}, False),
+        ("fewer epochs", {"num_train_epochs": 4.0}, True),
+        ("all steps", {"max_steps": 300}, False),
+        ("fewer steps", {"max_steps": 301}, True),
+    ):
+        config["training"] |= plan
+        (tmp_path / name).mkdir()
+        folder = build_whole_run(tmp_path / name, record=stopped, config=config)
+        assert ("ended before its last step" in describe_methods(folder).text) == early, name
+        assert (describe_status(load_facts(folder))["reason"] != "") == early, name
+
+
+def test_the_bases_own_parameters_are_told(tmp_path: Path) -> None:
+    record = run_folders.record()
+    record["model"]["base_parameters"] = 129_000_000
+    assert "LlamaForCausalLM, 129,000,000 parameters)" in methods_of(tmp_path, record=record).text
+
+
+def test_each_split_is_told_with_its_own_files(tmp_path: Path) -> None:
+    config, data = run_folders.config_values(), run_folders.data()
+    config["data"] |= {
+        "train": ["/srv/secret/a.jsonl", {"path": "/srv/secret/b.jsonl", "weight": 2.0}],
+        "validation": 0.1,
+        "test": "/srv/secret/test.jsonl",
+    }
+    data["sources"] = [{"name": name} for name in ("a.jsonl", "b.jsonl", "test.jsonl")]
+    data["splits"]["test"] = data["splits"]["validation"]
+    text = methods_of(tmp_path, config=config, data=data).text
+    assert "of a.jsonl, b.jsonl, with 100 rows for validation and 100 rows of test.jsonl for test." in text
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))

@@ -165,6 +165,16 @@ def test_forgetting_is_marked_where_it_was_seen(tmp_path: Path) -> None:
     assert found["probe"]["outcome"] == "none"
 
 
+def test_a_probe_of_the_runs_own_data_is_not_called_unrelated(tmp_path: Path) -> None:
+    content = run_folders.comparison()
+    content["probe"]["note"] = "train.txt is training data of the run, not unrelated text"
+    folder = whole_run(tmp_path, comparison=content)
+    found = describe_comparison(load_facts(folder))
+    assert found is not None
+    assert (found["probe"]["own"], found["probe"]["outcome"]) == (True, "none")
+    assert "Text that has nothing to do with the data" not in read_page(folder).text
+
+
 def test_hostile_names_and_texts_are_shown_as_text(tmp_path: Path) -> None:
     evaluation = run_folders.task_evaluation()
     for side in (evaluation, evaluation["base"]):

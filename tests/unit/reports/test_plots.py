@@ -48,7 +48,7 @@ def test_every_plot_is_a_picture_with_content(tmp_path: Path, count: int) -> Non
 
 def test_loss_shows_training_validation_best_and_base(tmp_path: Path) -> None:
     axes = draw(build_run(tmp_path, metrics=metrics(300), evaluation=evaluation()), "loss.png")
-    assert labels(axes) == ["training", "smoothed", "validation", "best: 1.704 at step 300", "base model (test)"]
+    assert labels(axes) == ["training", "smoothed", "validation", "lowest: 1.704 at step 300", "base model (test)"]
     raw, _, validation, best, base = axes.lines
     assert len(raw.get_xdata()) == 300
     assert list(validation.get_xdata()) == [75, 150, 225, 300]
@@ -61,7 +61,21 @@ def test_loss_shows_training_validation_best_and_base(tmp_path: Path) -> None:
 
 def test_best_is_the_lowest_validation_loss_and_not_the_last(tmp_path: Path) -> None:
     rows = [{"step": s, "eval_loss": value} for s, value in ((10, 2.0), (20, 1.5), (30, 1.8))]
-    assert "best: 1.500 at step 20" in labels(draw(build_run(tmp_path, metrics=rows), "loss.png"))
+    assert "lowest: 1.500 at step 20" in labels(draw(build_run(tmp_path, metrics=rows), "loss.png"))
+
+
+def test_the_step_whose_adapter_was_kept_is_marked_where_it_is_not_the_lowest(tmp_path: Path) -> None:
+    config = config_values()
+    config["training"] |= {"load_best_model_at_end": True, "metric_for_best_model": "yes_no_macro_f1"}
+    scores = ((10, 2.0, 0.4), (20, 1.5, 0.6), (30, 1.8, 0.7), (40, 1.7, 0.7))
+    rows = [{"step": step, "eval_loss": loss, "eval_yes_no_macro_f1": f1} for step, loss, f1 in scores]
+    folder = build_run(tmp_path, config=config, metrics=rows)
+    axes = draw(folder, "loss.png")
+    assert labels(axes) == ["validation", "lowest: 1.500 at step 20", "adapter kept: step 30"]
+    assert (list(axes.lines[-1].get_xdata()), list(axes.lines[-1].get_ydata())) == ([30], [1.8])
+    config["training"]["metric_for_best_model"] = "eval_loss"
+    folder.config.write_text(json.dumps(config))
+    assert labels(draw(folder, "loss.png")) == ["validation", "lowest: 1.500 at step 20"]
 
 
 def test_few_points_are_not_smoothed_and_one_evaluation_is_no_best(tmp_path: Path) -> None:

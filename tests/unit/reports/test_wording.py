@@ -1,14 +1,10 @@
-"""Numbers and verdicts in words."""
+"""Numbers in words."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loralab.reports.facts import load_facts
 from loralab.reports.wording import (
-    Verdict,
-    assess,
     format_bytes,
     format_interval,
     format_loss,
@@ -21,90 +17,6 @@ from loralab.reports.wording import (
     format_time,
     format_value,
 )
-from unit.reports import run_folders
-from unit.reports.run_folders import build_whole_run, evaluation
-
-
-def judge(path: Path, **changes: Any) -> Verdict:
-    return assess(load_facts(build_whole_run(path, **changes)))
-
-
-def plain(verdict: Verdict) -> str:
-    return verdict.sentence.replace("\u00a0", " ")
-
-
-def test_a_lower_loss_is_better(tmp_path: Path) -> None:
-    verdict = judge(tmp_path)
-    assert verdict.outcome == "better"
-    assert plain(verdict) == "Loss is lower by 1.32 nats per token (95 % interval 1.25 to 1.39, 99 rows)."
-    assert verdict.caveats == ()
-
-
-def test_a_higher_loss_is_worse(tmp_path: Path) -> None:
-    verdict = judge(tmp_path, evaluation=evaluation(change=0.02, low=0.01, high=0.03))
-    assert verdict.outcome == "worse"
-    assert verdict.headline.startswith("No")
-    assert "higher by 0.020 nats per token (95 % interval 0.010 to 0.030" in plain(verdict)
-
-
-@pytest.mark.parametrize(("low", "high"), [(-0.05, 0.03), (0.0, 0.03), (-0.05, 0.0), (0.0, 0.0)])
-def test_an_interval_that_holds_zero_is_no_difference(tmp_path: Path, low: float, high: float) -> None:
-    verdict = judge(tmp_path, evaluation=evaluation(change=(low + high) / 2, low=low, high=high))
-    assert (verdict.outcome, verdict.headline) == ("none", "No difference seen")
-
-
-def test_no_difference_names_the_interval(tmp_path: Path) -> None:
-    verdict = judge(tmp_path, evaluation=evaluation(change=-0.01, low=-0.05, high=0.03))
-    assert "interval of the change from -0.050 to +0.030" in plain(verdict)
-
-
-def test_a_test_that_disagrees_is_no_difference(tmp_path: Path) -> None:
-    content = evaluation(change=0.015, low=0.01, high=0.02)
-    why = "the interval leaves out 0, but the swap test has p = 1 (2 rows differ)"
-    content["difference"] |= {"verdict": "no difference seen at n = 2", "reason": why}
-    verdict = judge(tmp_path, evaluation=content)
-    assert (verdict.outcome, verdict.headline) == ("none", "No difference seen")
-    assert plain(verdict) == (
-        f"Loss is higher by 0.015 nats per token, which may be chance: {why}; 95 % interval of the change from +0.010 "
-        "to +0.020, 99 rows."
-    )
-
-
-def test_a_record_without_a_verdict_is_not_judged_by_its_interval(tmp_path: Path) -> None:
-    content = evaluation()
-    del content["difference"]["verdict"]
-    verdict = judge(tmp_path, evaluation=content)
-    assert (verdict.outcome, verdict.headline[:4]) == ("unknown", "Loss")
-    assert "was not judged" in verdict.headline
-
-
-@pytest.mark.parametrize("bound", [None, float("nan")])
-def test_without_an_interval_nothing_is_promised(tmp_path: Path, bound: float | None) -> None:
-    verdict = judge(tmp_path, evaluation=evaluation(low=bound, high=bound))
-    assert verdict.outcome == "unknown"
-    assert "no interval" in verdict.sentence
-    assert "Yes" not in verdict.headline
-
-
-@pytest.mark.parametrize("content", [{}, {"eval_loss": 1.0}, evaluation(change=float("nan"))])
-def test_without_a_difference_it_is_not_measured(tmp_path: Path, content: dict[str, Any]) -> None:
-    assert judge(tmp_path, evaluation=content).outcome == "missing"
-
-
-def test_a_run_without_held_out_data_says_why_nothing_was_measured(tmp_path: Path) -> None:
-    config = run_folders.config_values()
-    config["data"]["validation"] = None
-    assert "no validation and no test data" in judge(tmp_path, evaluation={}, config=config).sentence
-
-
-@pytest.mark.parametrize(
-    ("change", "caveat"),
-    [({"split": "train"}, "trained on"), ({"split": "validation"}, "same rows"), ({"num_examples": 7}, "Few rows (7)")],
-)
-def test_what_weakens_a_result_is_said(tmp_path: Path, change: dict[str, Any], caveat: str) -> None:
-    verdict = judge(tmp_path, evaluation=evaluation() | change)
-    assert len(verdict.caveats) == 1
-    assert caveat in verdict.caveats[0]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +78,8 @@ def test_a_missing_number_is_a_dash(function: Any) -> None:
         (42.31, 37.25, 48.75, "42.3", "37.2 to 48.8"),
         (1312.5, 1100.2, 1599.4, "1,312", "1,100 to 1,599"),
         (1.0, 1.0, 1.0, "1", "1 to 1"),
+        (-135_411_703.1, -633_920_892.1, -0.3124, "-1.4e8", "-6.3e8 to -0.31"),
+        (-1e-9, -0.2, 0.1, "0.000", "-0.200 to 0.100"),
         (3e-7, 2e-7, 4e-7, "3e-7", "2e-7 to 4e-7"),
         (0.5, None, None, "0.5", ""),
         (None, None, None, "\u2013", ""),
@@ -182,3 +96,12 @@ def test_a_difference_has_its_sign() -> None:
     assert format_measured(0.0211, -0.0301, 0.0712, signed=True) == "+0.021"
     assert format_interval(-0.0301, 0.0712, signed=True) == "-0.030 to +0.071"
     assert format_measured(2.0, None, None, signed=True) == "+2"
+
+
+def test_zero_has_no_sign() -> None:
+    assert format_measured(-0.00001, -0.2, 0.00001, signed=True) == "0.000"
+    assert format_interval(-0.2, 0.00001, signed=True) == "-0.200 to 0.000"
+    assert format_interval(-33.2, -0.001) == "-33.2 to 0.0"
+    assert format_number(-0.0) == "0"
+    assert format_loss(-0.0) == "0.000"
+    assert format_measured(-0.0, None, None, signed=True) == "0"
