@@ -595,11 +595,20 @@ def test_adapter_of_another_base(other: tuple[Callable[[Path], Path], str], fini
     for command in (["generate", finished, "-p", "red"], ["eval", finished]):
         problem = refused(
             run_here(*command, "--model", base),
-            what="the adapter does not fit this base",
+            what="not the base of this adapter",
             where=str(finished / "adapter"),
-            fix="name the base that it was trained on",
+            fix="give the base that it was trained on",
         )
-        assert named in problem.what
+        assert "sha256" in problem.what
+    # An adapter alone does not say which its base was; its tensors must fit.
+    bare = Path(shutil.copytree(finished / "adapter", tmp_path / "bare"))
+    problem = refused(
+        run_here("generate", bare, "-p", "red", "--model", base),
+        what="the adapter does not fit this base",
+        where=str(bare),
+        fix="name the base that it was trained on",
+    )
+    assert named in problem.what
     assert snapshot(finished) == before
 
 

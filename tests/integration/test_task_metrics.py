@@ -262,7 +262,7 @@ def test_several_adapters_are_measured_on_the_same_rows(
     generating = loralab.train(
         config(base, rows, tmp_path / "own/run", training={"max_steps": 2}, evaluation={"answer_by": "generate"})
     )
-    with pytest.raises(ConfigError, match="would be measured otherwise"):
+    with pytest.raises(ConfigError, match="asks for metrics auto by generate"):
         evaluate_adapters([other.path, generating.path], data=str(held_out), reporter=Reporter())
     before = held_out.read_bytes()
     with pytest.raises(ConfigError, match="would replace the data"):

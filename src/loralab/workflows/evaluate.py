@@ -248,10 +248,10 @@ def _evaluate_one(
 
 
 def _check_task(task: Task, before: Task | None, path: Path, request: _Request) -> None:
-    """Check that an adapter is measured as the ones before it, and that there will be predictions to write.
+    """Check that an adapter is measured as the ones before it, and that what was asked for acts.
 
     Raises:
-        ConfigError: it is not, or they will not.
+        ConfigError: it is not, or something has no effect.
     """
     if before is not None and (task.way, list(task.metrics)) != (before.way, list(before.metrics)):
         ways = [f"{', '.join(each.metrics) or 'no metric'} by {each.way or 'losses'}" for each in (before, task)]
@@ -259,6 +259,14 @@ def _check_task(task: Task, before: Task | None, path: Path, request: _Request) 
             f"{str(path)!r} would be measured otherwise than the adapter before it: {ways[1]}, not {ways[0]}",
             where="arguments RUN, --adapter",
             fix=f"choose for all of them: --metrics {','.join(before.metrics)} --answer-by {before.way}",
+        )
+    limits = [text for text in request.overrides if text.startswith("evaluation.max_new_tokens=")]
+    if limits and task.way != "generate":
+        why = "no metric that is measured needs answers" if task.way is None else f"answers come by {task.way}"
+        raise ConfigError(
+            f"evaluation.max_new_tokens has no effect: {why}",
+            where=f"command line: {limits[0]}",
+            fix="remove it, or have answers generated: --metrics exact_match --answer-by generate",
         )
     if request.predictions is not None and task.way is None:
         raise ConfigError(

@@ -116,7 +116,9 @@ def resolve_task(
     way, why = answering_way(config.evaluation, names)
     choices["answer_by"] = Resolved(way, why)
     choices |= _left_out(splits, rows)
-    unread = way != "score" and all(metric.check is None for metric in task.of_answers.values())
+    unread = way != "score" and all(
+        metric.check is None and metric.try_out is None for metric in task.of_answers.values()
+    )
     asked = [[] if unread else [*references_of(each, data.prompter)] for each in rows.values()]
     labels: LabelIds = {}
     if way == "score":
@@ -225,5 +227,6 @@ def _check_answerable(task: Task, questions: Sequence[Question]) -> None:
         ],
     )
     for metric in task.of_answers.values():
-        if metric.check is not None:
-            metric.check(evidence)
+        for check in (metric.check, metric.try_out):
+            if check is not None:
+                check(evidence)

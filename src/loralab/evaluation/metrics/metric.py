@@ -36,6 +36,8 @@ class Metric:
         details: from evidence to what a report shows besides figures (a confusion matrix), or None.
         check: raises a `DataError` that names what is missing where evidence cannot be measured; None checks nothing.
         shares: figures that are plain shares of answers; with one answer per row their interval is Wilson's.
+        try_out: as `check`, but for evidence that is made up before training alone: it may cost something; None does
+            nothing.
         counts: from totals to the count of each figure that has another one than `count`; None where all share it.
         paired: from the evidence of two models, of the same questions, to what each row adds on either side when
             they are compared (units, k each). For figures over those answers alone that can be measured (with a
@@ -54,6 +56,7 @@ class Metric:
     per_answer: Callable[[Evidence], FloatArray] | None = None
     details: Callable[[Evidence], Mapping[str, Any]] | None = None
     check: Callable[[Evidence], None] | None = None
+    try_out: Callable[[Evidence], None] | None = None
     shares: tuple[str, ...] = ()
     counts: Callable[[FloatArray], Mapping[str, FloatArray]] | None = None
     paired: Callable[[Evidence, Evidence], tuple[FloatArray, FloatArray]] | None = None

@@ -53,9 +53,7 @@ class ScoresOfAnswers:
             given = self._function(answers, references)
             scores = given.tolist() if isinstance(given, np.ndarray) else list(given)
         except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{Path(frame.filename).name} line {frame.lineno}"
-            raise self._error(f"failed in {place}: {type(error).__name__}: {excerpt(error)}") from error
+            raise self._error(f"failed{_place(error)}: {type(error).__name__}: {excerpt(error)}") from error
         if len(scores) != len(evidence.answers):
             raise self._error(f"gave {len(scores)} scores for {len(evidence.answers)} answers")
         for index, score in enumerate(scores):
@@ -70,7 +68,7 @@ class ScoresOfAnswers:
             fix="the function takes two lists of texts, answers and references, and returns one number per answer",
         )
 
-    def check(self, evidence: Evidence) -> None:
+    def try_out(self, evidence: Evidence) -> None:
         """Try the function on a few answers, so that what is wrong with it is told before hours of training.
 
         Raises:
@@ -82,6 +80,12 @@ class ScoresOfAnswers:
         """Return sum and number of the scores of each row (units, 2)."""
         scores = self(evidence)
         return add_rows(evidence, np.stack([scores, np.ones_like(scores)], axis=1))
+
+
+def _place(error: Exception) -> str:
+    """Return the line of the user's code that an error came from, or nothing where it came from no line of it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return "" if frame.filename == __file__ else f" in {Path(frame.filename).name} line {frame.lineno}"
 
 
 def load_metric(name: str) -> Metric:
@@ -118,7 +122,7 @@ def load_metric(name: str) -> Metric:
         figures=lambda totals: {attribute: quotient(totals[..., 0], totals[..., 1])},
         count=lambda totals: totals[..., 1],
         per_answer=lambda evidence: sign * scores(evidence),
-        check=scores.check,
+        try_out=scores.try_out,
     )
 
 

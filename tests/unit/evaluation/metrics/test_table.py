@@ -157,7 +157,7 @@ def test_function_of_the_user(own: str) -> None:
         ("short", "gave 1 scores for 2 answers"),
         ("words", "gave 'good' for answer 1"),
         ("undefined", "gave nan for answer 1"),
-        ("broken", "failed: ZeroDivisionError"),
+        ("broken", "failed in own_metrics_of_a_user.py line 22: ZeroDivisionError"),
         ("nothing", "failed: TypeError"),
     ],
 )
