@@ -23,12 +23,12 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt's settings, from m
 _PAGE, _CHUNK, _HEADER = 4096, 16, 8
 # What a request for an aligned place adds, and what is left before the place.
 _SEARCHED, _CUT_OFF = 96, 48
-# Share of chunks before which something small settles and stays. Fitted to two to five steps each of the shapes of
-# GPT-2-small and Qwen2.5-0.5B at 512, 1024 and 2048 tokens in bfloat16 (glibc 2.36): between 0.15 and 0.2.
-KEPT_PINNED = 0.18
+# Share of chunks before which something small settles and stays. Fitted to runs of 20 steps of the shapes of
+# GPT-2-small (B 8 and 16, NF4) and Qwen2.5-0.5B (B 2) in bfloat16 (glibc 2.36): between 0.06 and 0.12.
+KEPT_PINNED = 0.1
 # The same where activations are recomputed: many more come and go while few are held. Fitted to one run
 # of GPT-2-small's shape; the weakest point of the estimate.
-RECOMPUTED_PINNED = 0.6
+RECOMPUTED_PINNED = 0.4
 _GOLDEN = 0.6180339887498949
 
 
