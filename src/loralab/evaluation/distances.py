@@ -102,6 +102,9 @@ def measure_distances(base: Tensor, adapter: Tensor) -> Tensor:
 
 
 def _exact(logits: Tensor) -> Tensor:
+    # A head in half precision overflows to infinity, of which a softmax is nan: it counts as the largest of its
+    # type, as in evaluations (`token_loss.safe_log_softmax`).
+    logits = logits.clamp(max=torch.finfo(logits.dtype).max)
     # Apple's GPUs have no float64.
     return logits.to("cpu" if logits.device.type == "mps" else logits.device).double()
 

@@ -105,11 +105,17 @@ def test_a_token_that_one_side_rules_out() -> None:
     assert not any(math.isnan(value) for value in found.values())
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_no_numbers_are_an_error(value: float) -> None:
-    good, bad = torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 0.0], [0.0, value, 0.0]])
+def test_logits_that_are_no_numbers_are_an_error() -> None:
+    good, bad = torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 0.0], [0.0, math.nan, 0.0]])
     with pytest.raises(ModelError, match="no numbers at 1 of 2 positions"):
         measure_distances(good, bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_head_that_overflows_counts_as_the_largest_of_its_type(dtype: torch.dtype) -> None:
+    over, largest = (torch.tensor([[0.0, top, 1.0]], dtype=dtype) for top in (math.inf, torch.finfo(dtype).max))
+    assert torch.equal(measure_distances(over, over), measure_distances(largest, largest))
+    assert torch.isfinite(measure_distances(torch.zeros(1, 3, dtype=dtype), over)).all()
 
 
 def adapted(family: str, **settings: Any) -> SupervisedPeftModel:
