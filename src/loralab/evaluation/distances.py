@@ -15,8 +15,9 @@ from torch import Tensor
 
 from loralab.data.example import Branch, TokenizedExample
 from loralab.errors import ModelError
+from loralab.evaluation.forwards import Interrupted
 from loralab.evaluation.metrics.intervals import ratio_intervals
-from loralab.evaluation.perplexity import FloatArray, Interrupted
+from loralab.evaluation.perplexity import FloatArray
 from loralab.layout.collate import MicroBatch
 from loralab.layout.planner import Planner
 from loralab.models.supervised import SupervisedPeftModel

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from loralab.data.example import TokenizedExample
-from loralab.evaluation.perplexity import Interrupted
 from loralab.layout.collate import MicroBatch
 from loralab.layout.planner import Planner
 from loralab.models.token_loss import TokenLosses
@@ -18,13 +17,19 @@ from loralab.progress import Reporter
 from loralab.training.distributed import ALONE, Processes
 from loralab.training.loss import run_micro_batches
 
+
+class Interrupted(Exception):
+    """A measurement was asked to stop."""
+
+
 # Given the number of the batch, a micro-batch and what is known of its labels.
 Observe = Callable[[int, MicroBatch, TokenLosses], None]
 
 
 def observe_batches(
     model: nn.Module,
-    batches: Sequence[Sequence[TokenizedExample]],
+    sizes: Sequence[int],
+    examples_of: Callable[[int], Sequence[TokenizedExample]],
     observe: Observe,
     *,
     planner: Planner,
@@ -38,7 +43,8 @@ def observe_batches(
 
     Args:
         model: a `SupervisedPeftModel`; put into evaluation mode meanwhile.
-        batches: examples that are laid out together.
+        sizes: examples of each batch.
+        examples_of: gives a batch's examples by its number, when they are needed.
         observe: called for every micro-batch of this process's batches.
         planner: lays out each batch.
         device: where the model is.
@@ -50,17 +56,17 @@ def observe_batches(
     Raises:
         Interrupted: `should_stop` answered yes.
     """
-    total, done = sum(map(len, batches)), 0
+    total, done = sum(sizes), 0
     was_training = model.training
     model.eval()
     try:
-        for first in range(0, len(batches), processes.count):
+        for first in range(0, len(sizes), processes.count):
             if should_stop():
                 raise Interrupted
             number = first + processes.rank
-            if number < len(batches):
-                _run(model, batches[number], number, observe, planner=planner, device=device)
-            done += sum(map(len, batches[first : first + processes.count]))
+            if number < len(sizes):
+                _run(model, examples_of(number), number, observe, planner=planner, device=device)
+            done += sum(sizes[first : first + processes.count])
             reporter.progress(label, done, total)
     finally:
         model.train(was_training)

@@ -19,7 +19,7 @@ from loralab.config.schema import EvaluationConfig
 from loralab.data.prompts.prompter import Prompter
 from loralab.errors import DataError, ModelError
 from loralab.evaluation.answers import Answered, Question
-from loralab.evaluation.perplexity import Interrupted
+from loralab.evaluation.forwards import Interrupted
 from loralab.models.load import max_positions
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter

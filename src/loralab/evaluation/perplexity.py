@@ -3,7 +3,6 @@
 Owns what `evaluation.json` says of losses, and the paired interval of their difference.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from loralab.data.example import TokenizedExample
+from loralab.evaluation.forwards import observe_batches
 from loralab.evaluation.metrics import intervals
 from loralab.evaluation.metrics.swap import swap_test
 from loralab.evaluation.metrics.verdict import judge
@@ -22,7 +22,6 @@ from loralab.layout.planner import Planner
 from loralab.models.token_loss import TokenLosses
 from loralab.progress import Reporter
 from loralab.training.distributed import ALONE, Processes
-from loralab.training.loss import run_micro_batches
 
 FloatArray = intervals.FloatArray
 
@@ -84,10 +83,6 @@ def perplexity_of(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-class Interrupted(Exception):
-    """A measurement was asked to stop."""
-
-
 def measure_loss(
     model: nn.Module,
     examples: Sequence[TokenizedExample],
@@ -119,28 +114,29 @@ def measure_loss(
         Interrupted: `should_stop` answered yes.
     """
     sums = _Sums(len(examples))
-    means = np.zeros(-(-len(examples) // batch_size))
-    was_training = model.training
-    model.eval()
-    try:
-        for first in range(0, len(means), processes.count):
-            if should_stop():
-                raise Interrupted
-            number = first + processes.rank
-            if number < len(means):
-                rows = range(number * batch_size, min((number + 1) * batch_size, len(examples)))
-                step = planner([examples[index] for index in rows])
-                observe = functools.partial(sums.add, rows.start)
-                with torch.no_grad():
-                    result = run_micro_batches(model, step.micro_batches, device=device, observe=observe)
-                means[number] = float(result.total) / max(result.count, 1)
-                reporter.progress(label, min(len(examples), (first + processes.count) * batch_size), len(examples))
-    finally:
-        model.train(was_training)
-    reporter.finish(label)
+    starts = range(0, len(examples), batch_size)
+
+    def rows_of(number: int) -> range:
+        return range(starts[number], min(starts[number] + batch_size, len(examples)))
+
+    observe_batches(
+        model,
+        [len(rows_of(number)) for number in range(len(starts))],
+        lambda number: [examples[index] for index in rows_of(number)],
+        lambda number, batch, result: sums.add(starts[number], batch, result),
+        planner=planner,
+        device=device,
+        reporter=reporter,
+        label=label,
+        should_stop=should_stop,
+        processes=processes,
+    )
     # Each example was measured by one process and is zero in the others, so these sums are exact.
     totals, counts, entropy, correct = processes.sum(sums.values)
-    return SplitLoss(totals, counts, processes.sum(means), entropy, correct)
+    means = [
+        totals[start : start + batch_size].sum() / max(counts[start : start + batch_size].sum(), 1) for start in starts
+    ]
+    return SplitLoss(totals, counts, np.array(means), entropy, correct)
 
 
 class _Sums:

@@ -214,23 +214,24 @@ def score_labels(
     codes = list(labels.values())
     if _find_prefix(labels) is not None:
         raise ValueError("no label may begin as another one does")
-    _check_positions(model, questions, max(map(len, codes)))
+    for question in questions:
+        check_room(model, len(question.prompt_ids), labels, where=f"row {question.row}")
     # Sorted, so that prompts that begin alike are laid out together; the same prompt is asked once.
     asked = {question.prompt_ids: question for question in questions}
     prompts = sorted(asked)
-    batches = [[as_example(asked[p], codes) for p in prompts[s:e]] for s, e in _cut(prompts, batch_size)]
-    starts = np.cumsum([0, *map(len, batches)])
+    cuts = _cut(prompts, batch_size)
     scores = np.zeros((len(prompts), len(codes)))
 
     def observe(number: int, batch: MicroBatch, result: TokenLosses) -> None:
         count_tokens(batch.tokens)
         losses = result.losses.double().cpu().numpy()
         for example, code, place in _read_codes(batch, codes):
-            scores[starts[number] + example, code] = -losses[place].sum()
+            scores[cuts[number][0] + example, code] = -losses[place].sum()
 
     observe_batches(
         model,
-        batches,
+        [end - start for start, end in cuts],
+        lambda number: [as_example(asked[prompt], codes) for prompt in prompts[slice(*cuts[number])]],
         observe,
         planner=_eager(planner),
         device=device,
@@ -249,18 +250,26 @@ def score_labels(
     ]
 
 
-def _check_positions(model: SupervisedPeftModel, questions: Sequence[Question], longest: int) -> None:
-    limit = max_positions(model.language_model.config)
-    for question in questions:
-        # A label's last token is predicted, never read.
-        needed = len(question.prompt_ids) + longest - 1
-        if limit is not None and needed > limit:
-            raise ModelError(
-                f"prompt of {len(question.prompt_ids)} tokens and label of {longest}, but the model has {limit} "
-                "positions",
-                where=f"row {question.row}",
-                fix=f"set data.max_length: {limit - longest + 1} or less, or shorten the labels",
-            )
+def check_room(model: SupervisedPeftModel, prompt_tokens: int, labels: LabelIds, *, where: str) -> None:
+    """Check that the model has positions for a prompt with the longest label behind it.
+
+    Args:
+        model: base with adapter.
+        prompt_tokens: length of the prompt.
+        labels: token ids by label; none need no room.
+        where: what an error names.
+
+    Raises:
+        ModelError: it has not.
+    """
+    limit, longest = max_positions(model.language_model.config), max(map(len, labels.values()), default=0)
+    # A label's last token is predicted, never read.
+    if limit is not None and prompt_tokens + longest - 1 > limit:
+        raise ModelError(
+            f"prompt of {prompt_tokens} tokens and label of {longest}, but the model has {limit} positions",
+            where=where,
+            fix=f"set data.max_length: {limit - longest + 1} or less, or shorten the labels",
+        )
 
 
 def _eager(planner: Planner) -> Planner:

@@ -59,8 +59,7 @@ def force_answers(
     Raises:
         Interrupted: `should_stop` answered yes.
     """
-    starts = range(0, len(questions), batch_size)
-    batches = [[as_example(q, [q.reference_ids]) for q in questions[start : start + batch_size]] for start in starts]
+    batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
     predicted: dict[int, list[int]] = {}
 
     def observe(number: int, batch: MicroBatch, result: TokenLosses) -> None:
@@ -72,7 +71,8 @@ def force_answers(
 
     observe_batches(
         model,
-        batches,
+        [len(batch) for batch in batches],
+        lambda number: [as_example(question, [question.reference_ids]) for question in batches[number]],
         observe,
         planner=planner,
         device=device,

@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from loralab.config.metric_checks import watched_metric
 from loralab.errors import RunFolderError
-from loralab.evaluation.perplexity import Interrupted
+from loralab.evaluation.forwards import Interrupted
 from loralab.models.adapters import WEIGHTS_FILE
 from loralab.run import write_json
 from loralab.training.callbacks import StopRequest

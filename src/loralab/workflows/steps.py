@@ -29,7 +29,8 @@ from loralab.config.metric_facts import Better, better_of
 from loralab.config.schema import Config
 from loralab.data.dataset import PreparedData
 from loralab.errors import ConfigError
-from loralab.evaluation.perplexity import Interrupted, measure_loss
+from loralab.evaluation.forwards import Interrupted
+from loralab.evaluation.perplexity import measure_loss
 from loralab.layout.planner import Planner, ShrinkingPlanner
 from loralab.models.adapters import WEIGHTS_FILE
 from loralab.models.precision import Resolved

@@ -13,13 +13,12 @@ from loralab.config.metric_facts import ALWAYS, FACTS, YES_NO_CLASSES, Better, W
 from loralab.config.schema import Config, EvaluationConfig
 from loralab.data.dataset import PreparedData
 from loralab.data.tokens.store import TokenStore
-from loralab.errors import ConfigError, DataError, ModelError
+from loralab.errors import ConfigError, DataError
 from loralab.evaluation.answers import Answered, Evidence, Question
 from loralab.evaluation.metrics.metric import Metric
 from loralab.evaluation.metrics.table import resolve_metrics
 from loralab.evaluation.questions import answerable_rows, longest_prompt, questions_of, references_of, spread
-from loralab.evaluation.score import LabelIds, label_ids
-from loralab.models.load import max_positions
+from loralab.evaluation.score import LabelIds, check_room, label_ids
 from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
 
@@ -51,14 +50,7 @@ class Task:
         Raises:
             ModelError: it has not: told before training, not at the first evaluation.
         """
-        limit = max_positions(model.language_model.config)
-        longest = max(map(len, self.labels.values()), default=0)
-        if limit is not None and self.longest_prompt + longest - 1 > limit:
-            raise ModelError(
-                f"prompt of {self.longest_prompt} tokens and label of {longest}, but the model has {limit} positions",
-                where="key evaluation.labels",
-                fix=f"set data.max_length: {limit - longest + 1} or less, or shorten the labels",
-            )
+        check_room(model, self.longest_prompt, self.labels, where="key evaluation.labels")
 
     @property
     def of_losses(self) -> dict[str, Metric]:

@@ -14,7 +14,7 @@ from loralab.config.schema import LoraConfig
 from loralab.errors import ModelError
 from loralab.evaluation import distances
 from loralab.evaluation.distances import DISTANCES, mean_intervals, measure_branches, measure_distances
-from loralab.evaluation.perplexity import Interrupted
+from loralab.evaluation.forwards import Interrupted
 from loralab.layout.planner import Planner
 from loralab.models.adapters import build_adapter
 from loralab.models.supervised import SupervisedPeftModel

@@ -9,6 +9,7 @@ import torch
 from loralab.config.schema import LoraConfig
 from loralab.errors import DataError, ModelError
 from loralab.evaluation.answers import Answered
+from loralab.evaluation.forwards import Interrupted
 from loralab.evaluation.generate import (
     Answer,
     GenerationSettings,
@@ -18,7 +19,6 @@ from loralab.evaluation.generate import (
     pad_left,
     tell_short_rooms,
 )
-from loralab.evaluation.perplexity import Interrupted
 from loralab.models.adapters import build_adapter
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter

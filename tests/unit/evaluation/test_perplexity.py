@@ -10,10 +10,11 @@ from scipy import stats
 
 from loralab.config.schema import LoraConfig
 from loralab.evaluation.answers import Evidence
+from loralab.evaluation.forwards import Interrupted
 from loralab.evaluation.metrics.losses import PERPLEXITY
 from loralab.evaluation.metrics.measure import compare
 from loralab.evaluation.metrics.measure import measure as measure_metrics
-from loralab.evaluation.perplexity import Interrupted, SplitLoss, compare_losses, measure_loss, perplexity_of
+from loralab.evaluation.perplexity import SplitLoss, compare_losses, measure_loss, perplexity_of
 from loralab.layout.planner import Planner
 from loralab.models.adapters import build_adapter
 from loralab.progress import Reporter

@@ -11,10 +11,10 @@ import torch
 from loralab.config.schema import LoraConfig
 from loralab.errors import DataError, ModelError
 from loralab.evaluation.answers import Answered, Evidence, Question
+from loralab.evaluation.forwards import Interrupted
 from loralab.evaluation.generate import GenerationSettings, answer_questions
 from loralab.evaluation.metrics.measure import measure
 from loralab.evaluation.metrics.texts import EXACT_MATCH
-from loralab.evaluation.perplexity import Interrupted
 from loralab.evaluation.score import label_ids, score_labels
 from loralab.layout.planner import Planner
 from loralab.models.adapters import build_adapter

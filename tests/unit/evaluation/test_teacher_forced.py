@@ -8,8 +8,8 @@ import torch
 
 from loralab.config.schema import LoraConfig
 from loralab.evaluation.answers import Answered, Question
+from loralab.evaluation.forwards import Interrupted
 from loralab.evaluation.generate import GenerationSettings, answer_questions
-from loralab.evaluation.perplexity import Interrupted
 from loralab.evaluation.teacher_forced import WHY_IT_FLATTERS, force_answers
 from loralab.layout.planner import Planner
 from loralab.models.adapters import build_adapter
