@@ -91,12 +91,13 @@ def tree_losses(model: SupervisedPeftModel, kernel: str, rows: Any) -> torch.Ten
 @pytest.mark.parametrize("family", TREE_FAMILIES)
 def test_kernels_agree(family: str) -> None:
     """Per tree, dense and (forward only on a CPU) FlexAttention; variable lengths need an accelerator."""
-    assert set(KERNELS) == {"per_tree", "dense", "flex", "varlen"}
+    assert set(KERNELS) == {"per_tree", "products", "dense", "flex", "varlen"}
     model = build(family).eval()
     rows = sharing_rows(1, vocabulary=VOCABULARY, prefix=LONG)
     with torch.no_grad():
         expected = tree_losses(model, "per_tree", rows)
-        torch.testing.assert_close(tree_losses(model, "dense", rows), expected, rtol=1e-4, atol=1e-5)
+        for kernel in ("products", "dense"):
+            torch.testing.assert_close(tree_losses(model, kernel, rows), expected, rtol=1e-4, atol=1e-5)
         if family == "gpt-oss":
             with pytest.raises(NotImplementedError, match="sinks"):
                 tree_losses(model, "flex", rows)
@@ -105,13 +106,14 @@ def test_kernels_agree(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mistral-window", "gpt2", "gpt-oss"])
-def test_dense_kernel_gives_the_same_gradients(family: str) -> None:
+@pytest.mark.parametrize("kernel", ["products", "dense"])
+def test_kernels_give_the_same_gradients(kernel: str, family: str) -> None:
     model = build(family)
     rows = sharing_rows(1, vocabulary=VOCABULARY)
     found = []
-    for kernel in ("per_tree", "dense"):
-        assert find_tree_failure(model, kernel) is None
-        model.tree_kernel = kernel
+    for name in ("per_tree", kernel):
+        assert find_tree_failure(model, name) is None
+        model.tree_kernel = name
         found.append(loss_and_gradients(model, SHARED, rows))
     assert found[1][0] == pytest.approx(found[0][0], rel=SAME)
     assert largest_difference(found[1][1], found[0][1]) <= SAME

@@ -16,6 +16,8 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
+from loralab.models.span_attention import attend_spans
+
 Allowed = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _RECOMPILE_LIMIT = 64
 # Below 128 queries FlexAttention would take its decoding kernel, which has no form for lengths that vary
@@ -286,9 +288,26 @@ def _attend_lengths(inputs: AttentionInputs, mask: tuple[Tensor, int] | BlockMas
     return attended
 
 
+def _attend_products(inputs: AttentionInputs, mask: PerTree) -> Tensor:
+    if not inputs.plain_scores:
+        return _attend_per_tree(inputs, mask)
+    out = attend_spans(
+        inputs.query[0],
+        inputs.key[0],
+        inputs.value[0],
+        spans=mask.spans,
+        masks=mask.masks,
+        scale=inputs.scale,
+        dropout=inputs.dropout,
+    )
+    return out.transpose(0, 1)[None]
+
+
 KERNELS: dict[str, Kernel] = {
     # one scaled dot product per tree: where kernels are cheap to start (CPU)
     "per_tree": Kernel(_mask_per_tree, _attend_per_tree),
+    # a few matrix products per tree: half precision on a CPU
+    "products": Kernel(_mask_per_tree, _attend_products),
     # one for the whole row under a dense mask: always right, pays for every pair of the row
     "dense": Kernel(_mask_dense, _attend_per_tree),
     # FlexAttention: skips what no token may see

@@ -23,7 +23,7 @@ from loralab.models.memory_trace import META, MemoryTrace, WithoutNumbers, trace
 from loralab.models.new_tokens import grow_vocabulary
 from loralab.models.precision import Resolved
 from loralab.models.quantization import BITSANDBYTES
-from loralab.models.self_check import KERNELS_BY_DEVICE
+from loralab.models.self_check import kernels_to_try
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.models.trainable_tokens import new_tokens_of
 from loralab.models.variants import needs_activations
@@ -270,7 +270,7 @@ def expect_tree_kernel(blueprint: Blueprint) -> Resolved[str | None]:
     layers = int(base.config.get_text_config().num_hidden_layers)
     if layout.calls != layers:
         return Resolved(None, f"{layout.calls} of {layers} layers attend through transformers' attention interface")
-    kernel = KERNELS_BY_DEVICE.get(blueprint.device.type, KERNELS_BY_DEVICE["cpu"])[0]
+    kernel = kernels_to_try(blueprint.device.type, base.dtype)[0]
     return Resolved(kernel, "expected: its layers attend through transformers' interface; train asks the loaded model")
 
 

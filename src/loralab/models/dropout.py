@@ -13,6 +13,7 @@ pseudorandom number generators, fig. 13).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,11 @@ from loralab.errors import ModelError
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
 _FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _SECOND = -7723592293110705685  # 0x94D049BB133111EB
-_LANES = 4  # 16-bit numbers in each 64-bit one
-_LANE_VALUES = 1 << 16
+_VALUES = 1 << 32  # of a drawn number
+# Numbers drawn at once on a CPU: what a core's own cache holds.
+_DRAWN = 1 << 18
+# Integers of the size of a floating type, in which a number is kept or cleared bit by bit.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(slots=True)
@@ -70,7 +74,7 @@ class KeyedDropout(nn.Module):
     """Dropout of a LoRA layer's input, by key.
 
     Args:
-        probability: of dropping a number; taken in steps of 1 / 65,536.
+        probability: of dropping a number.
         layer: number of the layer among the adapted ones.
         keys: shared by all layers of a model.
     """
@@ -91,15 +95,14 @@ class KeyedDropout(nn.Module):
         Raises:
             ModelError: the rows are not the tokens that have keys.
         """
-        keep = self.keep(inputs)
-        if keep is None:
+        mask = self.draw(inputs)
+        if mask is None:
             return inputs
-        # The scale in place: what is kept for the backward sweep is the mask, one byte a number.
-        kept = torch.where(keep.view(inputs.shape), inputs, torch.zeros((), dtype=inputs.dtype, device=inputs.device))
-        return kept.mul_(1.0 / (1.0 - self.p))
+        out: Tensor = _Drop.apply(inputs, mask, 1.0 / (1.0 - self.p))
+        return out
 
-    def keep(self, inputs: Tensor) -> Tensor | None:
-        """Return which numbers of `inputs` are kept (rows, D), or None where nothing is dropped.
+    def draw(self, inputs: Tensor) -> "DropMask | None":
+        """Return the mask of `inputs`, or None where nothing is dropped.
 
         Args:
             inputs: (..., D), with one row per keyed token.
@@ -117,17 +120,68 @@ class KeyedDropout(nn.Module):
                 where=f"adapted layer {self.layer}",
                 fix="set lora.dropout: 0, or leave this layer out of lora.target_modules",
             )
-        return self._keep(tokens, inputs.shape[-1])
-
-    def _keep(self, tokens: Tensor, width: int) -> Tensor:
-        columns = torch.arange((width + _LANES - 1) // _LANES, device=tokens.device) * _GOLDEN
-        drawn = _mix(_mix(tokens + self._offset)[:, None] + columns[None, :])
-        lanes = drawn.view(torch.int16)[:, :width]
-        return lanes >= round(self.p * _LANE_VALUES) - _LANE_VALUES // 2
+        dropped = min(max(round(self.p * _VALUES), 1), _VALUES - 1)
+        return DropMask(_odd(_mix(tokens + self._offset)), dropped - _VALUES // 2)
 
     def extra_repr(self) -> str:
         """Return what a printed model says of the layer."""
         return f"p={self.p}, layer={self.layer}"
+
+
+@dataclass(frozen=True, slots=True)
+class DropMask:
+    """Which numbers of a layer's input are dropped; drawn again wherever it is applied, so nothing of it is kept.
+
+    The number of token and column is the product of two odd 32-bit keys, one of each: as the keys are hashes, its
+    upper bits are as good as random, and it is dropped where it lies below a threshold.
+
+    Attributes:
+        tokens: an odd key per row, 32 bits (n).
+        threshold: kept are the numbers from here on.
+    """
+
+    tokens: Tensor
+    threshold: int
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """Return a copy of `rows` (n, D) with zeros where a number is dropped."""
+        bits = _BITS[rows.element_size()]
+        columns = _odd(_mix(torch.arange(rows.shape[-1], device=rows.device) * _GOLDEN))
+        if rows.device.type != "cpu":
+            return torch.where(self._drawn(columns, slice(None)) >= self.threshold, rows, torch.zeros_like(rows))
+        out = torch.empty_like(rows)
+        at_once = max(1, _DRAWN // rows.shape[-1])
+        for start in range(0, len(rows), at_once):
+            block = slice(start, start + at_once)
+            # All ones where it is kept and zero where not, without a comparison: those are slow on mixed types.
+            kept = (
+                self._drawn(columns, block).clamp_(self.threshold - 1, self.threshold).neg_().add_(self.threshold - 1)
+            )
+            torch.bitwise_and(rows[block].view(bits), kept.to(bits), out=out[block].view(bits))
+        return out
+
+    def _drawn(self, columns: Tensor, block: slice) -> Tensor:
+        return self.tokens[block, None] * columns
+
+
+class _Drop(torch.autograd.Function):
+    """Inputs where they are kept, scaled; and so their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, mask: DropMask, scale: float) -> Tensor:
+        ctx.mask, ctx.scale = mask, scale
+        return mask.apply(inputs.reshape(-1, inputs.shape[-1])).mul_(scale).view(inputs.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (above,) = gradients
+        pulled = ctx.mask.apply(above.reshape(-1, above.shape[-1])).mul_(ctx.scale)
+        return pulled.view(above.shape), None, None
+
+
+def _odd(keys: Tensor) -> Tensor:
+    """Return the upper halves of 64-bit keys as odd 32-bit ones."""
+    return (keys >> 32).to(torch.int32) | 1
 
 
 def _mix(values: Tensor) -> Tensor:

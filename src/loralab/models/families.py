@@ -27,6 +27,13 @@ _ROW_DEPENDENT = {
 }
 
 
+# Activations that models compute in several operations, each of which keeps a tensor, and the same function as
+# one operation of torch: GELU by its tanh approximation.
+ACTIVATION_TWINS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
+# Where configurations name the activation.
+_ACTIVATION_KEYS = ("activation_function", "hidden_act", "hidden_activation")
+
+
 @dataclass(frozen=True, slots=True)
 class Positions:
     """How a model's position embedding depends on what else is in a batch.
@@ -57,6 +64,24 @@ class LogitTail:
         if self.factor != 1.0:
             logits = logits * self.factor
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def take_activation_twin(config: PreTrainedConfig) -> tuple[str, str] | None:
+    """Let a base compute its activation in one operation, where torch has the same function.
+
+    Args:
+        config: the base model's, changed in place.
+
+    Returns:
+        The names of the activation before and now, or None where there is no such twin.
+    """
+    text = config.get_text_config()
+    for key in _ACTIVATION_KEYS:
+        before = getattr(text, key, None)
+        if isinstance(before, str) and before in ACTIVATION_TWINS:
+            setattr(text, key, ACTIVATION_TWINS[before])
+            return before, ACTIVATION_TWINS[before]
+    return None
 
 
 def find_tree_obstacle(config: PreTrainedConfig) -> str | None:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from loralab.models.dropout import KeyedDropout
+from loralab.models.dropout import DropMask, KeyedDropout
 from loralab.models.precision import Resolved
 from loralab.models.quantization import BITSANDBYTES
 
@@ -42,40 +42,40 @@ class _FusedLora(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, a: Tensor, b: Tensor, base: nn.Module, scale: float, keep: Tensor | None
+        ctx: Any, inputs: Tensor, a: Tensor, b: Tensor, base: nn.Module, scale: float, mask: DropMask | None
     ) -> Tensor:
         rows = inputs.flatten(0, -2)
         low_a, low_b = a.to(rows.dtype), b.to(rows.dtype)
-        image = _kept(rows, keep) @ low_a.T
+        image = _kept(rows, mask) @ low_a.T
         out = _product(base, rows).addmm_(image, low_b.T, alpha=scale)
-        ctx.base, ctx.scale = base, scale
-        ctx.save_for_backward(rows, low_a, low_b, image, keep)
+        ctx.base, ctx.scale, ctx.mask = base, scale, mask
+        ctx.save_for_backward(rows, low_a, low_b, image)
         return out.view(*inputs.shape[:-1], out.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, low_a, low_b, image, keep = ctx.saved_tensors
+        rows, low_a, low_b, image = ctx.saved_tensors
         (gradient,) = gradients
         above = gradient.flatten(0, -2)
         pulled = above @ low_b  # (n, r)
         of_a = of_b = of_inputs = None
         if ctx.needs_input_grad[1]:
-            of_a = (pulled.T @ _kept(rows, keep)).float().mul_(ctx.scale)
+            of_a = (pulled.T @ _kept(rows, ctx.mask)).float().mul_(ctx.scale)
         if ctx.needs_input_grad[2]:
             of_b = (above.T @ image).float().mul_(ctx.scale)
         if ctx.needs_input_grad[0]:
             of_inputs = _pull(ctx.base, above)
-            if keep is None:
+            if ctx.mask is None:
                 of_inputs.addmm_(pulled, low_a, alpha=ctx.scale)
             else:
-                of_inputs.add_(_kept(pulled @ low_a, keep), alpha=ctx.scale)
+                of_inputs.add_(_kept(pulled @ low_a, ctx.mask), alpha=ctx.scale)
             of_inputs = of_inputs.view(*gradient.shape[:-1], rows.shape[-1])
         return of_inputs, of_a, of_b, None, None, None
 
 
-def _kept(rows: Tensor, keep: Tensor | None) -> Tensor:
-    return rows if keep is None else torch.where(keep, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
+def _kept(rows: Tensor, mask: DropMask | None) -> Tensor:
+    return rows if mask is None else mask.apply(rows)
 
 
 def _product(base: Any, rows: Tensor) -> Tensor:
@@ -155,11 +155,11 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if not usual:
         return type(layer).forward(layer, x, *args, **kwargs)
     dropout, scale = layer.lora_dropout[name], float(layer.scaling[name])
-    keep = dropout.keep(x) if isinstance(dropout, KeyedDropout) else None
-    if keep is not None:
+    mask = dropout.draw(x) if isinstance(dropout, KeyedDropout) else None
+    if mask is not None:
         scale /= 1.0 - dropout.p
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return _FusedLora.apply(x, a, b, layer.get_base_layer(), scale, keep)
+    return _FusedLora.apply(x, a, b, layer.get_base_layer(), scale, mask)
 
 
 def _difference(layer: Any, dtype: torch.dtype) -> float:

@@ -29,6 +29,7 @@ from loralab.config.schema import ModelConfig
 from loralab.errors import ModelError, OutOfMemoryError, excerpt
 from loralab.lookup import nearest_name
 from loralab.models.allocator import returning_memory
+from loralab.models.families import take_activation_twin
 from loralab.models.precision import Resolved
 from loralab.models.quantization import BITSANDBYTES, Quantization, resolve_quantization, stored_quantization
 from loralab.run import file_sha256
@@ -260,7 +261,7 @@ def settle_base(model: ModelConfig, device: torch.device) -> tuple[PreTrainedCon
         ModelError: the configuration cannot be loaded, or the quantization is none for this base or device.
     """
     config = load_model_config(model)
-    others = {"base_dropout": _set_dropout(config, model), **_drop_router_loss(config)}
+    others = {"base_dropout": _set_dropout(config, model), **_drop_router_loss(config), **_join_activation(config)}
     return config, SettledBase(resolve_attention(model, config), resolve_quantization(model, config, device), others)
 
 
@@ -313,6 +314,14 @@ def _drop_router_loss(config: PreTrainedConfig) -> dict[str, Resolved[str]]:
     text.output_router_logits = False
     why = "it is no sum over tokens: it would depend on how a step lies in memory, and the routers are frozen"
     return {"router_loss": Resolved("off", f"{why} (output_router_logits was true)")}
+
+
+def _join_activation(config: PreTrainedConfig) -> dict[str, Resolved[str]]:
+    """Let the activation be one operation, where it is the same function."""
+    twin = take_activation_twin(config)
+    if twin is None:
+        return {}
+    return {"activation": Resolved(twin[1], f"the same function as {twin[0]}, in one operation that keeps one tensor")}
 
 
 def _is_dropout(name: str) -> bool:

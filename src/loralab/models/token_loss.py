@@ -17,6 +17,10 @@ from torch.utils.checkpoint import checkpoint
 CHUNK_ELEMENTS = 1 << 23
 # So many times more on CUDA: a chunk reads the whole head twice, which a small one does not pay for.
 _CUDA_FACTOR = 8
+# Where the softmax goes block by block, a chunk holds its logits and their gradient in the compute type alone.
+_BLOCKED_FACTOR = 1.5
+# Logits of such a block, in elements: 2 MiB in float32, which a core's own cache holds.
+_BLOCK_ELEMENTS = 1 << 19
 
 # From hidden states (n, D) and the slice of the supervised positions that they are, to logits (n, V).
 Head = Callable[[Tensor, slice], Tensor]
@@ -38,8 +42,15 @@ class TokenLosses(NamedTuple):
     predicted: Tensor | None = None
 
 
-def chunk_elements(device_type: str) -> int:
-    """Return the logits of a chunk, in elements."""
+def chunk_elements(device_type: str, *, trains: bool = False) -> int:
+    """Return the logits of a chunk, in elements.
+
+    Args:
+        device_type: kind of device.
+        trains: whether the gradient of a frozen head's input is formed.
+    """
+    if trains and device_type == "cpu":
+        return int(CHUNK_ELEMENTS * _BLOCKED_FACTOR)
     return CHUNK_ELEMENTS * (_CUDA_FACTOR if device_type == "cuda" else 1)
 
 
@@ -56,14 +67,16 @@ def token_losses(
         trained_head: whether `head` has weights that are trained.
         device_type: kind of device whose chunks are taken; None takes that of `labels`.
     """
-    chunks = _chunks(labels, vocabulary, device_type)
+    device = device_type or labels.device.type
+    trains = torch.is_grad_enabled() and not trained_head
+    chunks = _chunks(labels, vocabulary, chunk_elements(device, trains=trains))
+    if trains:
+        losses: Tensor = _FrozenHeadLoss.apply(head, hidden, labels, chunks, device == "cpu")
+        return TokenLosses(losses)
     if not torch.is_grad_enabled():
         return TokenLosses(torch.cat([_loss(head, hidden, labels, chunk) for chunk in chunks]))
-    if trained_head:
-        parts = [checkpoint(_loss, head, hidden, labels, chunk, use_reentrant=False) for chunk in chunks]
-        return TokenLosses(torch.cat(parts))
-    losses: Tensor = _FrozenHeadLoss.apply(head, hidden, labels, chunks)
-    return TokenLosses(losses)
+    parts = [checkpoint(_loss, head, hidden, labels, chunk, use_reentrant=False) for chunk in chunks]
+    return TokenLosses(torch.cat(parts))
 
 
 def token_statistics(
@@ -78,7 +91,7 @@ def token_statistics(
         vocabulary: V.
         device_type: as in `token_losses`.
     """
-    chunks = _chunks(labels, vocabulary, device_type)
+    chunks = _chunks(labels, vocabulary, chunk_elements(device_type or labels.device.type))
     parts = [logit_statistics(head(hidden[chunk], chunk), labels[chunk]) for chunk in chunks]
     columns = zip(*((part.losses, part.entropies, part.correct, part.predicted) for part in parts), strict=True)
     return TokenLosses(*(torch.cat(column) for column in columns))
@@ -115,9 +128,8 @@ def safe_log_softmax(logits: Tensor) -> Tensor:
     return bounded.log_softmax(dim=-1).clamp_(min=torch.finfo(torch.float32).min)
 
 
-def _chunks(labels: Tensor, vocabulary: int, device_type: str | None) -> list[slice]:
-    count, elements = len(labels), chunk_elements(device_type or labels.device.type)
-    rows = max(1, elements // vocabulary)
+def _chunks(labels: Tensor, vocabulary: int, elements: int) -> list[slice]:
+    count, rows = len(labels), max(1, elements // vocabulary)
     return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
@@ -133,18 +145,44 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, head: Head, hidden: Tensor, labels: Tensor, chunks: list[slice]) -> Tensor:
+    def forward(ctx: Any, head: Head, hidden: Tensor, labels: Tensor, chunks: list[slice], by_blocks: bool) -> Tensor:
         losses, gradient = [], torch.empty_like(hidden)
         for chunk in chunks:
             with torch.enable_grad():
                 states = hidden[chunk].detach().requires_grad_()
-                loss = functional.cross_entropy(head(states, chunk).float(), labels[chunk], reduction="none")
-                (gradient[chunk],) = torch.autograd.grad(loss.sum(), states)
+                logits = head(states, chunk)
+                if by_blocks:
+                    loss, above = _loss_by_blocks(logits.detach(), labels[chunk])
+                    (gradient[chunk],) = torch.autograd.grad(logits, states, above)
+                else:
+                    loss = functional.cross_entropy(logits.float(), labels[chunk], reduction="none")
+                    (gradient[chunk],) = torch.autograd.grad(loss.sum(), states)
             losses.append(loss.detach())
         ctx.save_for_backward(gradient)
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[None, Tensor, None, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[None, Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return None, (gradient * outputs[0][:, None]).to(gradient.dtype), None, None
+        return None, (gradient * outputs[0][:, None]).to(gradient.dtype), None, None, None
+
+
+def _loss_by_blocks(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return losses (n), float32, and the gradient of their sum in the logits' type (n, V).
+
+    A few rows at a time: a float32 copy of them, its softmax and the gradient pass through a core's cache,
+    where copies of the whole chunk would go through memory four times.
+    """
+    count, vocabulary = logits.shape
+    losses = torch.empty(count, dtype=torch.float32, device=logits.device)
+    gradient = torch.empty_like(logits)
+    rows = max(1, _BLOCK_ELEMENTS // vocabulary)
+    for start in range(0, count, rows):
+        block = slice(start, min(start + rows, count))
+        scores, wanted = logits[block].float(), labels[block, None]
+        probabilities = scores.softmax(dim=-1)
+        # The largest probability is 1 / sum exp(score - top), so no logarithm of a vanishing number is taken.
+        behind = scores.amax(dim=-1) - scores.gather(1, wanted)[:, 0]
+        losses[block] = behind - probabilities.amax(dim=-1).log()
+        gradient[block] = probabilities.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=torch.float32))
+    return losses, gradient

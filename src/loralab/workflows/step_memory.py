@@ -184,9 +184,9 @@ def _step_parts(blueprint: Blueprint, weights: Mapping[str, Any], batch: MicroBa
     """Divide what a step takes beside gradients."""
     dtype = blueprint.model.embedding.weight.dtype
     vocabulary = int(blueprint.model.embedding.weight.shape[0])
-    rows = min(len(batch.labels), max(1, chunk_elements(blueprint.device.type) // vocabulary))
-    # Logits and their gradient in the compute type and in float32, and their logarithms.
-    logits = rows * vocabulary * (2 * dtype.itemsize + 8)
+    rows = min(len(batch.labels), max(1, chunk_elements(blueprint.device.type, trains=True) // vocabulary))
+    # Logits and their gradient in the compute type; off the CPU in float32 too, and their logarithms.
+    logits = rows * vocabulary * (2 * dtype.itemsize + (0 if blueprint.device.type == "cpu" else 8))
     dequantized = weights["largest"] * dtype.itemsize
     rest = max(step.alive - weights["trainable_bytes"] - logits - dequantized, 0)
     return {

@@ -63,7 +63,7 @@ def attend(kernel: str, row: PackedRow, given: AttentionInputs, *, window: int |
 
 
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "window"])
-@pytest.mark.parametrize("kernel", ["per_tree", "dense"])
+@pytest.mark.parametrize("kernel", ["per_tree", "products", "dense"])
 @given(data=st.data(), examples=EXAMPLES)
 def test_kernel_is_softmax_over_what_is_seen(
     kernel: str, window: int | None, data: st.DataObject, examples: list[TokenizedExample]
@@ -94,7 +94,7 @@ def test_chains_are_causal(lengths: tuple[int, ...], grouped: bool, scaling: flo
     row = row_of(*lengths)
     given = inputs(len(row), grouped=grouped, cap=None, sinks=False, scaling=scaling)
     expected = by_definition(given, visible(row, window=None))
-    for kernel in ("per_tree", "dense"):
+    for kernel in ("per_tree", "products", "dense"):
         torch.testing.assert_close(attend(kernel, row, given, window=None), expected, rtol=1e-4, atol=1e-5)
 
 

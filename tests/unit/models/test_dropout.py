@@ -13,8 +13,9 @@ from torch import Tensor
 from loralab.config.schema import LoraConfig
 from loralab.errors import ModelError
 from loralab.layout.planner import Planner
+from loralab.models import dropout
 from loralab.models.adapters import build_adapter
-from loralab.models.dropout import DropoutKeys, KeyedDropout, token_keys
+from loralab.models.dropout import DropMask, DropoutKeys, KeyedDropout, token_keys
 from loralab.models.fused_lora import fuse_lora
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.training.loss import model_inputs
@@ -103,8 +104,36 @@ def test_columns_are_independent(distance: int) -> None:
     assert abs(float(agreeing) - 0.5) < SIGMAS * 0.5 / mask[:, distance:].numel() ** 0.5
 
 
+def test_rectangles_are_independent() -> None:
+    """A number is the product of a token's and a column's key: two tokens and two columns have four of them.
+
+    If three of the four told anything of the last, the parity of what is dropped would lean to one side.
+    """
+    mask = kept(0.5).long()
+    for down, right in itertools.product((1, 2, 3, 25, 100), (1, 2, 4, 16)):
+        upper, lower = mask[:-down], mask[down:]
+        parity = (upper[:, :-right] + upper[:, right:] + lower[:, :-right] + lower[:, right:]) % 2
+        assert abs(float(parity.float().mean()) - 0.5) < SIGMAS * 0.5 / parity.numel() ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients_are_dropped_as_inputs_are(dtype: torch.dtype) -> None:
+    examples, depths = grid(2, 8)
+    inputs = torch.randn(2, 8, 12, dtype=dtype, requires_grad=True)
+    out = KeyedDropout(0.25, layer=0, keys=DropoutKeys(token_keys(0, 0, prefix(examples, depths))))(inputs)
+    (found,) = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert torch.equal(found, torch.where(out == 0, 0.0, torch.ones_like(out) * (1 / 0.75)))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_mask_is_the_same_in_blocks_of_any_size(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = kept()
+    monkeypatch.setattr(dropout, "_DRAWN", rows * WIDTH)
+    assert torch.equal(kept(), expected)
+
+
 @pytest.mark.parametrize("lane", range(4))
-def test_lanes_are_uniform(lane: int) -> None:
+def test_numbers_are_uniform(lane: int) -> None:
     """Sixteen drop probabilities sort each column's number into bins; chi-square of their counts."""
     dropped = torch.stack([~kept(part / 16) for part in range(1, 16)])
     assert bool((dropped[1:] >= dropped[:-1]).all())  # one number, compared with growing thresholds
@@ -151,16 +180,16 @@ def masks_of_a_step(model: SupervisedPeftModel, planner: Planner, key: tuple[int
     found: dict[Any, list[bool]] = {}
     heard: list[tuple[int, Tensor]] = []
     layers = [module for module in model.modules() if isinstance(module, KeyedDropout)]
-    own = KeyedDropout.keep
+    own = KeyedDropout.draw
 
-    def hear(layer: KeyedDropout, inputs: Tensor) -> Tensor | None:
-        keep = own(layer, inputs)
-        assert keep is not None
-        heard.append((layer.layer, keep))
-        return keep
+    def hear(layer: KeyedDropout, inputs: Tensor) -> DropMask | None:
+        mask = own(layer, inputs)
+        assert mask is not None
+        heard.append((layer.layer, mask.apply(torch.ones_like(inputs).flatten(0, -2)) > 0))
+        return mask
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(KeyedDropout, "keep", hear)
+        patch.setattr(KeyedDropout, "draw", hear)
         for batch in planner(sharing_rows(0, vocabulary=VOCABULARY)).micro_batches:
             heard.clear()
             model(**model_inputs(batch), dropout_key=key)

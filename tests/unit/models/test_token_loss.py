@@ -22,6 +22,7 @@ TAILS: dict[str, Tail] = {
 @pytest.fixture(params=[1, 4, 22, 23, 1000], ids=lambda rows: f"{rows} a chunk")
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(token_loss, "CHUNK_ELEMENTS", request.param * V)
+    monkeypatch.setattr(token_loss, "_BLOCKED_FACTOR", 1)
     return int(request.param)
 
 
