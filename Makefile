@@ -39,11 +39,8 @@ fix: $(STAMP) ## mend what lint and format can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## run every program under benchmarks/
-	@for program in benchmarks/*.py; do \
-	  test -e "$$program" || { echo "no programs under benchmarks/"; break; }; \
-	  echo "== $$program"; $(BIN)/python "$$program"; \
-	done
+bench: $(STAMP) ## tokens per second against peers, on the demo's model and rows; more: benchmarks/throughput.py --help
+	$(BIN)/python benchmarks/throughput.py
 
 clean: ## remove caches and build products; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
