@@ -87,6 +87,21 @@ class PackedRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens of a tree that follow each other without a branch between them.
+
+    Attributes:
+        start: index of its first token in the row.
+        end: index past its last token.
+        above: start and end of the ranges of tokens that lie between the root and it, in order.
+    """
+
+    start: int
+    end: int
+    above: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Root:
     """One tree of a row.
 
@@ -94,11 +109,13 @@ class Root:
         start: index of its first token.
         end: index past its last one.
         branching: whether it is more than one chain of tokens.
+        segments: its parts between branches, in order.
     """
 
     start: int
     end: int
     branching: bool
+    segments: tuple[Segment, ...] = ()
 
 
 def mixed(values: UInt64Array) -> UInt64Array:
@@ -197,9 +214,34 @@ def find_roots(row: PackedRow) -> tuple[Root, ...]:
     starts = np.flatnonzero(row.depth == 0)
     ends = [*starts[1:].tolist(), len(row)]
     return tuple(
-        Root(start, end, branching=bool((row.subtree_end[start:end] != end).any()))
+        Root(
+            start,
+            end,
+            branching=bool((row.subtree_end[start:end] != end).any()),
+            segments=_find_segments(row, start, end),
+        )
         for start, end in zip(starts.tolist(), ends, strict=True)
     )
+
+
+def _find_segments(row: PackedRow, start: int, end: int) -> tuple[Segment, ...]:
+    depth, below = row.depth[start:end], row.subtree_end[start:end]
+    borders = np.flatnonzero((np.diff(depth) != 1) | (np.diff(below) != 0)) + start + 1
+    starts = [start, *borders.tolist()]
+    found: list[Segment] = []
+    path: list[Segment] = []  # from the root down to the newest segment
+    for first, last in zip(starts, [*starts[1:], end], strict=True):
+        while path and int(row.subtree_end[path[-1].start]) <= first:
+            path.pop()
+        above: list[tuple[int, int]] = []
+        for segment in path:  # those that touch are one range
+            if above and above[-1][1] == segment.start:
+                above[-1] = (above[-1][0], segment.end)
+            else:
+                above.append((segment.start, segment.end))
+        found.append(Segment(first, last, tuple(above)))
+        path.append(found[-1])
+    return tuple(found)
 
 
 def take_apart(row: PackedRow) -> dict[tuple[int, int], Branch]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
-from loralab.models.attention_kernels import KERNELS, AttentionInputs, KernelMask, TreeRoot, Visibility
+from loralab.models.attention_kernels import KERNELS, AttentionInputs, KernelMask
+from loralab.models.visibility import TreeRoot, Visibility
 
 # transformers looks for "sdpa" and "flex_attention" inside names: this one must contain neither.
 TREE_ATTENTION = "loralab_trees"

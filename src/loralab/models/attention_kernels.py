@@ -8,7 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,63 +16,15 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from loralab.models.span_attention import attend_spans
+from loralab.models.span_attention import Block, attend_blocks, build_blocks
+from loralab.models.visibility import Visibility
 
-Allowed = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _RECOMPILE_LIMIT = 64
 # Below 128 queries FlexAttention would take its decoding kernel, which has no form for lengths that vary
 # (torch 2.11 fails while compiling it); training rows are never that short for long.
 _FLEX_OPTIONS: FlexKernelOptions = {"FORCE_USE_FLEX_ATTENTION": True}
 # Where the keyword is not there yet, fewer key heads than query heads are taken as they come.
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
-class TreeRoot(Protocol):
-    """One tree of a row; `layout.tree.Root` is one."""
-
-    @property
-    def start(self) -> int:
-        """Index of its first token."""
-
-    @property
-    def end(self) -> int:
-        """Index past its last token."""
-
-    @property
-    def branching(self) -> bool:
-        """Whether it is more than one chain of tokens."""
-
-
-Plain = Callable[[TreeRoot], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Visibility:
-    """What the tokens of a row may see in layers of one kind.
-
-    Attributes:
-        roots: the trees of the row.
-        allowed: given batch, head, query and key as index tensors, whether the query sees the key.
-        plain: whether a root is a causal chain and nothing else.
-        device: where the row is.
-        dtype: compute type, which additive masks have.
-    """
-
-    roots: Sequence[TreeRoot]
-    allowed: Allowed
-    plain: Plain
-    device: torch.device
-    dtype: torch.dtype
-
-    def additive(self, start: int, end: int) -> Tensor:
-        """Return 0 where a token of the span sees another and -inf where not (T, T).
-
-        Made once for all layers of a kind: of a boolean mask each layer would make and keep its own.
-        """
-        index = torch.arange(start, end, device=self.device)
-        nothing = torch.zeros((), dtype=torch.long, device=self.device)
-        seen = self.allowed(nothing, nothing, index[:, None], index[None, :])
-        return torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
 
 
 @dataclass(slots=True)
@@ -126,7 +78,20 @@ class PerTree:
     masks: list[Tensor | None]
 
 
-KernelMask = PerTree | BlockMask | tuple[Tensor, int]
+@dataclass(slots=True)
+class Products:
+    """Blocks of queries, and what the way beside it takes where scores are more than products.
+
+    Attributes:
+        blocks: of the whole row.
+        per_tree: makes the masks of that way.
+    """
+
+    blocks: Sequence[Block]
+    per_tree: Callable[[], PerTree]
+
+
+KernelMask = PerTree | Products | BlockMask | tuple[Tensor, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,18 +253,15 @@ def _attend_lengths(inputs: AttentionInputs, mask: tuple[Tensor, int] | BlockMas
     return attended
 
 
-def _attend_products(inputs: AttentionInputs, mask: PerTree) -> Tensor:
+def _mask_products(seen: Visibility) -> Products:
+    return Products(build_blocks(seen), functools.cache(lambda: _mask_per_tree(seen)))
+
+
+def _attend_products(inputs: AttentionInputs, mask: Products) -> Tensor:
     if not inputs.plain_scores:
-        return _attend_per_tree(inputs, mask)
-    out = attend_spans(
-        inputs.query[0],
-        inputs.key[0],
-        inputs.value[0],
-        spans=mask.spans,
-        masks=mask.masks,
-        scale=inputs.scale,
-        dropout=inputs.dropout,
-    )
+        return _attend_per_tree(inputs, mask.per_tree())
+    query, key, value = inputs.query[0], inputs.key[0], inputs.value[0]
+    out = attend_blocks(query, key, value, blocks=mask.blocks, scale=inputs.scale, dropout=inputs.dropout)
     return out.transpose(0, 1)[None]
 
 
@@ -307,7 +269,7 @@ KERNELS: dict[str, Kernel] = {
     # one scaled dot product per tree: where kernels are cheap to start (CPU)
     "per_tree": Kernel(_mask_per_tree, _attend_per_tree),
     # a few matrix products per tree: half precision on a CPU
-    "products": Kernel(_mask_per_tree, _attend_products),
+    "products": Kernel(_mask_products, _attend_products),
     # one for the whole row under a dense mask: always right, pays for every pair of the row
     "dense": Kernel(_mask_dense, _attend_per_tree),
     # FlexAttention: skips what no token may see

@@ -4,7 +4,7 @@ Owns building it from the configuration alone, its parameters by kind, and the m
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from loralab.models.self_check import kernels_to_try
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.models.trainable_tokens import new_tokens_of
 from loralab.models.variants import needs_activations
+from loralab.models.visibility import TreeSegment
 
 if BITSANDBYTES:
     from loralab.models.blank_quantized import quantize_blank
@@ -282,3 +283,4 @@ class _Chain:
     start: int
     end: int
     branching: bool = False
+    segments: Sequence[TreeSegment] = ()

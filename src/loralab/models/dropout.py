@@ -147,7 +147,7 @@ class DropMask:
         """Return a copy of `rows` (n, D) with zeros where a number is dropped."""
         bits = _BITS[rows.element_size()]
         columns = _odd(_mix(torch.arange(rows.shape[-1], device=rows.device) * _GOLDEN))
-        if rows.device.type != "cpu":
+        if rows.device.type not in ("cpu", "meta"):
             return torch.where(self._drawn(columns, slice(None)) >= self.threshold, rows, torch.zeros_like(rows))
         out = torch.empty_like(rows)
         at_once = max(1, _DRAWN // rows.shape[-1])

@@ -16,6 +16,7 @@ from loralab.models.attention import TREE_ATTENTION, TreeLayout, UnsupportedAtte
 from loralab.models.families import find_tree_obstacle
 from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
+from loralab.models.visibility import TreeSegment
 
 # What a model that cannot take a tree was seen to raise. The text goes into log and record: were it a
 # fault of ours, it would be seen there.
@@ -41,6 +42,7 @@ class _Span:
     start: int
     end: int
     branching: bool
+    segments: Sequence[TreeSegment] = ()
 
 
 @dataclass(slots=True)

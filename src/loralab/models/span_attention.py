@@ -1,10 +1,12 @@
-"""Attention over a row of spans as plain matrix products, for half precision on a CPU.
+"""Attention over a row of token trees as plain matrix products, for half precision on a CPU.
 
-Owns one autograd function over all spans of a row. PyTorch's own attention on a CPU multiplies tiles of 32 by
-64 numbers, thousands of calls a layer, and in half precision its backward sweep converts every tile; here each
-span is a few products that fill the machine's matrix units. Scores and their softmax are float32, as there.
+Owns the blocks of queries that a row is cut into, each with just the keys that it may see, and one autograd
+function over all of them. PyTorch's own attention on a CPU multiplies tiles of 32 by 64 numbers, thousands of calls
+a layer, and in half precision its backward sweep converts every tile; here each block is a few products that fill
+the machine's matrix units. Scores and their softmax are float32, as there.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,82 +15,158 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Queries that are scored at once, about: more would hold larger squares, and see less of what a causal span skips.
-_BLOCK = 256
-# Longest span whose weights are kept for the backward sweep; of longer ones they are computed again, since they
-# would outweigh all else that a layer keeps of a token.
+from loralab.models.visibility import TreeRoot, TreeSegment, Visibility
+
+# Queries that are scored at once, about: more would hold larger squares, and see less of what a block may skip.
+# Where a tree branches there is more to skip: each branch sees its own ancestors alone.
+_CHAIN_BLOCK, _TREE_BLOCK = 256, 128
+# Most keys of a query, on average over a tree, whose weights are kept for the backward sweep; of longer trees they are
+# computed again, since they would outweigh all else that a layer keeps of a token.
 _KEPT = 512
 
-Spans = Sequence[tuple[int, int]]
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Queries that are scored at once.
+
+    Attributes:
+        rows: the queries.
+        keys: what they may see: a range of the row, or indices into it (K).
+        mask: added to the scores of the last keys (n, K or fewer).
+        keep: whether the weights are kept for the backward sweep.
+        alone: whether no other block sees these keys.
+    """
+
+    rows: slice
+    keys: slice | Tensor
+    mask: Tensor
+    keep: bool
+    alone: bool
 
 
-def attend_spans(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    spans: Spans,
-    masks: Sequence[Tensor | None],
-    scale: float,
-    dropout: float = 0.0,
+def build_blocks(seen: Visibility) -> list[Block]:
+    """Cut a row into blocks.
+
+    Args:
+        seen: what the tokens of the row may see in layers of one kind.
+    """
+    triangles: dict[int, Tensor] = {}
+
+    def triangle(rows: int) -> Tensor:
+        if rows not in triangles:
+            above = torch.full((rows, rows), float("-inf"), dtype=seen.dtype, device=seen.device)
+            triangles[rows] = above.triu_(1)
+        return triangles[rows]
+
+    blocks: list[Block] = []
+    for root in seen.roots:
+        plain = seen.plain(root)
+        cuts = list(_cut_tree(root.segments) if root.branching and root.segments else _cut_chain(root))
+        pairs = sum((stop - start) * sum(end - first for first, end in ranges) for start, stop, ranges in cuts)
+        keep = pairs <= _KEPT * (root.end - root.start)
+        for start, stop, ranges in cuts:
+            keys = _joined(ranges, seen.device)
+            mask = triangle(stop - start) if plain else _mask(seen, start, stop, keys)
+            blocks.append(Block(slice(start, stop), keys, mask, keep, len(cuts) == 1))
+    return blocks
+
+
+Cut = tuple[int, int, list[tuple[int, int]]]  # start and end of the queries, ranges of what they may see
+
+
+def _cut_chain(root: TreeRoot) -> Iterator[Cut]:
+    """Yield blocks of a tree in which each token sees those before it, or of which nothing else is known."""
+    for start, stop in _even(root.start, root.end, _CHAIN_BLOCK):
+        yield start, stop, [(root.start, stop)]
+
+
+def _cut_tree(segments: Sequence[TreeSegment]) -> Iterator[Cut]:
+    """Yield blocks of a tree: neighbouring short segments together, long ones in pieces."""
+    group: list[TreeSegment] = []
+    for segment in segments:
+        if group and segment.end - group[0].start > _TREE_BLOCK:
+            yield from _cut_group(group)
+            group = []
+        group.append(segment)
+    yield from _cut_group(group)
+
+
+def _cut_group(group: Sequence[TreeSegment]) -> Iterator[Cut]:
+    first, last = group[0], group[-1]
+    above = set(itertools.chain.from_iterable(segment.above for segment in group))
+    for start, stop in _even(first.start, last.end, _CHAIN_BLOCK):  # more than one of a long segment alone
+        yield start, stop, _united([*above, (first.start, stop)])
+
+
+def _united(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return ranges that neither touch nor overlap, and cover the same indices."""
+    united: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if united and start <= united[-1][1]:
+            united[-1] = (united[-1][0], max(united[-1][1], end))
+        else:
+            united.append((start, end))
+    return united
+
+
+def _even(start: int, end: int, about: int) -> Iterator[tuple[int, int]]:
+    count = max(1, round((end - start) / about))
+    size = -(-(end - start) // count)
+    return ((first, min(first + size, end)) for first in range(start, end, size))
+
+
+def _joined(ranges: Sequence[tuple[int, int]], device: torch.device) -> slice | Tensor:
+    if len(ranges) == 1:
+        return slice(*ranges[0])
+    return torch.cat([torch.arange(start, end, device=device) for start, end in ranges])
+
+
+def _mask(seen: Visibility, start: int, stop: int, keys: slice | Tensor) -> Tensor:
+    indices = torch.arange(keys.start, keys.stop, device=seen.device) if isinstance(keys, slice) else keys
+    return seen.additive_between(torch.arange(start, stop, device=seen.device), indices)
+
+
+def attend_blocks(
+    query: Tensor, key: Tensor, value: Tensor, *, blocks: Sequence[Block], scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """Return softmax(scale q k^T + mask) v inside each span, in which a token sees none behind it.
+    """Return softmax(scale q k^T + mask) v of each block.
 
     Args:
         query: queries (H, L, E).
         key: keys (G, L, E), with G dividing H.
         value: values (G, L, F).
-        spans: start and end of each; together they cover the row.
-        masks: additive (T, T) of each span, -inf above the diagonal; None for a causal chain.
+        blocks: of the row; together they cover it.
         scale: factor of the scores.
         dropout: probability of dropping a weight, by torch's generator.
 
     Returns:
         Outputs (L, H, F), contiguous.
     """
-    out: Tensor = _SpanAttention.apply(query, key, value, spans, masks, scale, dropout)
+    out: Tensor = _BlockAttention.apply(query, key, value, blocks, scale, dropout)
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Queries `rows` of one span, the keys `seen` that they may see, and their mask (n, keys), None for a chain."""
-
-    rows: slice
-    seen: slice
-    mask: Tensor | None
-    alone: bool  # the only block of its span
-    keep: bool  # whether its weights are kept for the backward sweep
-
-
-class _SpanAttention(torch.autograd.Function):
-    """softmax(scale q k^T + mask) v per span."""
+class _BlockAttention(torch.autograd.Function):
+    """softmax(scale q k^T + mask) v per block."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        spans: Spans,
-        masks: Sequence[Tensor | None],
-        scale: float,
-        dropout: float,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scale: float, dropout: float
     ) -> Tensor:
         heads, length, _ = query.shape
         out = query.new_empty(length, heads, value.shape[-1])
         kept: list[Tensor] = []
-        for block in _blocks(spans, masks):
+        for block in blocks:
             weights = _weights(query, key, block, scale)
             if block.keep:
                 kept.append(weights)
             if dropout > 0.0:
                 kept.append(torch.rand(weights.shape, device=weights.device) >= dropout)
                 weights = _dropped(weights, kept[-1], dropout)
-            mixed = weights @ value[:, block.seen]  # (G, H / G x n, F)
+            mixed = weights @ value[:, block.keys]  # (G, H / G x n, F)
             out[block.rows] = mixed.view(heads, -1, mixed.shape[-1]).transpose(0, 1)
         ctx.save_for_backward(query, key, value, *kept)
-        ctx.spans, ctx.masks, ctx.scale, ctx.dropout = spans, masks, scale, dropout
+        ctx.blocks, ctx.scale, ctx.dropout = blocks, scale, dropout
         return out
 
     @staticmethod
@@ -97,34 +175,30 @@ class _SpanAttention(torch.autograd.Function):
         query, key, value, *kept = ctx.saved_tensors
         groups, scale = len(key), ctx.scale
         above = gradients[0].transpose(0, 1)  # (H, L, F)
-        blocks = list(_blocks(ctx.spans, ctx.masks))
-        # Several blocks of a span add to the same keys: in float32, so that their number rounds nothing away.
-        summed = key.dtype if all(block.alone for block in blocks) else torch.float32
+        # Several blocks add to the same keys: in float32, so that their number rounds nothing away.
+        summed = key.dtype if all(block.alone for block in ctx.blocks) else torch.float32
         of_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         of_key, of_value = (torch.zeros(t.shape, dtype=summed, device=t.device) for t in (key, value))
         left = iter(kept)
-        for block in blocks:
+        for block in ctx.blocks:
             weights = next(left) if block.keep else _weights(query, key, block, scale)
             pulled = _grouped(above[:, block.rows], groups)  # (G, H / G x n, F)
-            of_weights, used = pulled @ value[:, block.seen].transpose(1, 2), weights
+            of_weights, used = pulled @ value[:, block.keys].transpose(1, 2), weights
             if ctx.dropout > 0.0:
                 drawn = next(left)
                 of_weights, used = (_dropped(each, drawn, ctx.dropout) for each in (of_weights, weights))
-            of_value[:, block.seen] += used.transpose(1, 2) @ pulled
+            _add(of_value, block, used.transpose(1, 2) @ pulled)
             of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(scale)
-            of_query[:, block.rows] = (of_scores @ key[:, block.seen]).view(len(query), -1, query.shape[-1])
-            of_key[:, block.seen] += of_scores.transpose(1, 2) @ _grouped(query[:, block.rows], groups)
-        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None, None, None
+            of_query[:, block.rows] = (of_scores @ key[:, block.keys]).view(len(query), -1, query.shape[-1])
+            _add(of_key, block, of_scores.transpose(1, 2) @ _grouped(query[:, block.rows], groups))
+        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None, None
 
 
-def _blocks(spans: Spans, masks: Sequence[Tensor | None]) -> Iterator[_Block]:
-    for (first, end), mask in zip(spans, masks, strict=True):
-        count = max(1, round((end - first) / _BLOCK))
-        size = -(-(end - first) // count)
-        for start in range(first, end, size):
-            stop = min(start + size, end)
-            own = None if mask is None else mask[start - first : stop - first, : stop - first]
-            yield _Block(slice(start, stop), slice(first, stop), own, size >= end - first, end - first <= _KEPT)
+def _add(total: Tensor, block: Block, part: Tensor) -> None:
+    if isinstance(block.keys, slice):
+        total[:, block.keys] += part
+    else:
+        total.index_add_(1, block.keys, part.to(total.dtype))
 
 
 def _grouped(heads: Tensor, groups: int) -> Tensor:
@@ -136,14 +210,10 @@ def _dropped(weights: Tensor, kept: Tensor, probability: float) -> Tensor:
     return (weights * kept).mul_(1.0 / (1.0 - probability))
 
 
-def _weights(query: Tensor, key: Tensor, block: _Block, scale: float) -> Tensor:
-    """Return what each query of a block takes of each key, in the inputs' type (G, H / G x n, keys)."""
+def _weights(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
+    """Return what each query of a block takes of each key, in the inputs' type (G, H / G x n, K)."""
     scaled = _grouped(query[:, block.rows].float() * scale, len(key))
-    scores = scaled @ key[:, block.seen].float().transpose(1, 2)
-    rows = block.rows.stop - block.rows.start
-    each = scores.view(len(query), rows, -1)
-    if block.mask is None:
-        each[:, :, -rows:] += torch.full((rows, rows), float("-inf"), device=scores.device).triu_(1)
-    else:
-        each += block.mask
+    scores = scaled @ key[:, block.keys].float().transpose(1, 2)
+    each = scores.view(len(query), -1, scores.shape[-1])
+    each[:, :, -block.mask.shape[1] :] += block.mask
     return scores.softmax(dim=-1).to(query.dtype)

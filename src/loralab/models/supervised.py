@@ -17,11 +17,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from loralab.models.attention import TREE_ATTENTION, TreeLayout, carry_layout, use_attention
-from loralab.models.attention_kernels import TreeRoot
 from loralab.models.dropout import DropoutKeys, KeyedDropout, token_keys
 from loralab.models.families import LogitTail, find_logit_tail
 from loralab.models.token_loss import TokenLosses, logit_statistics, token_losses, token_statistics
 from loralab.models.trunk import CachedTrunk
+from loralab.models.visibility import TreeRoot
 
 # Rows of the probe that compares the gathered head with the model's own logits.
 _PROBE_TOKENS = 8

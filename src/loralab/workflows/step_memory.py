@@ -23,6 +23,7 @@ from loralab.models.allocator import KEPT_PINNED, RECOMPUTED_PINNED, heap_peak, 
 from loralab.models.blueprint import Blueprint, describe_weights
 from loralab.models.memory import TokenMemory
 from loralab.models.memory_trace import META, MemoryTrace
+from loralab.models.self_check import kernels_to_try
 from loralab.models.stored_weights import is_mapped
 from loralab.models.token_loss import chunk_elements
 from loralab.training.loss import run_micro_batches
@@ -86,9 +87,15 @@ class StepMeter:
 
     def _trace(self, batch: MicroBatch, how: dict[str, Any]) -> MemoryTrace | str:
         model = self.blueprint.model
-        # Kernels of accelerators keep what this one keeps, and this one needs no device.
-        model.tree_kernel = None if self.layout == "padded" else "per_tree"
+        model.tree_kernel = None if self.layout == "padded" else self._kernel
         return self.blueprint.trace(partial(run_micro_batches, model, [batch], device=META, **how))
+
+    @property
+    def _kernel(self) -> str:
+        """The kernel that is traced: kernels of accelerators keep what `per_tree` keeps, and that needs no device."""
+        if self.blueprint.device.type != "cpu":
+            return "per_tree"
+        return kernels_to_try("cpu", self.blueprint.model.embedding.weight.dtype)[0]
 
     def _take(self, traces: Sequence[MemoryTrace | str]) -> StepBytes | str:
         followed: list[MemoryTrace] = []

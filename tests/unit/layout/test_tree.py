@@ -139,6 +139,12 @@ def test_roots_cover_the_row_and_know_whether_they_branch(
     for root in roots:
         depth = row.depth[root.start : root.end].tolist()
         assert root.branching is (depth != list(range(len(depth))))
+        assert [segment.start for segment in root.segments] == [root.start, *(s.end for s in root.segments[:-1])]
+        assert root.segments[-1].end == root.end
+        for segment in root.segments:
+            for query in range(segment.start, segment.end):
+                seen = [key for start, end in (*segment.above, (segment.start, query + 1)) for key in range(start, end)]
+                assert seen == [key for key in range(query + 1) if query < row.subtree_end[key]]
 
 
 @given(data=st.data(), examples=EXAMPLES)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from loralab.data.example import TokenizedExample
 from loralab.layout.tree import PackedRow, Tree, build_leaves, find_roots, lay_out
-from loralab.models.attention_kernels import KERNELS, AttentionInputs, TreeRoot, Visibility
+from loralab.models.attention_kernels import KERNELS, AttentionInputs
+from loralab.models.visibility import TreeRoot, Visibility
 from unit.layout.examples import EXAMPLES, example, trees
 
 WINDOW = 3

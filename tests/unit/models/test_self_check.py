@@ -12,10 +12,11 @@ from transformers import LlamaForCausalLM
 
 from loralab.config.schema import LoraConfig
 from loralab.models.adapters import build_adapter
-from loralab.models.attention_kernels import KERNELS, Kernel, PerTree, Visibility
+from loralab.models.attention_kernels import KERNELS, Kernel, PerTree
 from loralab.models.precision import Resolved
 from loralab.models.self_check import find_training_noise, find_tree_failure, resolve_tree_kernel
 from loralab.models.supervised import SupervisedPeftModel
+from loralab.models.visibility import Visibility
 from support import tiny
 from support.families import build_family
 from support.layouts import draw_adapter

@@ -1,14 +1,53 @@
 """Attention as plain products: outputs and gradients of the definition, in blocks of any size, kept or recomputed."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
+from loralab.layout.tree import Root, Segment
 from loralab.models import span_attention
-from loralab.models.span_attention import Spans, attend_spans
+from loralab.models.span_attention import Block, attend_blocks, build_blocks
+from loralab.models.visibility import Visibility
 
-SPANS = [(0, 7), (7, 8), (8, 21)]
+# Three chains, and three roots of which the last has a prefix, two branches and a branch below the second.
+CHAINS = (Root(0, 7, branching=False), Root(7, 8, branching=False), Root(8, 21, branching=False))
+TREE = (
+    *CHAINS[:2],
+    Root(
+        8,
+        21,
+        branching=True,
+        segments=(
+            Segment(8, 12, ()),
+            Segment(12, 15, ((8, 12),)),
+            Segment(15, 17, ((8, 12),)),
+            Segment(17, 19, ((8, 12), (15, 17))),
+            Segment(19, 21, ((8, 12), (15, 17))),
+        ),
+    ),
+)
 LENGTH, EACH = 21, 8
+
+
+def visible(roots: Sequence[Root]) -> Tensor:
+    seen = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
+    for root in roots:
+        for segment in root.segments or (Segment(root.start, root.end, ()),):
+            for query in range(segment.start, segment.end):
+                for start, end in (*segment.above, (segment.start, query + 1)):
+                    seen[query, start:end] = True
+    return seen
+
+
+def blocks_of(roots: Sequence[Root], dtype: torch.dtype = torch.float64) -> list[Block]:
+    seen = visible(roots)
+
+    def allowed(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return seen[query, key]
+
+    return build_blocks(Visibility(roots, allowed, lambda root: not root.branching, torch.device("cpu"), dtype))
 
 
 def tensors(*, groups: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -21,38 +60,26 @@ def tensors(*, groups: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor,
     return query, key, value, torch.randn(LENGTH, 4, EACH, generator=draw, dtype=torch.float64).to(dtype)
 
 
-def mask_of_a_tree() -> list[Tensor | None]:
-    """Return masks in which the last span branches: its tokens from the seventh on do not see the third to sixth."""
-    own = torch.full((13, 13), float("-inf"), dtype=torch.float64).triu_(1)
-    own[6:, 2:6] = float("-inf")
-    return [None, None, own]
-
-
-def by_definition(query: Tensor, key: Tensor, value: Tensor, spans: Spans, masks: list[Tensor | None]) -> Tensor:
+def by_definition(query: Tensor, key: Tensor, value: Tensor, roots: Sequence[Root]) -> Tensor:
     repeats = len(query) // len(key)
     key, value = (tensor.repeat_interleave(repeats, dim=0) for tensor in (key, value))
-    scores = torch.full((len(query), LENGTH, LENGTH), float("-inf"), dtype=query.dtype)
-    own = query @ key.transpose(1, 2) * 0.3
-    for (start, end), mask in zip(spans, masks, strict=True):
-        causal = torch.full((end - start, end - start), float("-inf"), dtype=query.dtype).triu_(1)
-        added = own[:, start:end, start:end] + (causal if mask is None else mask)
-        scores[:, start:end, start:end] = added
+    scores = (query @ key.transpose(1, 2) * 0.3).masked_fill(~visible(roots), float("-inf"))
     return (scores.softmax(dim=-1) @ value).transpose(0, 1)
 
 
-@pytest.mark.parametrize("kept", [0, 10, 512], ids=lambda kept: f"kept to {kept}")
+@pytest.mark.parametrize("kept", [0, 5, 512], ids=lambda kept: f"kept to {kept}")
 @pytest.mark.parametrize("block", [2, 5, 256], ids=lambda block: f"blocks of {block}")
 @pytest.mark.parametrize("groups", [4, 2, 1], ids=lambda groups: f"{groups} key heads")
-@pytest.mark.parametrize("tree", [False, True], ids=["chains", "tree"])
+@pytest.mark.parametrize("roots", [CHAINS, TREE], ids=["chains", "tree"])
 def test_outputs_and_gradients_are_those_of_the_definition(
-    tree: bool, groups: int, block: int, kept: int, monkeypatch: pytest.MonkeyPatch
+    roots: Sequence[Root], groups: int, block: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(span_attention, "_BLOCK", block)
+    monkeypatch.setattr(span_attention, "_CHAIN_BLOCK", block)
+    monkeypatch.setattr(span_attention, "_TREE_BLOCK", block)
     monkeypatch.setattr(span_attention, "_KEPT", kept)
     *inputs, above = tensors(groups=groups)
-    masks: list[Tensor | None] = mask_of_a_tree() if tree else [None] * len(SPANS)
-    expected = by_definition(*inputs, SPANS, masks)
-    found = attend_spans(*inputs, spans=SPANS, masks=masks, scale=0.3)
+    expected = by_definition(*inputs, roots)
+    found = attend_blocks(*inputs, blocks=blocks_of(roots), scale=0.3)
     assert found.is_contiguous()
     # Scores are float32 whatever the inputs are.
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -65,9 +92,9 @@ def test_outputs_and_gradients_are_those_of_the_definition(
 def test_bfloat16_is_no_further_from_the_truth_than_pytorchs_own() -> None:
     *exact, above = tensors(groups=2)
     *inputs, rounded = tensors(groups=2, dtype=torch.bfloat16)
-    masks: list[Tensor | None] = [None]
-    truth = by_definition(*exact, [(0, LENGTH)], masks)
-    found = attend_spans(*inputs, spans=[(0, LENGTH)], masks=masks, scale=0.3)
+    whole = (Root(0, LENGTH, branching=False),)
+    truth = by_definition(*exact, whole)
+    found = attend_blocks(*inputs, blocks=blocks_of(whole, torch.bfloat16), scale=0.3)
     stock = torch.nn.functional.scaled_dot_product_attention(
         *(tensor[None] for tensor in inputs), is_causal=True, scale=0.3, enable_gqa=True
     )[0].transpose(0, 1)
@@ -90,7 +117,8 @@ def test_dropped_weights_are_scaled_and_dropped_again_in_the_backward_sweep(
     query, key, _, _ = tensors(groups=4)
     value = torch.ones(4, LENGTH, EACH, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(0)
-    outs = [attend_spans(query, key, value, spans=SPANS, masks=[None] * 3, scale=0.3, dropout=0.4) for _ in range(300)]
+    blocks = blocks_of(CHAINS)
+    outs = [attend_blocks(query, key, value, blocks=blocks, scale=0.3, dropout=0.4) for _ in range(300)]
     torch.testing.assert_close(torch.stack(outs).mean(dim=0), torch.ones(LENGTH, 4, EACH).double(), rtol=0, atol=0.35)
     assert not torch.equal(outs[0], outs[1])
     (of_value,) = torch.autograd.grad(outs[0].sum(), value)
@@ -103,7 +131,7 @@ def test_gradients_under_dropout_are_those_of_differences() -> None:
 
     def total(query: Tensor, key: Tensor) -> Tensor:
         torch.manual_seed(3)
-        out = attend_spans(query, key, value, spans=SPANS, masks=mask_of_a_tree(), scale=0.3, dropout=0.3)
+        out = attend_blocks(query, key, value, blocks=blocks_of(TREE), scale=0.3, dropout=0.3)
         return (out * above).sum()
 
     gradients = torch.autograd.grad(total(query, key), (query, key))
@@ -117,3 +145,20 @@ def test_gradients_under_dropout_are_those_of_differences() -> None:
                 moved[index] = inputs[index] + step * direction
                 sides.append(float(total(*moved)))
         assert (sides[0] - sides[1]) / 2e-2 == pytest.approx(float((gradient * direction).sum()), rel=2e-2)
+
+
+def test_a_branch_is_multiplied_with_its_own_ancestors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(span_attention, "_TREE_BLOCK", 2)
+    keys = {}
+    for block in blocks_of(TREE):
+        indices = range(*block.keys.indices(LENGTH)) if isinstance(block.keys, slice) else block.keys.tolist()
+        keys[block.rows.start] = list(indices)
+    assert keys[12] == [8, 9, 10, 11, 12, 13, 14]
+    assert keys[15] == [8, 9, 10, 11, 15, 16]
+    assert keys[19] == [8, 9, 10, 11, 15, 16, 19, 20]
+
+
+def test_weights_of_long_trees_are_not_kept() -> None:
+    short, long = Root(0, 600, branching=False), Root(600, 2600, branching=False)
+    seen = Visibility((short, long), lambda *_: torch.ones(()), lambda _: True, torch.device("meta"), torch.bfloat16)
+    assert {block.rows.start < 600: block.keep for block in build_blocks(seen)} == {True: True, False: False}
