@@ -39,11 +39,14 @@ def test_one_json_document(config: Path) -> None:
 
 def test_run_that_does_not_fit_is_told_and_no_failure(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loralab.workflows.plan.free_bytes", lambda device: 1 << 20)
-    answer = run_here("plan", config, "--no-probe")
+    answer = run_here("plan", config, "--no-probe", "training.gradient_checkpointing=false")
     assert answer.code == 0
     assert "does not fit: needs " in answer.out
     assert "training.gradient_checkpointing=True" in answer.out
     assert "take a smaller base" in answer.out
+    chosen = run_here("plan", config, "--no-probe")  # where memory is short, it is not left to advice
+    assert "gradient_checkpointing  True" in chosen.out
+    assert "training.gradient_checkpointing=True" not in chosen.out
 
 
 def test_mistakes_are_three_lines(config: Path) -> None:

@@ -17,11 +17,11 @@ from loralab.doctor.folders import Place, examine_folders, look_at
 from loralab.doctor.gpus import Driver, examine_gpus, find_kernels, read_driver
 from loralab.doctor.kernels import examine_attention, examine_bitsandbytes
 from loralab.doctor.libraries import examine_libraries, examine_python, read_requirements
-from loralab.doctor.machine import Memory, examine_memory, examine_processor, usable_cpus
+from loralab.doctor.machine import Memory, examine_memory, examine_processor
 from loralab.doctor.programs import Output, run_part
 from loralab.doctor.variables import VARIABLES, examine_accelerate, examine_hub, examine_variables
 from loralab.doctor.verdict import examine_steps, exit_code
-from loralab.models.limits import Limits, read_limits
+from loralab.models.limits import Limits, read_limits, usable_cpus
 from loralab.progress import Reporter
 from loralab.workflows.doctor import QUANTIZATION, STEPS, TORCH, examine
 

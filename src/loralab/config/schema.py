@@ -5,7 +5,7 @@ schema and the reference come. Does not own rules that span sections (`checks.py
 reading of files (`load.py`). No torch here: help and configuration errors must be quick.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationInfo, field_validator
 
@@ -25,7 +25,8 @@ class Section(BaseModel):
     @classmethod
     def _refuse_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
         """Refuse true and false where a number is wanted; Python would take them for 1 and 0."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("input should not be true or false")
         return value
 
@@ -273,12 +274,14 @@ class TrainingConfig(Section):
         "paged_adamw_8bit",
         "paged_adamw_32bit",
     ] = Field(
-        "adamw_torch",
+        "adamw_torch_fused",
         description="Optimizer, by its transformers name; those with 8bit hold their moments in 8 bits, paged ones "
         "move theirs to main memory when a GPU's runs out.",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, more time, same gradients."
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto",
+        description="Recompute activations in the backward pass: less memory, about a third more time, same gradients; "
+        "auto does it where free memory cannot hold them.",
     )
     cache_frozen_trunk: Literal["auto", "off"] = Field(
         "auto",

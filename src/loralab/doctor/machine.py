@@ -48,16 +48,6 @@ def examine_memory(memory: Memory, limits: Limits) -> Section:
     return section
 
 
-def usable_cpus(affinity: int, limits: Limits) -> float:
-    """Return how many processors' worth of time this process can have.
-
-    Args:
-        affinity: processors that it may run on.
-        limits: of its control groups.
-    """
-    return min(float(affinity), limits.cpus) if limits.cpus else float(affinity)
-
-
 def examine_processor(
     cores: int, *, usable: float, limits: Limits, torch: Mapping[str, object], environ: Mapping[str, str]
 ) -> Section:

@@ -1,9 +1,10 @@
-"""What a container leaves of processors and memory: the control groups of this process.
+"""What a container leaves of processors and memory: the control groups of this process, and where it may run.
 
-Owns reading both versions of control groups, for the token budget, `plan` and `doctor` alike. No torch here:
-`doctor` reads it where torch is what is broken.
+Owns reading both versions of control groups, for the token budget, threads, `plan` and `doctor` alike. No torch
+here: `doctor` reads it where torch is what is broken.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,23 @@ class Limits:
     def left_bytes(self) -> int | None:
         """Memory that the limit leaves, or None where there is none."""
         return None if self.memory_bytes is None else max(self.memory_bytes - (self.used_bytes or 0), 0)
+
+
+def runnable_cpus() -> int:
+    """Return how many logical processors this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def usable_cpus(runnable: int, limits: Limits) -> float:
+    """Return how many processors' worth of time this process can have.
+
+    Args:
+        runnable: processors that it may run on.
+        limits: of its control groups.
+    """
+    return min(float(runnable), limits.cpus) if limits.cpus else float(runnable)
 
 
 def read_limits(root: Path = CONTROL_GROUPS, membership: Path = MEMBERSHIP) -> Limits:

@@ -1,8 +1,8 @@
 """How many tokens may go through the model at once.
 
-Owns the choice behind `training.token_budget: auto`, and what is free. It is resolved once per run and
-kept: the budget never changes the loss, but a resume is bit-equal only under the same one. What a token
-takes is counted on the model itself (`blueprint.py`); the rule of thumb here stands in where that
+Owns the choice behind `training.token_budget: auto`, what is free, and what of it may be used. The budget is
+resolved once per run and kept: it never changes the loss, but a resume is bit-equal only under the same one.
+What a token takes is counted on the model itself (`blueprint.py`); the rule of thumb here stands in where that
 cannot be.
 """
 
@@ -67,7 +67,7 @@ def resolve_token_budget(
     if setting != "auto":
         return Resolved(int(setting), "set in training.token_budget")
     left = free_bytes(device) if free is None else free
-    usable = left * _USABLE.get(device.type, 0.5) / (1 if device.type == "cuda" else sharing)
+    usable = usable_bytes(device, free=left, sharing=sharing)
     if counted is None:
         counted = TokenMemory(activation_bytes(config, dtype=dtype, checkpointing=checkpointing), 0.0)
     ceiling = _CEILING.get(device.type, 4_096)
@@ -77,6 +77,28 @@ def resolve_token_budget(
         return Resolved(budget, f"more tokens at once bring no speed on {device.type}")
     shown = f"{usable / 2**30:.1f} GiB at about {counted.per_token / 2**10:.0f} KiB of activations per token"
     return Resolved(budget, f"{shown}, rounded down to a power of two")
+
+
+def usable_bytes(device: torch.device, *, free: int, sharing: int = 1) -> float:
+    """Return what micro-batches may take of the memory that is free.
+
+    Args:
+        device: where to compute.
+        free: bytes that are free once the model is there.
+        sharing: processes that share a CPU's memory.
+    """
+    return free * _USABLE.get(device.type, 0.5) / (1 if device.type == "cuda" else sharing)
+
+
+def micro_batch_bytes(tokens: int, counted: TokenMemory, *, per_pair: float) -> float:
+    """Return what a micro-batch takes whose tokens are one tree.
+
+    Args:
+        tokens: how many.
+        counted: what tokens take.
+        per_pair: of `pair_bytes`.
+    """
+    return counted.fixed + counted.per_token * tokens + per_pair * tokens**2
 
 
 def activation_bytes(config: PreTrainedConfig, *, dtype: torch.dtype, checkpointing: bool) -> float:

@@ -9,7 +9,7 @@ the machine's matrix units. Scores and their softmax are float32, as there.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,12 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from loralab.models.visibility import TreeRoot, TreeSegment, Visibility
 
-# Queries that are scored at once, about: more would hold larger squares, and see less of what a block may skip.
-# Where a tree branches there is more to skip: each branch sees its own ancestors alone.
-_CHAIN_BLOCK, _TREE_BLOCK = 256, 128
+# Rows of a product, about: fewer do not fill the matrix units, more see less of what a block may skip. Heads that
+# share their keys are rows of one product, so a block needs fewer queries then. Where a tree branches there is more
+# to skip: each branch sees its own ancestors alone.
+_ROWS, _FEWEST, _TREE_SHARE = 256, 64, 2
 # Most keys of a query, on average over a tree, whose weights are kept for the backward sweep; of longer trees they are
 # computed again, since they would outweigh all else that a layer keeps of a token.
 _KEPT = 512
+# Scores that are computed at once: 8 MiB in float32, which a processor's cache holds.
+_SCORES = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +47,14 @@ class Block:
     alone: bool
 
 
-def build_blocks(seen: Visibility) -> list[Block]:
+def build_blocks(seen: Visibility, *, sharing: int = 1) -> list[Block]:
     """Cut a row into blocks.
 
     Args:
         seen: what the tokens of the row may see in layers of one kind.
+        sharing: query heads that share a key head.
     """
+    about = max(_ROWS // sharing, _FEWEST)
     triangles: dict[int, Tensor] = {}
 
     def triangle(rows: int) -> Tensor:
@@ -61,7 +66,7 @@ def build_blocks(seen: Visibility) -> list[Block]:
     blocks: list[Block] = []
     for root in seen.roots:
         plain = seen.plain(root)
-        cuts = list(_cut_tree(root.segments) if root.branching and root.segments else _cut_chain(root))
+        cuts = list(_cut_tree(root.segments, about) if root.branching and root.segments else _cut_chain(root, about))
         pairs = sum((stop - start) * sum(end - first for first, end in ranges) for start, stop, ranges in cuts)
         keep = pairs <= _KEPT * (root.end - root.start)
         for start, stop, ranges in cuts:
@@ -74,27 +79,27 @@ def build_blocks(seen: Visibility) -> list[Block]:
 Cut = tuple[int, int, list[tuple[int, int]]]  # start and end of the queries, ranges of what they may see
 
 
-def _cut_chain(root: TreeRoot) -> Iterator[Cut]:
+def _cut_chain(root: TreeRoot, about: int) -> Iterator[Cut]:
     """Yield blocks of a tree in which each token sees those before it, or of which nothing else is known."""
-    for start, stop in _even(root.start, root.end, _CHAIN_BLOCK):
+    for start, stop in _even(root.start, root.end, about):
         yield start, stop, [(root.start, stop)]
 
 
-def _cut_tree(segments: Sequence[TreeSegment]) -> Iterator[Cut]:
+def _cut_tree(segments: Sequence[TreeSegment], about: int) -> Iterator[Cut]:
     """Yield blocks of a tree: neighbouring short segments together, long ones in pieces."""
     group: list[TreeSegment] = []
     for segment in segments:
-        if group and segment.end - group[0].start > _TREE_BLOCK:
-            yield from _cut_group(group)
+        if group and segment.end - group[0].start > max(about // _TREE_SHARE, _FEWEST):
+            yield from _cut_group(group, about)
             group = []
         group.append(segment)
-    yield from _cut_group(group)
+    yield from _cut_group(group, about)
 
 
-def _cut_group(group: Sequence[TreeSegment]) -> Iterator[Cut]:
+def _cut_group(group: Sequence[TreeSegment], about: int) -> Iterator[Cut]:
     first, last = group[0], group[-1]
     above = set(itertools.chain.from_iterable(segment.above for segment in group))
-    for start, stop in _even(first.start, last.end, _CHAIN_BLOCK):  # more than one of a long segment alone
+    for start, stop in _even(first.start, last.end, about):  # more than one of a long segment alone
         yield start, stop, _united([*above, (first.start, stop)])
 
 
@@ -156,15 +161,15 @@ class _BlockAttention(torch.autograd.Function):
         heads, length, _ = query.shape
         out = query.new_empty(length, heads, value.shape[-1])
         kept: list[Tensor] = []
-        for block in blocks:
-            weights = _weights(query, key, block, scale)
-            if block.keep:
+        for part in _parts(blocks, query, key):
+            weights = part.weights(query, key, scale)
+            if part.block.keep:
                 kept.append(weights)
             if dropout > 0.0:
                 kept.append(torch.rand(weights.shape, device=weights.device) >= dropout)
                 weights = _dropped(weights, kept[-1], dropout)
-            mixed = weights @ value[:, block.keys]  # (G, H / G x n, F)
-            out[block.rows] = mixed.view(heads, -1, mixed.shape[-1]).transpose(0, 1)
+            mixed = weights @ part.seen(value)  # (g, H / G x n, F)
+            out[part.block.rows, part.queries] = mixed.view(-1, part.rows, mixed.shape[-1]).transpose(0, 1)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.blocks, ctx.scale, ctx.dropout = blocks, scale, dropout
         return out
@@ -173,47 +178,91 @@ class _BlockAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
-        groups, scale = len(key), ctx.scale
         above = gradients[0].transpose(0, 1)  # (H, L, F)
         # Several blocks add to the same keys: in float32, so that their number rounds nothing away.
         summed = key.dtype if all(block.alone for block in ctx.blocks) else torch.float32
         of_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         of_key, of_value = (torch.zeros(t.shape, dtype=summed, device=t.device) for t in (key, value))
         left = iter(kept)
-        for block in ctx.blocks:
-            weights = next(left) if block.keep else _weights(query, key, block, scale)
-            pulled = _grouped(above[:, block.rows], groups)  # (G, H / G x n, F)
-            of_weights, used = pulled @ value[:, block.keys].transpose(1, 2), weights
+        for part in _parts(ctx.blocks, query, key):
+            weights = next(left) if part.block.keep else part.weights(query, key, ctx.scale)
+            pulled = part.asking(above)  # (g, H / G x n, F)
+            of_weights, used = pulled @ part.seen(value).transpose(1, 2), weights
             if ctx.dropout > 0.0:
                 drawn = next(left)
                 of_weights, used = (_dropped(each, drawn, ctx.dropout) for each in (of_weights, weights))
-            _add(of_value, block, used.transpose(1, 2) @ pulled)
-            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(scale)
-            of_query[:, block.rows] = (of_scores @ key[:, block.keys]).view(len(query), -1, query.shape[-1])
-            _add(of_key, block, of_scores.transpose(1, 2) @ _grouped(query[:, block.rows], groups))
+            part.add(of_value, used.transpose(1, 2) @ pulled)
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+            asked = (of_scores @ part.seen(key)).view(-1, part.rows, query.shape[-1])
+            of_query[part.queries, part.block.rows] = asked
+            part.add(of_key, of_scores.transpose(1, 2) @ part.asking(query))
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None, None
 
 
-def _add(total: Tensor, block: Block, part: Tensor) -> None:
-    if isinstance(block.keys, slice):
-        total[:, block.keys] += part
-    else:
-        total.index_add_(1, block.keys, part.to(total.dtype))
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The heads of a block that are computed at once: `shared` of keys and values, `queries` of what asks them."""
+
+    block: Block
+    shared: slice
+    queries: slice
+
+    @property
+    def rows(self) -> int:
+        """Number of queries of the block (n)."""
+        return int(self.block.rows.stop - self.block.rows.start)
+
+    def asking(self, heads: Tensor) -> Tensor:
+        """Return the block's rows of (H, L, E), those of one key head one below the other: (g, H / G x n, E)."""
+        groups = self.shared.stop - self.shared.start
+        return heads[self.queries, self.block.rows].reshape(groups, -1, heads.shape[-1])
+
+    def seen(self, heads: Tensor) -> Tensor:
+        """Return of (G, L, E) what the block may see: (g, K, E)."""
+        return heads[self.shared, self.block.keys]
+
+    def add(self, total: Tensor, found: Tensor) -> None:
+        """Add to (G, L, E) what was found for the keys of the block (g, K, E)."""
+        if isinstance(self.block.keys, slice):
+            total[self.shared, self.block.keys] += found
+        else:
+            total[self.shared].index_add_(1, self.block.keys, found.to(total.dtype))
+
+    def weights(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """Return what each query takes of each key, in the inputs' type (g, H / G x n, K)."""
+        scores = _exact_product(self.asking(query), self.seen(key).transpose(1, 2)).mul_(scale)
+        each = scores.view(-1, self.rows, scores.shape[-1])
+        each[:, :, -self.block.mask.shape[1] :] += self.block.mask
+        return scores.softmax(dim=-1).to(query.dtype)
 
 
-def _grouped(heads: Tensor, groups: int) -> Tensor:
-    """Return the rows of all heads that share a key head, one below the other: (H, n, E) as (G, H / G x n, E)."""
-    return heads.reshape(groups, -1, heads.shape[-1])
+def _parts(blocks: Sequence[Block], query: Tensor, key: Tensor) -> Iterator[_Part]:
+    heads, groups = len(query), len(key)
+    each = heads // groups
+    for block in blocks:
+        keys = len(block.keys) if isinstance(block.keys, Tensor) else block.keys.stop - block.keys.start
+        scores = each * (block.rows.stop - block.rows.start) * keys
+        at_once = max(1, _SCORES // scores)
+        for first in range(0, groups, at_once):
+            last = min(first + at_once, groups)
+            yield _Part(block, slice(first, last), slice(first * each, last * each))
+
+
+def _exact_product(first: Tensor, second: Tensor) -> Tensor:
+    """Return a product in float32 whose factors are rounded to their own type, as they are already.
+
+    A product of two bfloat16 tensors comes out in bfloat16. As float32 tensors their product is not rounded, and
+    a processor that multiplies bfloat16 may do so again: nothing is lost, since each factor is one.
+    """
+    matmul = cast(Any, torch.backends.mkldnn).matmul  # not in the stubs
+    before = matmul.fp32_precision
+    try:
+        if first.dtype == torch.bfloat16:
+            matmul.fp32_precision = "bf16"
+        return first.float() @ second.float()
+    finally:
+        matmul.fp32_precision = before
 
 
 def _dropped(weights: Tensor, kept: Tensor, probability: float) -> Tensor:
     return (weights * kept).mul_(1.0 / (1.0 - probability))
-
-
-def _weights(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
-    """Return what each query of a block takes of each key, in the inputs' type (G, H / G x n, K)."""
-    scaled = _grouped(query[:, block.rows].float() * scale, len(key))
-    scores = scaled @ key[:, block.keys].float().transpose(1, 2)
-    each = scores.view(len(query), -1, scores.shape[-1])
-    each[:, :, -block.mask.shape[1] :] += block.mask
-    return scores.softmax(dim=-1).to(query.dtype)

@@ -21,11 +21,11 @@ from loralab.doctor.folders import examine_folders
 from loralab.doctor.gpus import examine_gpus, read_driver
 from loralab.doctor.kernels import examine_attention, examine_bitsandbytes
 from loralab.doctor.libraries import examine_libraries, examine_python, read_requirements
-from loralab.doctor.machine import Memory, examine_memory, examine_processor, usable_cpus
+from loralab.doctor.machine import Memory, examine_memory, examine_processor
 from loralab.doctor.programs import Output, run_part
 from loralab.doctor.variables import examine_accelerate, examine_hub, examine_variables, hub_home, loralab_cache
 from loralab.doctor.verdict import examine_steps, exit_code
-from loralab.models.limits import read_limits
+from loralab.models.limits import read_limits, runnable_cpus, usable_cpus
 from loralab.progress import Reporter
 
 TORCH, QUANTIZATION, STEPS = (f"loralab.doctor.{name}" for name in ("torch_facts", "quantization_facts", "steps"))
@@ -89,9 +89,8 @@ def _hardware(environ: Mapping[str, str], outputs: Mapping[str, Output]) -> list
     torch = next(iter(outputs[TORCH].lines), {})
     limits, memory = read_limits(), psutil.virtual_memory()
     cores = os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     processor = examine_processor(
-        cores, usable=usable_cpus(allowed, limits), limits=limits, torch=torch, environ=environ
+        cores, usable=usable_cpus(runnable_cpus(), limits), limits=limits, torch=torch, environ=environ
     )
     gpus = examine_gpus(read_driver(), torch)
     if not torch:

@@ -4,6 +4,7 @@ Reads top to bottom in the order of the work. Without the probe no weight is loa
 on the meta device, the rows are the real ones, and everything that is counted is counted on those.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from loralab.models.determinism import restored_algorithms
 from loralab.models.load import check_length, check_local_model, load_model_config, load_tokenizer
 from loralab.models.memory import free_bytes
 from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
-from loralab.models.stored_weights import is_mapped
 from loralab.models.trainable_tokens import settle_tokens
 from loralab.models.variants import needs_activations
 from loralab.progress import Reporter
@@ -38,6 +38,7 @@ from loralab.workflows.plan_steps import (
     fullest_step,
     possible_layouts,
 )
+from loralab.workflows.recomputation import Recomputation, frozen_bytes, settle_recomputation
 from loralab.workflows.record import describe_choices
 from loralab.workflows.split_evaluation import measured_splits, resolve_evaluation
 from loralab.workflows.step_layout import build_blueprint, build_sampler, expect_planner
@@ -60,9 +61,14 @@ def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter) -> dict[str, 
         UserError: what `train` would raise before its first step.
     """
     config = loaded.config
-    choices, blueprint, data, data_bytes = _gather(loaded, reporter)
-    free = free_bytes(blueprint.device)
-    planner, chosen = expect_planner(blueprint, config, free=max(free - _held_bytes(config, blueprint), 0))
+    choices, drawn, data, data_bytes = _gather(loaded, reporter)
+    free = free_bytes(drawn.device)
+    settled = _settle(config, drawn, data, free=free)
+    # What could be drawn keeping its activations can be drawn recomputing them.
+    config, blueprint = settled.config, drawn if isinstance(settled.blueprint, str) else settled.blueprint
+    loaded = replace(loaded, config=config)
+    left = max(free - _held_bytes(config, blueprint), 0)
+    planner, chosen = expect_planner(blueprint, config, free=left, known=settled.counted)
     memory = predict_run_memory(config, data, planner, blueprint, data_bytes=data_bytes)
     measured = _probe(loaded, needed_bytes(memory), free=free, reporter=reporter) if probe else "--no-probe"
     if isinstance(measured, Probe):
@@ -70,7 +76,7 @@ def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter) -> dict[str, 
             planner = measured.planner
             memory = predict_run_memory(config, data, planner, blueprint, data_bytes=data_bytes)
         chosen, memory = measured.choices, measured.memory(memory)
-    choices |= blueprint.choices | chosen | resolve_evaluation(config)
+    choices |= blueprint.choices | chosen | resolve_evaluation(config) | {"gradient_checkpointing": settled.choice}
     if needs_activations(config.lora):
         what = "its ranks are dealt out by what the layers see when the run starts: parameters may differ from these"
         choices["first_weights"] = Resolved(config.lora.variant, what)
@@ -171,8 +177,20 @@ def _situation(
     return Situation(by_id, examples, planner, blueprint.device, dtype, data_bytes)
 
 
+def _settle(config: Config, blueprint: Blueprint, data: PreparedData, *, free: int) -> Recomputation:
+    """Choose whether activations are recomputed, as `train` does."""
+    return settle_recomputation(
+        config,
+        blueprint.lora,
+        blueprint,
+        base=blueprint.model.language_model.config,
+        dtype=blueprint.model.embedding.weight.dtype,
+        device=blueprint.device,
+        rows=data.splits["train"],
+        free=max(free - frozen_bytes(config, blueprint), 0),
+    )
+
+
 def _held_bytes(config: Config, blueprint: Blueprint) -> int:
     """Return what is taken once the model is there, of what is free now."""
-    weights = describe_weights(blueprint.model)
-    frozen = weights["grown_bytes" if is_mapped(config.model, blueprint) else "frozen_bytes"]
-    return int(frozen + (weights["quantized"] or {}).get("bytes", 0) + weights["trainable_bytes"])
+    return frozen_bytes(config, blueprint) + int(describe_weights(blueprint.model)["trainable_bytes"])

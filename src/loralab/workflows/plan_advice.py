@@ -26,7 +26,7 @@ class Situation:
     """The run that does not fit.
 
     Attributes:
-        config: the configuration, tokens by id.
+        config: the configuration, tokens by id, `gradient_checkpointing` chosen.
         examples: rows of the fullest step.
         planner: how it is laid out.
         device: where the run computes.
@@ -121,7 +121,7 @@ def _tokens(situation: Situation) -> list[int]:
 
 
 def _recompute(config: Config, _: Situation) -> Iterator[Change]:
-    if not config.training.gradient_checkpointing:
+    if config.training.gradient_checkpointing is not True:
         yield Change("training.gradient_checkpointing", True, "about a third more time; same losses and gradients")
 
 

@@ -58,7 +58,10 @@ def replay(
     # The budget never changes the loss, but it does the last bits of its sums.
     budget = record.get("token_budget", {}).get("value")
     same_cuts = [f"training.token_budget={budget}"] if budget else []
-    if record.get("resolved", {}).get("cache_frozen_trunk", {}).get("value") == "off":
+    resolved = record.get("resolved", {})
+    if "gradient_checkpointing" in resolved:  # the budget was chosen for it
+        same_cuts.append(f"training.gradient_checkpointing={resolved['gradient_checkpointing']['value']}")
+    if resolved.get("cache_frozen_trunk", {}).get("value") == "off":
         same_cuts.append("training.cache_frozen_trunk=off")  # it may have been off for lack of room
     chosen = ["model.trust_remote_code=false", *same_cuts, *overrides, f"output.dir={target}"]
     loaded = load_run_config(folder.config, chosen, name=str(record.get("name", path.name)))
@@ -152,6 +155,8 @@ def compare_runs(before: RunFolder, after: RunFolder) -> Json:
     }
 
 
+# What goes by the memory that is free; a replay takes what the run took.
+_MEMORY_SETTINGS = ("training.token_budget", "training.gradient_checkpointing", "training.cache_frozen_trunk")
 # What the last bits of a cached forward depend on.
 _TRUNK = ("value", "token_budget", "full_at", "frozen_layers")
 
@@ -164,7 +169,7 @@ def _differences(before: RunFolder, after: RunFolder) -> Iterator[str]:
     yield from config_differences(
         before,
         after,
-        ignored=("output.dir", "model.trust_remote_code", "training.token_budget", "training.cache_frozen_trunk"),
+        ignored=("output.dir", "model.trust_remote_code", *_MEMORY_SETTINGS),
     )
     if _process_count(old) != _process_count(new):
         yield f"processes was {_process_count(old)}, now {_process_count(new)}"

@@ -33,6 +33,8 @@ _TOKENS = "data.tokens of "
 _HARMLESS_ALONE = {f"data.{name}" for name in ("rows", "format", "columns", "on_bad_row", "truncation", "long_text")}
 # What never changes by itself: listed only where no cause is known.
 _CONSEQUENCES = ("data.special_tokens", "data.stop_token_ids", _TOKENS)
+# What follows from another setting, and is listed only where that is the same.
+_FOLLOWS = {"resolved attention": "model.precision"}
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -109,6 +111,7 @@ def contract_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     causes = [key for key in differing if not key.startswith(_CONSEQUENCES)]
     if any(key.startswith("data.") for key in causes):
         differing = causes
+    differing = [key for key in differing if _FOLLOWS.get(key) not in differing]
     return [f"{key} was {_shown(before, key, now)}, now {_shown(now, key, before)}" for key in differing]
 
 

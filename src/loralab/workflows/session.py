@@ -23,6 +23,7 @@ from loralab.models.load import check_local_model, load_base_model, load_tokeniz
 from loralab.models.new_tokens import find_new_tokens, grow_vocabulary
 from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
 from loralab.models.supervised import SupervisedPeftModel
+from loralab.models.threads import resolve_threads
 from loralab.models.trainable_tokens import trained_tokens
 from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json
@@ -152,9 +153,12 @@ def open_session(
     note = select_single_gpu(config.model.device)
     device = resolve_device("cuda:0" if note else config.model.device)
     precision = resolve_precision(config.model, device.value)
+    threads = resolve_threads(device.value)
     for line in (note, f"device {device.value} ({device.reason})", f"{precision.value} ({precision.reason})"):
         if line:
             reporter.say(line.replace("torch.", ""))
+    for name, number in threads.items():
+        reporter.say(f"{name} {number.value} ({number.reason})")
     prompter = open_prompter(target, config, reporter)
     base, choices = load_base_model(config.model, dtype=precision.value, device=device.value)
     if choices["quantization"].value != "none":

@@ -4,7 +4,8 @@ Owns the choice of layout, attention kernel, token budget and sampling, each wit
 None of them changes the maths of a step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def build_blueprint(config: Config, lora: LoraConfig, *, dtype: torch.dtype, dev
     """Build a run's model without numbers; see `draw_blueprint`.
 
     Args:
-        config: the configuration.
+        config: the configuration; where `gradient_checkpointing` is still auto, activations are kept.
         lora: its adapter section, tokens by id.
         dtype: compute type.
         device: where the run computes.
@@ -39,7 +40,7 @@ def build_blueprint(config: Config, lora: LoraConfig, *, dtype: torch.dtype, dev
         lora,
         dtype=dtype,
         device=device,
-        checkpointing=config.training.gradient_checkpointing,
+        checkpointing=config.training.gradient_checkpointing is True,
         seed=config.training.seed,
     )
 
@@ -69,6 +70,7 @@ def resolve_planner(
     device: torch.device,
     sharing: int = 1,
     blueprint: Blueprint | str = "not drawn",
+    known: Mapping[Layout, TokenMemory] = MappingProxyType({}),
 ) -> tuple[Planner, dict[str, Resolved[Any]]]:
     """Choose how steps are laid out, and let the model's attention follow.
 
@@ -79,6 +81,7 @@ def resolve_planner(
         device: where the model is.
         sharing: processes of this run on this machine.
         blueprint: what counts the memory of a token, or why there is none; the rule of thumb stands in then.
+        known: what was counted before on that blueprint, by layout.
 
     Returns:
         The planner, and the choices with their reasons.
@@ -91,7 +94,7 @@ def resolve_planner(
     kernel = _resolve_kernel(model, config.model, config.training.layout)
     model.tree_kernel = kernel.value
     layout = resolve_layout(config.training.layout, kernel)
-    counted = count_token_memory(config, blueprint, layout.value)
+    counted = count_token_memory(config, blueprint, layout.value, known)
     planner, budget = build_planner(model, config, layout=layout.value, device=device, sharing=sharing, counted=counted)
     shown = Resolved(kernel.value or model.stock_attention, kernel.reason)
     noise = find_training_noise(model)
@@ -101,7 +104,12 @@ def resolve_planner(
 
 
 def expect_planner(
-    blueprint: Blueprint, config: Config, *, free: int, sharing: int = 1
+    blueprint: Blueprint,
+    config: Config,
+    *,
+    free: int,
+    sharing: int = 1,
+    known: Mapping[Layout, TokenMemory] = MappingProxyType({}),
 ) -> tuple[Planner, dict[str, Resolved[Any]]]:
     """Choose how steps are laid out as far as that can be told without weights; see `resolve_planner`.
 
@@ -110,12 +118,12 @@ def expect_planner(
         config: the configuration.
         free: bytes that are free once the model is there.
         sharing: processes of this run on this machine.
+        known: what was counted before on that blueprint, by layout.
     """
     model = blueprint.model
     check_positions(model.language_model.config, config.data.max_length)
-    kernel = _kernel_by_settings(config.model, config.training.layout) or expect_tree_kernel(blueprint)
-    layout = resolve_layout(config.training.layout, kernel)
-    counted = count_token_memory(config, blueprint, layout.value)
+    layout, kernel = expect_layout(blueprint, config)
+    counted = count_token_memory(config, blueprint, layout.value, known)
     planner, budget = build_planner(
         model, config, layout=layout.value, device=blueprint.device, sharing=sharing, counted=counted, free=free
     )
@@ -123,10 +131,35 @@ def expect_planner(
     return planner, {"layout": layout, "attention": shown, "token_budget": budget}
 
 
-def count_token_memory(config: Config, blueprint: Blueprint | str, layout: Layout) -> TokenMemory | None:
-    """Return what a micro-batch takes by its tokens where `token_budget` goes by it, and where it can be counted."""
+def expect_layout(blueprint: Blueprint, config: Config) -> tuple[Resolved[Layout], Resolved[str | None]]:
+    """Choose how rows lie and what computes attention over trees, as far as that can be told without weights.
+
+    Args:
+        blueprint: the model without numbers.
+        config: the configuration.
+
+    Raises:
+        ConfigError: a layout that was asked for and the model cannot take.
+    """
+    kernel = _kernel_by_settings(config.model, config.training.layout) or expect_tree_kernel(blueprint)
+    return resolve_layout(config.training.layout, kernel), kernel
+
+
+def count_token_memory(
+    config: Config, blueprint: Blueprint | str, layout: Layout, known: Mapping[Layout, TokenMemory]
+) -> TokenMemory | None:
+    """Return what a micro-batch takes by its tokens where `token_budget` goes by it, and where it can be counted.
+
+    Args:
+        config: the configuration.
+        blueprint: the model without numbers, or why there is none.
+        layout: how rows lie.
+        known: what was counted before on that blueprint.
+    """
     if isinstance(blueprint, str) or isinstance(config.training.token_budget, int):
         return None
+    if layout in known:
+        return known[layout]
     counted = StepMeter(blueprint, layout).count_tokens()
     return None if isinstance(counted, str) else counted
 
@@ -158,7 +191,7 @@ def build_planner(
         config=base.config,
         dtype=model.embedding.weight.dtype,
         device=device,
-        checkpointing=config.training.gradient_checkpointing,
+        checkpointing=config.training.gradient_checkpointing is True,
         sharing=sharing,
         counted=counted,
         free=free,

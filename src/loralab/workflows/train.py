@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import set_seed
 
 from loralab.config.load import LoadedConfig
@@ -23,18 +22,14 @@ from loralab.models.kernel_caches import bound_kernel_caches
 from loralab.models.load import (
     check_length,
     check_local_model,
-    check_vocabulary,
     count_parameters,
     describe_model,
-    load_base_model,
     load_model_config,
     load_tokenizer,
 )
-from loralab.models.new_tokens import grow_vocabulary
-from loralab.models.placement import describe_placement
 from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
+from loralab.models.threads import resolve_threads
 from loralab.models.trainable_tokens import new_tokens_of, settle_tokens
-from loralab.models.variants import residual_rank
 from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json, write_json
 from loralab.training.arguments import check_optimizer
@@ -69,8 +64,9 @@ from loralab.workflows.record import (
 )
 from loralab.workflows.report import build_report
 from loralab.workflows.resume import find_start, resume_contract
+from loralab.workflows.run_base import load_run_base
 from loralab.workflows.split_evaluation import measured_splits, resolve_evaluation
-from loralab.workflows.step_layout import resolve_planner, sketch_blueprint
+from loralab.workflows.step_layout import resolve_planner
 from loralab.workflows.steps import Run, run_steps
 from loralab.workflows.task import resolve_task
 from loralab.workflows.warm_start import apply_warm_start
@@ -137,6 +133,7 @@ class _Beginning:
         warm_start: whose weights the run starts from when it has no checkpoint.
         token_budget: what the run laid its steps out under so far, or None: another would change
             the last bits of its sums.
+        recomputes: whether the run recomputed activations so far, or None.
         saved: checkpoint whose weights take the place of computed first ones, or None.
     """
 
@@ -144,6 +141,7 @@ class _Beginning:
     going_on: bool
     warm_start: Path | Mapping[str, str] | None
     token_budget: int | None
+    recomputes: bool | None
     saved: Path | None
 
 
@@ -153,11 +151,14 @@ def _find_beginning(
     going_on = resume and has_begun(folder)
     completed = going_on and read_json(folder.record).get("status") == "completed"
     start = read_json(folder.record).get("warm_start") if resume and folder.exists() else warm_start
-    budget = read_json(folder.record).get("token_budget", {}).get("value") if going_on else None
+    record = read_json(folder.record) if going_on else {}
+    budget = record.get("token_budget", {}).get("value")
+    recomputed = record.get("resolved", {}).get("gradient_checkpointing", {}).get("value")
     if start is not None:
         check_warm_start(config)
     saved = find_saved_start(config, folder) if going_on and not completed else None
-    return _Beginning(completed, going_on, start, budget, saved)
+    recomputes = None if recomputed is None else recomputed == "True"
+    return _Beginning(completed, going_on, start, budget, recomputes, saved)
 
 
 def _nothing_to_do(folder: RunFolder, loaded: LoadedConfig, reporter: Reporter) -> RunFolder:
@@ -177,7 +178,14 @@ def _train(
     processes: Processes,
     watch: MemoryWatch,
 ) -> RunFolder:
-    run = prepare_run(loaded, folder, reporter=reporter, processes=processes, saved=beginning.saved)
+    run = prepare_run(
+        loaded,
+        folder,
+        reporter=reporter,
+        processes=processes,
+        saved=beginning.saved,
+        recomputes=beginning.recomputes,
+    )
     if beginning.token_budget is not None:
         run.planner = run.planner.with_budget(beginning.token_budget)
         run.choices["token_budget"] = Resolved(
@@ -217,7 +225,13 @@ def _train(
 
 
 def prepare_run(
-    loaded: LoadedConfig, folder: RunFolder, *, reporter: Reporter, processes: Processes, saved: Path | None
+    loaded: LoadedConfig,
+    folder: RunFolder,
+    *,
+    reporter: Reporter,
+    processes: Processes,
+    saved: Path | None,
+    recomputes: bool | None = None,
 ) -> Run:
     """Load data and model; nothing is written to the run folder.
 
@@ -227,15 +241,15 @@ def prepare_run(
         reporter: told of progress and choices.
         processes: those that share the run.
         saved: checkpoint whose weights take the place of computed first ones, or None.
+        recomputes: whether the run that goes on recomputed activations so far, or None.
 
     Raises:
         UserError: data, model or settings cannot be used.
     """
     config = loaded.config
     check_local_model(config.model.name)
-    device, precision = _choose_device(config, processes, reporter)
-    choices: dict[str, Resolved[Any]] = {"device": device, "precision": precision}
-    choices |= bound_kernel_caches(device.value)
+    choices = _choose_device(config, processes, reporter)
+    device, precision = choices["device"], choices["precision"]
     forget_peak(device.value)
     check_length(load_model_config(config.model), config.data.max_length)
     before = process_bytes(device.value)
@@ -247,18 +261,18 @@ def prepare_run(
     # Now, not after hours of training.
     task, task_choices = resolve_task(config, data, splits=measured_splits(config, data.splits))
     warn_of_absent_tokens(new_tokens_of(lora), data, reporter)
-    blueprint = sketch_blueprint(config, lora, dtype=precision.value, device=device.value)
-    kept = residual_rank(config.lora) if saved is None else None
-    base, base_choices = load_base_model(config.model, dtype=precision.value, device=device.value, residual_rank=kept)
-    choices |= grow_vocabulary(base, new_tokens_of(lora))
-    own_parameters, _ = count_parameters(base)
-    largest = max(*(split.largest_id for split in data.splits.values()), *data.prompter.stop.ids)
-    check_vocabulary(base, largest)
-    if config.training.gradient_checkpointing:
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    start = load_run_base(
+        config,
+        lora,
+        data,
+        dtype=precision.value,
+        device=device.value,
+        processes=processes,
+        keeps_residual=saved is None,
+        recomputes=recomputes,
+    )
+    base, config, blueprint = start.model, start.recomputation.config, start.recomputation.blueprint
     set_seed(config.training.seed)
-    choices |= describe_placement(config.lora, lora, base)
     batches = activation_batches(config, data)
     model, adapter_choices = build_adapter(base, lora, seed=config.training.seed, batches=batches, saved=saved)
     model.to(device.value)
@@ -271,24 +285,22 @@ def prepare_run(
         device=device.value,
         sharing=processes.local_count,
         blueprint=blueprint,
+        known=start.recomputation.counted,
     )
     # The least of all, so that a resume, which goes on with the recorded one, cuts every process's steps alike.
     planner = planner.with_budget(-processes.largest(-planner.token_budget))
     layout_choices["token_budget"] = replace(layout_choices["token_budget"], value=planner.token_budget)
-    choices |= base_choices | adapter_choices | layout_choices | resolve_evaluation(config) | task_choices
-    for name, choice in choices.items():
-        reporter.say(f"{name}: {str(choice.value).removeprefix('torch.')} ({choice.reason})")
-    base_facts = describe_model(config.model, base) | {"base_parameters": own_parameters}
+    choices |= start.choices | adapter_choices | layout_choices | resolve_evaluation(config) | task_choices
+    _tell(choices, reporter)
+    base_facts = describe_model(config.model, base) | {"base_parameters": start.own_parameters}
     memory = predict_run_memory(config, data, planner, blueprint, data_bytes=data_bytes, processes=processes)
     release_freed_memory()
     record, at = RunRecord(folder), device.value
     return Run(config, folder, data, model, at, base_facts, choices, reporter, record, planner, task, processes, memory)
 
 
-def _choose_device(
-    config: Config, processes: Processes, reporter: Reporter
-) -> tuple[Resolved[torch.device], Resolved[torch.dtype]]:
-    """Choose where and in which precision to compute, and check that the optimizer can."""
+def _choose_device(config: Config, processes: Processes, reporter: Reporter) -> dict[str, Resolved[Any]]:
+    """Choose where and in which precision to compute, settle the libraries below, and check that the optimizer can."""
     note = select_single_gpu(config.model.device)
     device = resolve_device("cuda:0" if note else processes.device_setting(config.model.device))
     if processes.count > 1:
@@ -296,7 +308,14 @@ def _choose_device(
     if note:
         reporter.say(note)
     check_optimizer(config.training.optim, device.value)
-    return device, resolve_precision(config.model, device.value)
+    precision = resolve_precision(config.model, device.value)
+    threads = resolve_threads(device.value, sharing=processes.local_count)
+    return {"device": device, "precision": precision, **threads, **bound_kernel_caches(device.value)}
+
+
+def _tell(choices: Mapping[str, Resolved[Any]], reporter: Reporter) -> None:
+    for name, choice in choices.items():
+        reporter.say(f"{name}: {str(choice.value).removeprefix('torch.')} ({choice.reason})")
 
 
 def _begin_record(run: Run, loaded: LoadedConfig, *, resumed: bool, source: Mapping[str, str] | None) -> RunRecord:

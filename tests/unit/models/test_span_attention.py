@@ -74,8 +74,9 @@ def by_definition(query: Tensor, key: Tensor, value: Tensor, roots: Sequence[Roo
 def test_outputs_and_gradients_are_those_of_the_definition(
     roots: Sequence[Root], groups: int, block: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(span_attention, "_CHAIN_BLOCK", block)
-    monkeypatch.setattr(span_attention, "_TREE_BLOCK", block)
+    monkeypatch.setattr(span_attention, "_ROWS", block)
+    monkeypatch.setattr(span_attention, "_FEWEST", 1)
+    monkeypatch.setattr(span_attention, "_SCORES", 4 * block)
     monkeypatch.setattr(span_attention, "_KEPT", kept)
     *inputs, above = tensors(groups=groups)
     expected = by_definition(*inputs, roots)
@@ -148,7 +149,8 @@ def test_gradients_under_dropout_are_those_of_differences() -> None:
 
 
 def test_a_branch_is_multiplied_with_its_own_ancestors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(span_attention, "_TREE_BLOCK", 2)
+    monkeypatch.setattr(span_attention, "_FEWEST", 1)
+    monkeypatch.setattr(span_attention, "_ROWS", 4)
     keys = {}
     for block in blocks_of(TREE):
         indices = range(*block.keys.indices(LENGTH)) if isinstance(block.keys, slice) else block.keys.tolist()
