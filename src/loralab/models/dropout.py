@@ -154,9 +154,8 @@ class DropMask:
         for start in range(0, len(rows), at_once):
             block = slice(start, start + at_once)
             # All ones where it is kept and zero where not, without a comparison: those are slow on mixed types.
-            kept = (
-                self._drawn(columns, block).clamp_(self.threshold - 1, self.threshold).neg_().add_(self.threshold - 1)
-            )
+            drawn = self._drawn(columns, block).clamp_(self.threshold - 1, self.threshold)
+            kept = torch.rsub(drawn, self.threshold - 1)
             torch.bitwise_and(rows[block].view(bits), kept.to(bits), out=out[block].view(bits))
         return out
 
