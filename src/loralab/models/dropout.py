@@ -6,8 +6,9 @@ recomputation sees the same mask, and a resume needs nothing replayed. Rows that
 the same masks there, whether they are computed once or each for itself. Integer arithmetic alone,
 so every device agrees.
 
-Source: the mixing function is SplitMix64's finalizer (Steele, Lea & Flood 2014, Fast splittable
-pseudorandom number generators, fig. 13).
+Source: keys are mixed by SplitMix64's finalizer (Steele, Lea & Flood 2014, Fast splittable
+pseudorandom number generators, fig. 13); the number of a token and a column is a product of theirs
+(multiplicative hashing: Dietzfelbinger et al. 1997, A reliable randomized algorithm for the closest-pair problem).
 """
 
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from loralab.errors import ModelError
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
 _FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _SECOND = -7723592293110705685  # 0x94D049BB133111EB
+# Which masks a key gives; another number whenever they change, so that no run goes on with others.
+MASKS = 2
 _VALUES = 1 << 32  # of a drawn number
 # Numbers drawn at once on a CPU: what a core's own cache holds.
 _DRAWN = 1 << 18
@@ -39,9 +42,11 @@ class DropoutKeys:
 
     Attributes:
         tokens: one key per laid-out token (L), or None while no keyed forward is under way.
+        device_type: of a model without numbers, the kind of device that the run computes on; else None.
     """
 
     tokens: Tensor | None = None
+    device_type: str | None = None
 
     @contextmanager
     def narrowed(self, positions: Tensor) -> Iterator[None]:
@@ -121,7 +126,8 @@ class KeyedDropout(nn.Module):
                 fix="set lora.dropout: 0, or leave this layer out of lora.target_modules",
             )
         dropped = min(max(round(self.p * _VALUES), 1), _VALUES - 1)
-        return DropMask(_odd(_mix(tokens + self._offset)), dropped - _VALUES // 2)
+        by_blocks = (self.keys.device_type or tokens.device.type) == "cpu"
+        return DropMask(_odd(_mix(tokens + self._offset)), dropped - _VALUES // 2, by_blocks)
 
     def extra_repr(self) -> str:
         """Return what a printed model says of the layer."""
@@ -138,17 +144,19 @@ class DropMask:
     Attributes:
         tokens: an odd key per row, 32 bits (n).
         threshold: kept are the numbers from here on.
+        by_blocks: whether it is drawn a few rows at a time, which a CPU's cache holds.
     """
 
     tokens: Tensor
     threshold: int
+    by_blocks: bool
 
     def apply(self, rows: Tensor) -> Tensor:
         """Return a copy of `rows` (n, D) with zeros where a number is dropped."""
         bits = _BITS[rows.element_size()]
         columns = _odd(_mix(torch.arange(rows.shape[-1], device=rows.device) * _GOLDEN))
-        if rows.device.type not in ("cpu", "meta"):
-            return torch.where(self._drawn(columns, slice(None)) >= self.threshold, rows, torch.zeros_like(rows))
+        if not self.by_blocks:
+            return torch.where(self._drawn(columns, slice(None)) >= self.threshold, rows, rows.new_zeros(()))
         out = torch.empty_like(rows)
         at_once = max(1, _DRAWN // rows.shape[-1])
         for start in range(0, len(rows), at_once):

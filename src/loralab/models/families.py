@@ -76,6 +76,8 @@ def take_activation_twin(config: PreTrainedConfig) -> tuple[str, str] | None:
         The names of the activation before and now, or None where there is no such twin.
     """
     text = config.get_text_config()
+    if not type(text).__module__.startswith("transformers."):
+        return None  # code of its own may know activations by other names
     for key in _ACTIVATION_KEYS:
         before = getattr(text, key, None)
         if isinstance(before, str) and before in ACTIVATION_TWINS:

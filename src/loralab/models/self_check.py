@@ -45,6 +45,13 @@ class _Span:
     segments: Sequence[TreeSegment] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    start: int
+    end: int
+    above: Sequence[tuple[int, int]]
+
+
 @dataclass(slots=True)
 class _Probe:
     """A row with two equal roots, a nested tree and a lone root."""
@@ -219,8 +226,16 @@ def _build_probe(model: SupervisedPeftModel) -> _Probe:
     ids = torch.tensor([(37 * i + 11) % vocabulary for i in range(position)], device=device)
     segments = {name: slice(starts[name], ends[name]) for name in starts}
     ids[segments["twin"]] = ids[segments["first"]]
+    parts = {name: _Part(starts[name], ends[name], _ranges_above(name, starts, ends)) for name, _, _ in _SEGMENTS}
     roots = [
-        _Span(starts[name], below[name], branching=name == "prefix") for name, parent, _ in _SEGMENTS if parent is None
+        _Span(
+            starts[name],
+            below[name],
+            branching=name == "prefix",
+            segments=[part for part in parts.values() if starts[name] <= part.start < below[name]],
+        )
+        for name, parent, _ in _SEGMENTS
+        if parent is None
     ]
     return _Probe(
         ids=ids,
@@ -230,6 +245,11 @@ def _build_probe(model: SupervisedPeftModel) -> _Probe:
         paths=[paths[name] for name in ("first", "a", "c", "d", "lone")],
         segments=segments,
     )
+
+
+def _ranges_above(name: str, starts: dict[str, int], ends: dict[str, int]) -> list[tuple[int, int]]:
+    parent = next(parent for own, parent, _ in _SEGMENTS if own == name)
+    return [*_ranges_above(parent, starts, ends), (starts[parent], ends[parent])] if parent else []
 
 
 def _last_below(name: str, ends: dict[str, int]) -> list[int]:

@@ -7,6 +7,7 @@ the machine's matrix units. Scores and their softmax are float32, as there.
 """
 
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,6 +27,8 @@ _ROWS, _FEWEST, _TREE_SHARE = 256, 64, 2
 _KEPT = 512
 # Scores that are computed at once: 8 MiB in float32, which a processor's cache holds.
 _SCORES = 1 << 21
+# The switch of `_exact_product` is one for the whole process.
+_SWITCHED = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class Block:
         keys: what they may see: a range of the row, or indices into it (K).
         mask: added to the scores of the last keys (n, K or fewer).
         keep: whether the weights are kept for the backward sweep.
-        alone: whether no other block sees these keys.
+        alone: whether it is its tree's only block.
     """
 
     rows: slice
@@ -161,13 +164,13 @@ class _BlockAttention(torch.autograd.Function):
         heads, length, _ = query.shape
         out = query.new_empty(length, heads, value.shape[-1])
         kept: list[Tensor] = []
+        ctx.drawing = torch.get_rng_state() if dropout > 0.0 else None
         for part in _parts(blocks, query, key):
             weights = part.weights(query, key, scale)
             if part.block.keep:
                 kept.append(weights)
             if dropout > 0.0:
-                kept.append(torch.rand(weights.shape, device=weights.device) >= dropout)
-                weights = _dropped(weights, kept[-1], dropout)
+                weights = _dropped(weights, _drawn(weights, dropout), dropout)
             mixed = weights @ part.seen(value)  # (g, H / G x n, F)
             out[part.block.rows, part.queries] = mixed.view(-1, part.rows, mixed.shape[-1]).transpose(0, 1)
         ctx.save_for_backward(query, key, value, *kept)
@@ -177,8 +180,15 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.random.fork_rng(devices=[], enabled=ctx.drawing is not None):
+            if ctx.drawing is not None:
+                torch.set_rng_state(ctx.drawing)  # the weights are dropped again, in the same order
+            return _BlockAttention._pull(ctx, gradients[0])
+
+    @staticmethod
+    def _pull(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
-        above = gradients[0].transpose(0, 1)  # (H, L, F)
+        above = gradient.transpose(0, 1)  # (H, L, F)
         # Several blocks add to the same keys: in float32, so that their number rounds nothing away.
         summed = key.dtype if all(block.alone for block in ctx.blocks) else torch.float32
         of_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -189,7 +199,7 @@ class _BlockAttention(torch.autograd.Function):
             pulled = part.asking(above)  # (g, H / G x n, F)
             of_weights, used = pulled @ part.seen(value).transpose(1, 2), weights
             if ctx.dropout > 0.0:
-                drawn = next(left)
+                drawn = _drawn(weights, ctx.dropout)
                 of_weights, used = (_dropped(each, drawn, ctx.dropout) for each in (of_weights, weights))
             part.add(of_value, used.transpose(1, 2) @ pulled)
             of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scale)
@@ -254,14 +264,20 @@ def _exact_product(first: Tensor, second: Tensor) -> Tensor:
     A product of two bfloat16 tensors comes out in bfloat16. As float32 tensors their product is not rounded, and
     a processor that multiplies bfloat16 may do so again: nothing is lost, since each factor is one.
     """
-    matmul = cast(Any, torch.backends.mkldnn).matmul  # not in the stubs
-    before = matmul.fp32_precision
-    try:
-        if first.dtype == torch.bfloat16:
-            matmul.fp32_precision = "bf16"
+    if first.dtype != torch.bfloat16:
         return first.float() @ second.float()
-    finally:
-        matmul.fp32_precision = before
+    matmul = cast(Any, torch.backends.mkldnn).matmul  # not in the stubs
+    with _SWITCHED:
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "bf16"
+        try:
+            return first.float() @ second.float()
+        finally:
+            matmul.fp32_precision = before
+
+
+def _drawn(weights: Tensor, probability: float) -> Tensor:
+    return torch.rand(weights.shape, device=weights.device) >= probability
 
 
 def _dropped(weights: Tensor, kept: Tensor, probability: float) -> Tensor:

@@ -120,7 +120,7 @@ class SupervisedPeftModel(PeftModelForCausalLM):
             statistics: also return entropies, correctness and the most likely tokens; no gradients then.
             **inputs: for `hidden_states`.
         """
-        self._keys.tokens = None
+        self._keys.tokens, self._keys.device_type = None, self.planned_device_type
         if self._drops and dropout_key is not None and token_prefixes is not None:
             self._keys.tokens = token_keys(*dropout_key, token_prefixes)
         trunk = self._skipping_trunk(token_prefixes, inputs["attention_mask"])

@@ -22,7 +22,7 @@ from loralab.models.precision import Resolved
 from loralab.models.stored_weights import is_mapped
 from loralab.training.distributed import ALONE, Processes
 from loralab.workflows.step_layout import expect_layout, sketch_blueprint
-from loralab.workflows.step_memory import StepMeter
+from loralab.workflows.step_memory import StepMeter, optimizer_bytes, trained_shapes
 
 # Smaller micro-batches may be slower than recomputation, which costs about a third more time: below about this many
 # tokens reading the weights, and starting kernels on a GPU, takes longer than the products do. On a CPU with bf16
@@ -79,7 +79,8 @@ def settle_recomputation(
     if choice is None:
         kept = _count_kept(config, blueprint, counted)
         if isinstance(blueprint, Blueprint):
-            free = max(free - describe_weights(blueprint.model)["trainable_bytes"], 0)
+            moments = optimizer_bytes(config.training.optim, trained_shapes(blueprint))
+            free = max(free - describe_weights(blueprint.model)["trainable_bytes"] - moments, 0)
         choice = resolve_checkpointing(
             config.training,
             kept,

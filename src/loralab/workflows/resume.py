@@ -16,6 +16,7 @@ from loralab.config.metric_facts import ALWAYS, owner_of
 from loralab.config.schema import Config
 from loralab.data.dataset import PreparedData
 from loralab.errors import RunFolderError
+from loralab.models.dropout import MASKS
 from loralab.models.precision import Resolved
 from loralab.progress import Reporter
 from loralab.run import RunFolder
@@ -35,6 +36,8 @@ _HARMLESS_ALONE = {f"data.{name}" for name in ("rows", "format", "columns", "on_
 _CONSEQUENCES = ("data.special_tokens", "data.stop_token_ids", _TOKENS)
 # What follows from another setting, and is listed only where that is the same.
 _FOLLOWS = {"resolved attention": "model.precision"}
+# Automatic choices that decide on the last bits.
+_DECISIVE = ("layout", "attention", "activation")
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -61,7 +64,8 @@ def resume_contract(
         "model.attn_implementation": str(choices["attn_implementation"].value),
         "model.device": device.type,
         # How steps are laid out changes no maths, but the order of sums: bit-equal or refused.
-        **{f"resolved {name}": str(choices[name].value) for name in ("layout", "attention") if name in choices},
+        **{f"resolved {name}": str(choices[name].value) for name in _DECISIVE if name in choices},
+        **({"lora.dropout masks": MASKS} if config.lora.dropout else {}),
         "model.base_dropout": str(choices["base_dropout"].value),
         **{f"lora.{key}": value for key, value in config.lora.model_dump(mode="json").items()},
         **{f"training.{k}": v for k, v in training.model_dump(mode="json").items() if k not in _FREE},

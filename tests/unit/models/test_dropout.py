@@ -132,12 +132,12 @@ def test_mask_is_the_same_in_blocks_of_any_size(rows: int, monkeypatch: pytest.M
     assert torch.equal(kept(), expected)
 
 
-@pytest.mark.parametrize("lane", range(4))
-def test_numbers_are_uniform(lane: int) -> None:
+@pytest.mark.parametrize("first", range(4))
+def test_numbers_are_uniform(first: int) -> None:
     """Sixteen drop probabilities sort each column's number into bins; chi-square of their counts."""
     dropped = torch.stack([~kept(part / 16) for part in range(1, 16)])
     assert bool((dropped[1:] >= dropped[:-1]).all())  # one number, compared with growing thresholds
-    bins = dropped.sum(dim=0)[:, lane::4].flatten()
+    bins = dropped.sum(dim=0)[:, first::4].flatten()
     assert stats.chisquare(torch.bincount(bins, minlength=16).numpy()).pvalue > 1e-4
 
 

@@ -90,14 +90,21 @@ def test_outputs_and_gradients_are_those_of_the_definition(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_is_no_further_from_the_truth_than_pytorchs_own() -> None:
+@pytest.mark.parametrize("kept", [0, 512], ids=lambda kept: f"kept to {kept}")
+@pytest.mark.parametrize("rows", [4, 256], ids=lambda rows: f"blocks of {rows}")
+@pytest.mark.parametrize("roots", [(Root(0, LENGTH, branching=False),), CHAINS, TREE], ids=["chain", "chains", "tree"])
+def test_bfloat16_is_no_further_from_the_truth_than_pytorchs_own(
+    roots: Sequence[Root], rows: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(span_attention, "_ROWS", rows)
+    monkeypatch.setattr(span_attention, "_FEWEST", 1)
+    monkeypatch.setattr(span_attention, "_KEPT", kept)
     *exact, above = tensors(groups=2)
     *inputs, rounded = tensors(groups=2, dtype=torch.bfloat16)
-    whole = (Root(0, LENGTH, branching=False),)
-    truth = by_definition(*exact, whole)
-    found = attend_blocks(*inputs, blocks=blocks_of(whole, torch.bfloat16), scale=0.3)
+    truth = by_definition(*exact, roots)
+    found = attend_blocks(*inputs, blocks=blocks_of(roots, torch.bfloat16), scale=0.3)
     stock = torch.nn.functional.scaled_dot_product_attention(
-        *(tensor[None] for tensor in inputs), is_causal=True, scale=0.3, enable_gqa=True
+        *(tensor[None] for tensor in inputs), attn_mask=visible(roots), scale=0.3, enable_gqa=True
     )[0].transpose(0, 1)
     wanted = [truth, *torch.autograd.grad(truth, exact, above)]
     for ours, theirs, true in zip(

@@ -23,6 +23,7 @@ TAILS: dict[str, Tail] = {
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(token_loss, "CHUNK_ELEMENTS", request.param * V)
     monkeypatch.setattr(token_loss, "_BLOCKED_FACTOR", 1)
+    monkeypatch.setattr(token_loss, "_BLOCK_ELEMENTS", 3 * V)  # several blocks in most chunks, the last one short
     return int(request.param)
 
 
