@@ -142,7 +142,7 @@ def test_memory_of_a_step_is_that_of_its_largest_micro_batch() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 def test_estimate_behind_the_token_budget_is_no_less_than_a_layer_takes(checkpointing: bool) -> None:
     tokens = 2048
-    few, many = (build(2048, layers=layers, checkpointing=checkpointing) for layers in (2, 10))
+    few, many = (build(2048, layers=layers, checkpointing=checkpointing) for layers in (10, 18))
     less, more = (peak_of_a_step(model, rows(8, length=256, answer=16), budget=tokens) for model in (few, many))
     estimated = [
         activation_bytes(model.language_model.config, dtype=torch.float32, checkpointing=checkpointing)

@@ -100,7 +100,8 @@ def is_kept(run: loralab.Run, adapter: Path, base: Path) -> None:
         plain.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with contextlib.redirect_stderr(io.StringIO()):
         loaded = PeftModel.from_pretrained(plain, str(adapter)).eval()
-    assert torch.equal(logits(loaded, ids), own)
+    # Not to the bit: GPT-2 computes its GELU in several operations, and here in one.
+    torch.testing.assert_close(logits(loaded, ids), own, rtol=1e-5, atol=1e-5)
     # Of the base, the new tokens are the mean of their pieces; all others are as on disk.
     pieces = tiny.build_tokenizer().encode(TOKENS[0])
     disk: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
