@@ -142,13 +142,15 @@ def test_memory_of_a_step_is_that_of_its_largest_micro_batch() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 def test_estimate_behind_the_token_budget_is_no_less_than_a_layer_takes(checkpointing: bool) -> None:
     tokens = 2048
-    few, many = (build(2048, layers=layers, checkpointing=checkpointing) for layers in (10, 18))
+    few, many = (build(2048, layers=layers, checkpointing=checkpointing) for layers in (2, 10))
     less, more = (peak_of_a_step(model, rows(8, length=256, answer=16), budget=tokens) for model in (few, many))
     estimated = [
         activation_bytes(model.language_model.config, dtype=torch.float32, checkpointing=checkpointing)
         for model in (few, many)
     ]
-    assert (more - less) / tokens < 1.02 * (estimated[1] - estimated[0])
+    # Gradients of the adapter are there too at the peak, and are counted apart.
+    gradients = [sum(p.numel() * 4 for p in model.parameters() if p.requires_grad) for model in (few, many)]
+    assert (more - less - gradients[1] + gradients[0]) / tokens < 1.02 * (estimated[1] - estimated[0])
     assert (more - less) / tokens > 0.5 * (estimated[1] - estimated[0])  # nor is it far more
 
 
