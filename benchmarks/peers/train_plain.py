@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from job import UNSUPERVISED, Job, MemoryWatch, Result, encode_row, run, versions
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from trainer import common_settings, finish, limit_threads, train_epoch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
+from trainer import common_settings, finish, limit_threads, quantization_config, train_epoch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 
 def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -28,14 +28,7 @@ def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 def load_model(job: Job) -> Any:
     """Return the base model with a fresh adapter."""
     dtype = getattr(torch, job.precision)
-    quantization = None
-    if job.quantization == "nf4":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+    quantization = quantization_config(job)
     base = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, quantization_config=quantization)
     if quantization is not None:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from datasets import Dataset
 from job import Job, MemoryWatch, Result, run, versions
 from peft import LoraConfig
-from trainer import common_settings, finish, limit_threads, train_epoch
-from transformers import AutoTokenizer, BitsAndBytesConfig
+from trainer import common_settings, finish, limit_threads, quantization_config, train_epoch
+from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 
@@ -34,14 +33,7 @@ def train(job: Job) -> Result:
     """Train the job's epoch."""
     limit_threads(job)
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    quantization = None
-    if job.quantization == "nf4":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+    quantization = quantization_config(job)
     # In the order given, so that every step has the rows of the others; no other default is touched.
     settings: dict[str, Any] = {"train_sampling_strategy": "sequential"}
     if job.options.get("best"):

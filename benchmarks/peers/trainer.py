@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers.trainer
 from job import Job, MemoryWatch, Result, count_supervised, seconds_since_launch
-from transformers import Trainer, TrainerCallback
+from transformers import BitsAndBytesConfig, Trainer, TrainerCallback
 
 
 class StepClock(TrainerCallback):
@@ -129,4 +129,16 @@ def finish(fields: dict[str, Any], watch: MemoryWatch, *, versions: dict[str, st
         peak_anonymous_bytes=watch.peak_anonymous_bytes,
         versions=versions,
         notes=notes,
+    )
+
+
+def quantization_config(job: Job) -> BitsAndBytesConfig | None:
+    """Return QLoRA's own settings where the base is quantized."""
+    if job.quantization != "nf4":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, job.precision),
     )

@@ -18,6 +18,7 @@ from loralab.errors import excerpt
 from loralab.models.adapters import build_adapter
 from loralab.models.attention import TREE_ATTENTION, TreeLayout, UnsupportedAttention, carry_layout, use_attention
 from loralab.models.families import find_tree_obstacle
+from loralab.models.layer_stack import enable_recomputation
 from loralab.models.load import SettledBase, settle_base
 from loralab.models.memory_trace import META, MemoryTrace, WithoutNumbers, trace_memory
 from loralab.models.new_tokens import grow_vocabulary
@@ -124,9 +125,8 @@ def _draw(
     base = _blank_base(section, config, settled, dtype)
     grown = grow_vocabulary(base, new_tokens_of(lora))
     if checkpointing:
-        enable: Any = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         # What is recomputed runs inside `backward`, where the mode around it does not reach.
-        enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), WithoutNumbers())})
+        enable_recomputation(base, context_fn=lambda: (nullcontext(), WithoutNumbers()))
     # EVA deals ranks out by activations, in all as many as LoRA has.
     shape = lora.model_copy(update={"variant": "lora"}) if needs_activations(lora) else lora
     with WithoutNumbers(), torch.random.fork_rng(devices=[]):

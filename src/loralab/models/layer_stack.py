@@ -1,4 +1,4 @@
-"""The numbered decoder layers of a model, and which of them a setting means.
+"""The numbered decoder layers of a model, which of them a setting means, and whether they are computed again.
 
 Owns where a model keeps its layers; families name the list differently (`h`, `layers`, `blocks`).
 """
@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -75,3 +76,14 @@ def resolve_layers(setting: Sequence[int], stack: LayerStack | None) -> list[int
     if outside:
         raise ConfigError(f"no layer {outside[0]}: the model has {stack.count} layers", where=_WHERE, fix=fix)
     return sorted({number % stack.count for number in setting})
+
+
+def enable_recomputation(base: PreTrainedModel, **further: Any) -> None:
+    """Let a base model recompute its layers' activations in the backward sweep.
+
+    Args:
+        base: without adapter.
+        **further: for `torch.utils.checkpoint.checkpoint`.
+    """
+    enable: Any = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **further})

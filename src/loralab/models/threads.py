@@ -14,9 +14,6 @@ from loralab.models.precision import Resolved
 
 # What the OpenMP and MKL libraries below PyTorch read when they start.
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# What PyTorch took before anything was chosen here, and the last choice: a process may ask more than once.
-_THREADS = torch.get_num_threads()
-_CHOSEN: dict[str, int] = {}
 
 
 def resolve_threads(device: torch.device, *, sharing: int = 1) -> dict[str, Resolved[int]]:
@@ -33,7 +30,7 @@ def resolve_threads(device: torch.device, *, sharing: int = 1) -> dict[str, Reso
     """
     if device.type != "cpu":
         return {}
-    now = _THREADS if _CHOSEN.get("threads") == torch.get_num_threads() else torch.get_num_threads()
+    now = torch.get_num_threads()
     named = next((name for name in VARIABLES if os.environ.get(name)), None)
     if named is not None:
         return {"threads": Resolved(now, f"set by {named}={os.environ[named]}")}
@@ -44,7 +41,6 @@ def resolve_threads(device: torch.device, *, sharing: int = 1) -> dict[str, Reso
     if now <= math.ceil(own):
         return {"threads": Resolved(now, f"PyTorch's choice, on {usable:g} processors{of}")}
     wanted = max(math.floor(own), 1)
-    _CHOSEN["threads"] = wanted
     torch.set_num_threads(wanted)
     leaves = "the container's quota leaves" if usable < runnable else "this process may run on"
     return {"threads": Resolved(wanted, f"PyTorch would take {now}; {leaves} {usable:g} processors{of}")}

@@ -6,11 +6,9 @@ from it for the model. Losses and gradients are the same either way.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from loralab.config.schema import Config, LoraConfig, TrainingConfig
@@ -167,16 +165,6 @@ def _tokens_that_matter(training: TrainingConfig, rows: TokenStore, device_type:
     if longest >= tokens:
         return longest, f"the longest row, {longest:,} tokens,"
     return tokens, f"{name}, {tokens:,} tokens," if tokens == least else f"a step of {tokens:,} tokens"
-
-
-def enable_recomputation(base: PreTrainedModel) -> None:
-    """Let a base model recompute its layers' activations in the backward sweep.
-
-    Args:
-        base: without adapter.
-    """
-    enable: Any = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def frozen_bytes(config: Config, blueprint: Blueprint) -> int:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from loralab.config.schema import Config, LoraConfig
 from loralab.data.dataset import PreparedData
+from loralab.models.layer_stack import enable_recomputation
 from loralab.models.load import check_vocabulary, count_parameters, load_base_model
 from loralab.models.memory import free_bytes
 from loralab.models.new_tokens import grow_vocabulary
@@ -19,7 +20,7 @@ from loralab.models.precision import Resolved
 from loralab.models.trainable_tokens import new_tokens_of
 from loralab.models.variants import residual_rank
 from loralab.training.distributed import Processes
-from loralab.workflows.recomputation import Recomputation, enable_recomputation, settle_recomputation
+from loralab.workflows.recomputation import Recomputation, settle_recomputation
 from loralab.workflows.step_layout import sketch_blueprint
 
 
