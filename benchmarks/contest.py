@@ -44,6 +44,7 @@ CONTENDERS = {
     "loralab_packed": Contender("train_loralab.py", {"layout": "packed"}),
     "trl": Contender("train_trl.py"),
     "trl_best": Contender("train_trl.py", {"best": True}),
+    "trl_by_length": Contender("train_trl.py", {"best": True, "unpacked": True}),
     "plain": Contender("train_plain.py"),
     "litgpt": Contender("train_litgpt.py", environment="litgpt"),
     "torchtune": Contender("train_torchtune.py", environment="torchtune"),

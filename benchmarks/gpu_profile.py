@@ -11,7 +11,7 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,9 +38,8 @@ def busy_microseconds(intervals: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def summarize(profiler: profile, wall: float) -> dict[str, Any]:
+def summarize(events: Sequence[Any], wall: float) -> dict[str, Any]:
     """Return per step: launches, waits and copies; over all: the share of the wall time without a kernel."""
-    events = profiler.events() or []
     on_device = [event for event in events if event.device_type == DeviceType.CUDA]
     counts = Counter(event.name for event in events if event.device_type != DeviceType.CUDA)
     launches = sum(number for name, number in counts.items() if "LaunchKernel" in name)
@@ -56,11 +55,11 @@ def summarize(profiler: profile, wall: float) -> dict[str, Any]:
     }
 
 
-def top_kernels(profiler: profile, count: int) -> list[str]:
+def top_kernels(events: Sequence[Any], count: int) -> list[str]:
     """Return the kernels that take most time, summed by name."""
     times: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
-    for event in profiler.events() or []:
+    for event in events:
         if event.device_type == DeviceType.CUDA:
             times[event.name] += event.time_range.end - event.time_range.start
             numbers[event.name] += 1
@@ -68,15 +67,6 @@ def top_kernels(profiler: profile, count: int) -> list[str]:
     return [
         f"{time / 1000 / STEPS:8.2f} ms {time / whole:6.1%} {numbers[name] / STEPS:7.0f}x  {name[:110]}"
         for name, time in times.most_common(count)
-    ]
-
-
-def top_operators(profiler: profile, count: int) -> list[str]:
-    """Return the operators of torch whose own kernels take most time."""
-    averages = sorted(profiler.key_averages(), key=lambda one: -one.self_device_time_total)
-    return [
-        f"{one.self_device_time_total / 1000 / STEPS:8.2f} ms {one.count / STEPS:7.0f}x  {one.key[:80]}"
-        for one in averages[:count]
     ]
 
 
@@ -157,17 +147,14 @@ def main() -> None:
             if cuda:
                 torch.cuda.synchronize()
             wall = time.perf_counter() - started
+    events = list(profiler.events() or [])  # once: it takes long
     shown = {name: value for name, value in vars(arguments).items() if value != parser.get_default(name)}
-    facts = {"case": shown, "wall_ms_unprofiled": round(plain * 1000 / STEPS, 1), **summarize(profiler, wall)}
+    facts = {"case": shown, "wall_ms_unprofiled": round(plain * 1000 / STEPS, 1), **summarize(events, wall)}
     # What the device was idle for, by the time without a profiler, which slows the host.
     facts["idle_share_unprofiled"] = round(1 - facts["device_busy_ms_per_step"] / facts["wall_ms_unprofiled"], 3)
     print(json.dumps(facts))
-    for title, lines in (
-        ("operators", top_operators(profiler, arguments.top)),
-        ("kernels", top_kernels(profiler, arguments.top)),
-    ):
-        print(f"--- {title}, per step")
-        print("\n".join(lines))
+    print("--- kernels, per step")
+    print("\n".join(top_kernels(events, arguments.top)))
 
 
 if __name__ == "__main__":

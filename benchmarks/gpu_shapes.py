@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from loralab.config.schema import LoraConfig
 from loralab.data.example import Branch, TokenizedExample
 from loralab.models.adapters import build_adapter
+from loralab.models.layer_stack import enable_recomputation
 from loralab.models.quantized import QuantizedLinear4bit
 from loralab.models.self_check import resolve_tree_kernel
 from loralab.models.supervised import SupervisedPeftModel
@@ -39,6 +40,25 @@ SHAPES: dict[str, Any] = {
         num_key_value_heads=2,
         max_position_embeddings=32768,
         tie_word_embeddings=True,
+    ),
+    "llama3.2-3b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+    "qwen2.5-7b": Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
     ),
     "llama3-8b": LlamaConfig(
         vocab_size=128256,
@@ -111,17 +131,11 @@ def build_ours(
     """Return loralab's model with its adapter and its attention chosen; arguments as in `build_base`."""
     base: Any = build_base(shape, quantization=quantization, dtype=dtype, device=device, own_layers=True)
     if checkpointing:
-        enable_checkpointing(base)
+        enable_recomputation(base)
     model, _ = build_adapter(base, LORA.model_copy(update={"dropout": dropout}), seed=0)
     model.to(device)
     model.tree_kernel = resolve_tree_kernel(model).value
     return model.train()
-
-
-def enable_checkpointing(base: Any) -> None:
-    """Recompute each layer's activations in the backward sweep."""
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def draw_rows(

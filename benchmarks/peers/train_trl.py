@@ -1,4 +1,7 @@
-"""TRL's SFTTrainer: at its defaults, or with the switches that were fastest on a CPU (`options.best`)."""
+"""TRL's SFTTrainer: at its defaults, or with the switches that were fastest on a CPU (`options.best`).
+
+With `options.unpacked` these leave rows as they are, as its defaults do.
+"""
 
 from typing import Any
 
@@ -18,12 +21,13 @@ def best_settings(job: Job, tokenizer: Any) -> dict[str, Any]:
     a step 194, with gradient checkpointing 160. `loss_type="chunked_nll"` is an old name of the default in 1.16;
     `padding_free` alone refuses a `max_length`, and comes with packing.
 
-    Packs are taken where two rows fit into one, as many a step as have a step's tokens; else rows by length.
+    Packs are taken where two rows fit into one, as many a step as have a step's tokens; else, and where
+    `options.unpacked` says so, rows by length.
     """
     lengths = [len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) for row in job.read_rows()]
     mean = sum(lengths) / len(lengths)
     chosen: dict[str, Any] = {"gradient_checkpointing": False, "model_init_kwargs": {"dtype": job.precision}}
-    if 2 * mean > job.max_length:
+    if job.options.get("unpacked") or 2 * mean > job.max_length:
         return chosen | {"train_sampling_strategy": "group_by_length"}
     packs = max(1, round(job.batch * mean / job.max_length))
     return chosen | {"packing": True, "per_device_train_batch_size": packs}

@@ -22,6 +22,7 @@ from loralab.lookup import look_up
 from loralab.models.eva import Batches, find_directions, with_ranks
 from loralab.models.first_weights import Beginning, check_dora
 from loralab.models.fused_lora import fuse_lora
+from loralab.models.norm_twin import join_norms
 from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.models.targets import adapted_layers, placement, resolve_target_modules
@@ -64,8 +65,9 @@ def build_adapter(
     check_site(lora.variant, site)
     config, beginning = _configure(lora, site, batches=batches, saved=saved)
     torch.manual_seed(seed)
-    model = _wrap(base, config)
     chosen = {"target_modules": Resolved(", ".join(targets.value), targets.reason)}
+    chosen |= join_norms(base, device=next(base.parameters()).device)
+    model = _wrap(base, config)
     start = VARIANTS[lora.variant].start
     if start is not None:
         chosen["first_weights"] = start(model, beginning)
@@ -111,6 +113,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, where: str = "argument 
     config.inference_mode = True
     _check_rows(base, config, folder)
     try:
+        join_norms(base, device=next(base.parameters()).device)
         model = _wrap(base, config)
         result = model.load_adapter(str(folder), "default", is_trainable=False)
     except (ValueError, RuntimeError, KeyError, SafetensorError, OSError) as error:

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loralab.models.dropout import DropMask, KeyedDropout
 from loralab.models.precision import Resolved
+from loralab.models.probing import fixed_numbers, largest_difference, pull_back
 from loralab.models.quantization import BITSANDBYTES
 
 if BITSANDBYTES:
@@ -61,9 +62,9 @@ class _FusedLora(torch.autograd.Function):
         pulled = above @ low_b  # (n, r)
         of_a = of_b = of_inputs = None
         if ctx.needs_input_grad[1]:
-            of_a = (pulled.T @ _kept(rows, ctx.mask)).float().mul_(ctx.scale)
+            of_a = _scaled_product(pulled.T, _kept(rows, ctx.mask), ctx.scale)
         if ctx.needs_input_grad[2]:
-            of_b = (above.T @ image).float().mul_(ctx.scale)
+            of_b = _scaled_product(above.T, image, ctx.scale)
         if ctx.needs_input_grad[0]:
             of_inputs = _pull(ctx.base, above)
             if ctx.mask is None:
@@ -76,6 +77,15 @@ class _FusedLora(torch.autograd.Function):
 
 def _kept(rows: Tensor, mask: DropMask | None) -> Tensor:
     return rows if mask is None else mask.apply(rows)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return scale (left . right) in float32, as a tensor of its own."""
+    if left.is_cuda and left.dtype != torch.float32:
+        # One launch instead of three, and no rounding to half precision; CPUs have no such product.
+        unread = left.new_empty((1, 1), dtype=torch.float32)  # beta is 0
+        return torch.addmm(unread, left, right, out_dtype=torch.float32, beta=0, alpha=scale)
+    return (left @ right).float().mul_(scale)
 
 
 def _product(base: Any, rows: Tensor) -> Tensor:
@@ -174,13 +184,12 @@ def _difference(layer: Any, dtype: torch.dtype) -> float:
     dropout = layer.lora_dropout[name]
     before = b.detach().clone()
     with torch.no_grad():
-        b.copy_(_pattern(b.shape, like=b) / max(layer.in_features, 1) ** 0.5)
+        b.copy_(fixed_numbers(b.shape, b.device) / max(layer.in_features, 1) ** 0.5)
     if isinstance(dropout, KeyedDropout):
         dropout.keys.tokens = torch.arange(_PROBE_ROWS, device=b.device)
     try:
         ours, theirs = (_probe(layer, forward, (a, b), dtype) for forward in (_forward, type(layer).forward))
-        pairs = zip(ours, theirs, strict=True)
-        return max(float((x - y).abs().max() / y.std().clamp_min(1e-12)) for x, y in pairs)
+        return largest_difference(ours, theirs)
     finally:
         with torch.no_grad():
             b.copy_(before)
@@ -189,17 +198,8 @@ def _difference(layer: Any, dtype: torch.dtype) -> float:
 
 
 def _probe(layer: Any, forward: Any, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return output and gradients, float32, of a few fixed rows."""
-    like = factors[0]
-    inputs = _pattern((_PROBE_ROWS, layer.in_features), like=like).to(dtype).requires_grad_()
-    wanted = [inputs, *(factor for factor in factors if factor.requires_grad)]
+    """Return output and gradients of a few fixed rows."""
+    inputs = fixed_numbers((_PROBE_ROWS, layer.in_features), factors[0].device).to(dtype).requires_grad_()
     with torch.enable_grad():
         out = forward(layer, inputs)
-        gradients = torch.autograd.grad(out, wanted, _pattern(out.shape, like=like).to(out.dtype))
-    return [found.detach().float() for found in (out, *gradients)]
-
-
-def _pattern(shape: Any, *, like: Tensor) -> Tensor:
-    """Return fixed numbers without a pattern that a product could average away; no generator is asked."""
-    count = int(torch.Size(shape).numel())
-    return torch.sin(torch.arange(count, device=like.device, dtype=torch.float32) ** 1.5 % 1000.0).view(*shape)
+        return [out, *pull_back(out, [inputs, *(factor for factor in factors if factor.requires_grad)])]

@@ -1,0 +1,83 @@
+"""Root-mean-square normalization as one operation of torch on an accelerator.
+
+Owns the swap. Models spell the norm out in eight operations, each of which is a launch and most of which keep a
+float32 tensor; torch has the same function in one. On a CPU torch spells it out too, so nothing is changed there.
+"""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from loralab.models.precision import Resolved
+from loralab.models.probing import fixed_numbers, largest_difference, pull_back
+
+# By how much of its spread an output or gradient may differ, by type: torch rounds once where models round twice.
+_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
+_PROBE_ROWS = 4
+
+
+def join_norms(model: nn.Module, *, device: torch.device) -> dict[str, Resolved[str]]:
+    """Let the norms of a model be one operation each, where that is faster and computes the same.
+
+    Args:
+        model: the base, on its device.
+        device: where it computes.
+
+    Returns:
+        How many norms were swapped under `normalization`, or nothing where none was.
+    """
+    swapped = swap_norms(model) if device.type == "cuda" else 0
+    if not swapped:
+        return {}
+    return {"normalization": Resolved(f"{swapped} layers", "the same function in one operation of torch, probed here")}
+
+
+def swap_norms(model: nn.Module) -> int:
+    """Put torch's norm in the place of every module that computes the same function.
+
+    The weight stays the same parameter under the same name.
+
+    Returns:
+        How many were swapped.
+    """
+    equal: dict[Any, bool] = {}
+    found = {name: twin for name, module in model.named_modules() if (twin := _twin(module, equal)) is not None}
+    for name, twin in found.items():
+        model.set_submodule(name, twin)
+    return len(found)
+
+
+def _twin(module: Any, equal: dict[Any, bool]) -> nn.RMSNorm | None:
+    """Return torch's norm with a module's weight, or None where the module is no such norm."""
+    weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if isinstance(module, nn.RMSNorm) or not isinstance(weight, nn.Parameter) or not isinstance(epsilon, float):
+        return None
+    alone = weight.ndim == 1 and len(list(module.parameters())) == 1 and weight.dtype in _TOLERANCES
+    if not alone or len(inspect.signature(module.forward).parameters) != 1:  # gated norms take a second input
+        return None
+    kind = type(module), len(weight), epsilon, weight.dtype
+    twin = nn.RMSNorm(len(weight), eps=epsilon, device="meta", dtype=weight.dtype)
+    if kind not in equal:
+        equal[kind] = _difference(module, twin) <= _TOLERANCES[weight.dtype]
+    if not equal[kind]:
+        return None
+    twin.weight = weight
+    return twin.train(module.training)
+
+
+def _difference(module: nn.Module, twin: nn.Module) -> float:
+    """Return the largest difference of output and gradient between copies with one weight, as a share of the spread."""
+    weight: Any = module.weight
+    numbers = fixed_numbers(weight.shape, weight.device).to(weight.dtype)
+    inputs = fixed_numbers((1, _PROBE_ROWS, len(weight)), weight.device).to(weight.dtype).requires_grad_()
+    found = []
+    for each in (module, twin):
+        probe = copy.deepcopy(each).to_empty(device=weight.device).requires_grad_(False)
+        probe.load_state_dict({"weight": numbers})
+        with torch.enable_grad():
+            out = probe(inputs)
+            found.append([out, *pull_back(out, [inputs])])
+    return largest_difference(*found)
