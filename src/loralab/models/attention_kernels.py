@@ -83,11 +83,11 @@ class Products:
     """Blocks of queries, and what the way beside it takes where scores are more than products.
 
     Attributes:
-        blocks: cuts the row, given how many query heads share a key head.
+        blocks: cuts the row.
         per_tree: makes the masks of that way.
     """
 
-    blocks: Callable[[int], Sequence[Block]]
+    blocks: Callable[[], Sequence[Block]]
     per_tree: Callable[[], PerTree]
 
 
@@ -255,7 +255,7 @@ def _attend_lengths(inputs: AttentionInputs, mask: tuple[Tensor, int] | BlockMas
 
 def _mask_products(seen: Visibility) -> Products:
     return Products(
-        functools.cache(lambda sharing: build_blocks(seen, sharing=sharing)),
+        functools.cache(lambda: build_blocks(seen)),
         functools.cache(lambda: _mask_per_tree(seen)),
     )
 
@@ -264,8 +264,7 @@ def _attend_products(inputs: AttentionInputs, mask: Products) -> Tensor:
     if not inputs.plain_scores:
         return _attend_per_tree(inputs, mask.per_tree())
     query, key, value = inputs.query[0], inputs.key[0], inputs.value[0]
-    blocks = mask.blocks(len(query) // len(key))
-    out = attend_blocks(query, key, value, blocks=blocks, scale=inputs.scale, dropout=inputs.dropout)
+    out = attend_blocks(query, key, value, blocks=mask.blocks(), scale=inputs.scale, dropout=inputs.dropout)
     return out.transpose(0, 1)[None]
 
 

@@ -18,10 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from loralab.models.visibility import TreeRoot, TreeSegment, Visibility
 
-# Rows of a product, about: fewer do not fill the matrix units, more see less of what a block may skip. Heads that
-# share their keys are rows of one product, so a block needs fewer queries then. Where a tree branches there is more
-# to skip: each branch sees its own ancestors alone.
-_ROWS, _FEWEST, _TREE_SHARE = 256, 64, 2
+# Rows of a product, about: fewer do not fill the matrix units, more see less of what a block may skip. Where a tree
+# branches there is more to skip: each branch sees its own ancestors alone.
+_ROWS, _TREE_ROWS = 256, 128
 # Most keys of a query, on average over a tree, whose weights are kept for the backward sweep; of longer trees they are
 # computed again, since they would outweigh all else that a layer keeps of a token.
 _KEPT = 512
@@ -50,14 +49,12 @@ class Block:
     alone: bool
 
 
-def build_blocks(seen: Visibility, *, sharing: int = 1) -> list[Block]:
+def build_blocks(seen: Visibility) -> list[Block]:
     """Cut a row into blocks.
 
     Args:
         seen: what the tokens of the row may see in layers of one kind.
-        sharing: query heads that share a key head.
     """
-    about = max(_ROWS // sharing, _FEWEST)
     triangles: dict[int, Tensor] = {}
 
     def triangle(rows: int) -> Tensor:
@@ -69,7 +66,7 @@ def build_blocks(seen: Visibility, *, sharing: int = 1) -> list[Block]:
     blocks: list[Block] = []
     for root in seen.roots:
         plain = seen.plain(root)
-        cuts = list(_cut_tree(root.segments, about) if root.branching and root.segments else _cut_chain(root, about))
+        cuts = list(_cut_tree(root.segments) if root.branching and root.segments else _cut_chain(root))
         pairs = sum((stop - start) * sum(end - first for first, end in ranges) for start, stop, ranges in cuts)
         keep = pairs <= _KEPT * (root.end - root.start)
         for start, stop, ranges in cuts:
@@ -82,27 +79,27 @@ def build_blocks(seen: Visibility, *, sharing: int = 1) -> list[Block]:
 Cut = tuple[int, int, list[tuple[int, int]]]  # start and end of the queries, ranges of what they may see
 
 
-def _cut_chain(root: TreeRoot, about: int) -> Iterator[Cut]:
+def _cut_chain(root: TreeRoot) -> Iterator[Cut]:
     """Yield blocks of a tree in which each token sees those before it, or of which nothing else is known."""
-    for start, stop in _even(root.start, root.end, about):
+    for start, stop in _even(root.start, root.end, _ROWS):
         yield start, stop, [(root.start, stop)]
 
 
-def _cut_tree(segments: Sequence[TreeSegment], about: int) -> Iterator[Cut]:
+def _cut_tree(segments: Sequence[TreeSegment]) -> Iterator[Cut]:
     """Yield blocks of a tree: neighbouring short segments together, long ones in pieces."""
     group: list[TreeSegment] = []
     for segment in segments:
-        if group and segment.end - group[0].start > max(about // _TREE_SHARE, _FEWEST):
-            yield from _cut_group(group, about)
+        if group and segment.end - group[0].start > _TREE_ROWS:
+            yield from _cut_group(group)
             group = []
         group.append(segment)
-    yield from _cut_group(group, about)
+    yield from _cut_group(group)
 
 
-def _cut_group(group: Sequence[TreeSegment], about: int) -> Iterator[Cut]:
+def _cut_group(group: Sequence[TreeSegment]) -> Iterator[Cut]:
     first, last = group[0], group[-1]
     above = set(itertools.chain.from_iterable(segment.above for segment in group))
-    for start, stop in _even(first.start, last.end, about):  # more than one of a long segment alone
+    for start, stop in _even(first.start, last.end, _ROWS):  # more than one of a long segment alone
         yield start, stop, _united([*above, (first.start, stop)])
 
 
@@ -165,14 +162,14 @@ class _BlockAttention(torch.autograd.Function):
         out = query.new_empty(length, heads, value.shape[-1])
         kept: list[Tensor] = []
         ctx.drawing = torch.get_rng_state() if dropout > 0.0 else None
-        for part in _parts(blocks, query, key):
-            weights = part.weights(query, key, scale)
+        every_key, every_value = (_per_query_head(shared, heads) for shared in (key, value))
+        for part in _parts(blocks, heads):
+            weights = part.weights(query, every_key, scale)
             if part.block.keep:
                 kept.append(weights)
             if dropout > 0.0:
                 weights = _dropped(weights, _drawn(weights, dropout), dropout)
-            mixed = weights @ part.seen(value)  # (g, H / G x n, F)
-            out[part.block.rows, part.queries] = mixed.view(-1, part.rows, mixed.shape[-1]).transpose(0, 1)
+            out[part.block.rows, part.heads] = (weights @ part.seen(every_value)).transpose(0, 1)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.blocks, ctx.scale, ctx.dropout = blocks, scale, dropout
         return out
@@ -187,75 +184,79 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def _pull(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
+        query, shared_key, shared_value, *kept = ctx.saved_tensors
+        key, value = (_per_query_head(shared, len(query)) for shared in (shared_key, shared_value))
         above = gradient.transpose(0, 1)  # (H, L, F)
-        # Several blocks add to the same keys: in float32, so that their number rounds nothing away.
-        summed = key.dtype if all(block.alone for block in ctx.blocks) else torch.float32
+        # Several blocks or heads add to the same keys: in float32, so that their number rounds nothing away.
+        alone = all(block.alone for block in ctx.blocks) and len(query) == len(shared_key)
+        summed = key.dtype if alone else torch.float32
         of_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         of_key, of_value = (torch.zeros(t.shape, dtype=summed, device=t.device) for t in (key, value))
         left = iter(kept)
-        for part in _parts(ctx.blocks, query, key):
+        for part in _parts(ctx.blocks, len(query)):
             weights = next(left) if part.block.keep else part.weights(query, key, ctx.scale)
-            pulled = part.asking(above)  # (g, H / G x n, F)
+            pulled = part.asking(above)  # (h, n, F)
             of_weights, used = pulled @ part.seen(value).transpose(1, 2), weights
             if ctx.dropout > 0.0:
                 drawn = _drawn(weights, ctx.dropout)
                 of_weights, used = (_dropped(each, drawn, ctx.dropout) for each in (of_weights, weights))
             part.add(of_value, used.transpose(1, 2) @ pulled)
             of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scale)
-            asked = (of_scores @ part.seen(key)).view(-1, part.rows, query.shape[-1])
-            of_query[part.queries, part.block.rows] = asked
+            of_query[part.heads, part.block.rows] = of_scores @ part.seen(key)
             part.add(of_key, of_scores.transpose(1, 2) @ part.asking(query))
-        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None, None
+        of_key, of_value = (_per_key_head(found, len(shared_key)).to(key.dtype) for found in (of_key, of_value))
+        return of_query, of_key, of_value, None, None, None
+
+
+def _per_query_head(shared: Tensor, heads: int) -> Tensor:
+    """Return of keys or values (G, L, E) a copy for each query head (H, L, E).
+
+    Products of a few key heads with many rows each would take up to three times as long.
+    """
+    return shared if len(shared) == heads else shared.repeat_interleave(heads // len(shared), dim=0)
+
+
+def _per_key_head(found: Tensor, groups: int) -> Tensor:
+    """Return the sums over the query heads of each key head (G, L, E)."""
+    return found if len(found) == groups else found.unflatten(0, (groups, -1)).sum(dim=1)
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The heads of a block that are computed at once: `shared` of keys and values, `queries` of what asks them."""
+    """The heads of a block that are computed at once."""
 
     block: Block
-    shared: slice
-    queries: slice
+    heads: slice
 
-    @property
-    def rows(self) -> int:
-        """Number of queries of the block (n)."""
-        return int(self.block.rows.stop - self.block.rows.start)
+    def asking(self, each: Tensor) -> Tensor:
+        """Return of (H, L, E) the block's queries (h, n, E)."""
+        return each[self.heads, self.block.rows]
 
-    def asking(self, heads: Tensor) -> Tensor:
-        """Return the block's rows of (H, L, E), those of one key head one below the other: (g, H / G x n, E)."""
-        groups = self.shared.stop - self.shared.start
-        return heads[self.queries, self.block.rows].reshape(groups, -1, heads.shape[-1])
-
-    def seen(self, heads: Tensor) -> Tensor:
-        """Return of (G, L, E) what the block may see: (g, K, E)."""
-        return heads[self.shared, self.block.keys]
+    def seen(self, each: Tensor) -> Tensor:
+        """Return of (H, L, E) what the block may see (h, K, E)."""
+        return each[self.heads, self.block.keys]
 
     def add(self, total: Tensor, found: Tensor) -> None:
-        """Add to (G, L, E) what was found for the keys of the block (g, K, E)."""
+        """Add to (H, L, E) what was found for the keys of the block (h, K, E)."""
         if isinstance(self.block.keys, slice):
-            total[self.shared, self.block.keys] += found
+            total[self.heads, self.block.keys] += found
         else:
-            total[self.shared].index_add_(1, self.block.keys, found.to(total.dtype))
+            total[self.heads].index_add_(1, self.block.keys, found.to(total.dtype))
 
     def weights(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """Return what each query takes of each key, in the inputs' type (g, H / G x n, K)."""
+        """Return what each query takes of each key, in the inputs' type (h, n, K)."""
         scores = _exact_product(self.asking(query), self.seen(key).transpose(1, 2)).mul_(scale)
-        each = scores.view(-1, self.rows, scores.shape[-1])
-        each[:, :, -self.block.mask.shape[1] :] += self.block.mask
+        scores[:, :, -self.block.mask.shape[1] :] += self.block.mask
         return scores.softmax(dim=-1).to(query.dtype)
 
 
-def _parts(blocks: Sequence[Block], query: Tensor, key: Tensor) -> Iterator[_Part]:
-    heads, groups = len(query), len(key)
-    each = heads // groups
+def _parts(blocks: Sequence[Block], heads: int) -> Iterator[_Part]:
     for block in blocks:
         keys = len(block.keys) if isinstance(block.keys, Tensor) else block.keys.stop - block.keys.start
-        scores = each * (block.rows.stop - block.rows.start) * keys
-        at_once = max(1, _SCORES // scores)
-        for first in range(0, groups, at_once):
-            last = min(first + at_once, groups)
-            yield _Part(block, slice(first, last), slice(first * each, last * each))
+        scores = (block.rows.stop - block.rows.start) * keys
+        # Equal parts: one small one left over would take as long as a large one.
+        for first, last in _even(0, heads, max(1, _SCORES // scores)):
+            yield _Part(block, slice(first, last))
 
 
 def _exact_product(first: Tensor, second: Tensor) -> Tensor:

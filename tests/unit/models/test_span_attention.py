@@ -75,7 +75,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(
     roots: Sequence[Root], groups: int, block: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(span_attention, "_ROWS", block)
-    monkeypatch.setattr(span_attention, "_FEWEST", 1)
+    monkeypatch.setattr(span_attention, "_TREE_ROWS", 2)
     monkeypatch.setattr(span_attention, "_SCORES", 4 * block)
     monkeypatch.setattr(span_attention, "_KEPT", kept)
     *inputs, above = tensors(groups=groups)
@@ -97,7 +97,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_pytorchs_own(
     roots: Sequence[Root], rows: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(span_attention, "_ROWS", rows)
-    monkeypatch.setattr(span_attention, "_FEWEST", 1)
+    monkeypatch.setattr(span_attention, "_TREE_ROWS", 2)
     monkeypatch.setattr(span_attention, "_KEPT", kept)
     *exact, above = tensors(groups=2)
     *inputs, rounded = tensors(groups=2, dtype=torch.bfloat16)
@@ -156,7 +156,7 @@ def test_gradients_under_dropout_are_those_of_differences() -> None:
 
 
 def test_a_branch_is_multiplied_with_its_own_ancestors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(span_attention, "_FEWEST", 1)
+    monkeypatch.setattr(span_attention, "_TREE_ROWS", 2)
     monkeypatch.setattr(span_attention, "_ROWS", 4)
     keys = {}
     for block in blocks_of(TREE):
