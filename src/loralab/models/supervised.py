@@ -78,6 +78,11 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         """The module that turns hidden states into logits."""
         return cast(nn.Module, self.language_model.get_output_embeddings())
 
+    @property
+    def spares_logits(self) -> bool:
+        """Whether no gradient of the head needs its logits: nothing behind it squashes them."""
+        return self._tail.cap is None
+
     def forward(self, *args: Any, label_positions: Tensor | None = None, **kwargs: Any) -> Any:
         """Run PEFT's forward, or return token losses where `label_positions` is given.
 
@@ -140,7 +145,13 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         if statistics:
             return token_statistics(head, hidden, labels, vocabulary=size, device_type=self.planned_device_type)
         return token_losses(
-            head, hidden, labels, vocabulary=size, trained_head=trained, device_type=self.planned_device_type
+            head,
+            hidden,
+            labels,
+            vocabulary=size,
+            trained_head=trained,
+            spare=self.spares_logits,
+            device_type=self.planned_device_type,
         )
 
     def _skipping_trunk(self, prefixes: Tensor | None, mask: Tensor) -> AbstractContextManager[None]:

@@ -191,9 +191,12 @@ def _step_parts(blueprint: Blueprint, weights: Mapping[str, Any], batch: MicroBa
     """Divide what a step takes beside gradients."""
     dtype = blueprint.model.embedding.weight.dtype
     vocabulary = int(blueprint.model.embedding.weight.shape[0])
-    rows = min(len(batch.labels), max(1, chunk_elements(blueprint.device.type, trains=True) // vocabulary))
-    # Logits and their gradient in the compute type; off the CPU in float32 too, and their logarithms.
-    logits = rows * vocabulary * (2 * dtype.itemsize + (0 if blueprint.device.type == "cpu" else 8))
+    on_cpu, spare = blueprint.device.type == "cpu", blueprint.model.spares_logits
+    elements = chunk_elements(blueprint.device.type, trains=True, spare=spare)
+    rows = min(len(batch.labels), max(1, elements // vocabulary))
+    # Logits and, over or beside them, their gradient in the compute type; off the CPU in float32 too, with logarithms.
+    each = (1 if spare else 2) * dtype.itemsize if on_cpu else 2 * dtype.itemsize + 8
+    logits = rows * vocabulary * each
     dequantized = weights["largest"] * dtype.itemsize
     rest = max(step.alive - weights["trainable_bytes"] - logits - dequantized, 0)
     return {

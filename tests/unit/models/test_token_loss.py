@@ -22,7 +22,7 @@ TAILS: dict[str, Tail] = {
 @pytest.fixture(params=[1, 4, 22, 23, 1000], ids=lambda rows: f"{rows} a chunk")
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(token_loss, "CHUNK_ELEMENTS", request.param * V)
-    monkeypatch.setattr(token_loss, "_BLOCKED_FACTOR", 1)
+    monkeypatch.setattr(token_loss, "_BLOCKED_FACTORS", {"in place": 1, "beside": 1})
     monkeypatch.setattr(token_loss, "_BLOCK_ELEMENTS", 3 * V)  # several blocks in most chunks, the last one short
     return int(request.param)
 
@@ -40,8 +40,9 @@ def expected(head: nn.Linear, hidden: Tensor, labels: Tensor, tail: Tail) -> Ten
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_losses_and_gradients_are_those_of_all_logits(chunk: int, trained: bool, tail: str, bias: bool) -> None:
+@pytest.mark.parametrize("how", ["frozen", "frozen, logits spared", "trained"])
+def test_losses_and_gradients_are_those_of_all_logits(chunk: int, how: str, tail: str, bias: bool) -> None:
+    trained, spare = how == "trained", "spared" in how and tail != "capped"
     head, hidden, labels, weights = parts(trained=trained, bias=bias)
     seen: list[int] = []
 
@@ -53,7 +54,7 @@ def test_losses_and_gradients_are_those_of_all_logits(chunk: int, trained: bool,
     wanted = expected(head, hidden, labels, TAILS[tail])
     leaves = [hidden, *(weight for weight in head.parameters() if trained)]
     gradients = torch.autograd.grad((wanted * weights).sum(), leaves)
-    result = token_losses(chunked, hidden, labels, vocabulary=V, trained_head=trained)
+    result = token_losses(chunked, hidden, labels, vocabulary=V, trained_head=trained, spare=spare)
     torch.testing.assert_close(result.losses, wanted)
     assert max(seen) <= chunk
     assert sum(seen) == N
@@ -61,6 +62,14 @@ def test_losses_and_gradients_are_those_of_all_logits(chunk: int, trained: bool,
     for one, other in zip(found, gradients, strict=True):
         torch.testing.assert_close(one, other)
     assert (result.entropies, result.correct) == (None, None)
+
+
+def test_logits_that_a_gradient_needs_are_never_written_over_in_silence() -> None:
+    head, hidden, labels, _ = parts(trained=False)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        token_losses(
+            lambda h, _: TAILS["capped"](head(h)).tanh(), hidden, labels, vocabulary=V, trained_head=False, spare=True
+        )
 
 
 def test_frozen_head_is_done_when_the_forward_ends(chunk: int) -> None:
