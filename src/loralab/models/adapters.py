@@ -8,7 +8,7 @@ import hashlib
 import logging
 import warnings
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -66,7 +66,7 @@ def build_adapter(
     config, beginning = _configure(lora, site, batches=batches, saved=saved)
     torch.manual_seed(seed)
     chosen = {"target_modules": Resolved(", ".join(targets.value), targets.reason)}
-    chosen |= join_norms(base, device=next(base.parameters()).device)
+    chosen |= _join_norms(base)
     model = _wrap(base, config)
     start = VARIANTS[lora.variant].start
     if start is not None:
@@ -94,6 +94,11 @@ def _configure(
     return with_ranks(config, directions), Beginning(directions=directions)
 
 
+def _join_norms(base: PreTrainedModel) -> dict[str, Resolved[str]]:
+    weight: Any = base.get_input_embeddings().weight
+    return join_norms(base, device=weight.device, dtype=weight.dtype)
+
+
 def _wrap(base: PreTrainedModel, config: PeftConfig) -> SupervisedPeftModel:
     with warnings.catch_warnings():
         # PEFT 0.21 asks for a property that transformers 5.23 has renamed; nothing that a user could mend.
@@ -113,7 +118,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, where: str = "argument 
     config.inference_mode = True
     _check_rows(base, config, folder)
     try:
-        join_norms(base, device=next(base.parameters()).device)
+        _join_norms(base)
         model = _wrap(base, config)
         result = model.load_adapter(str(folder), "default", is_trainable=False)
     except (ValueError, RuntimeError, KeyError, SafetensorError, OSError) as error:

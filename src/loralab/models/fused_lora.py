@@ -2,10 +2,11 @@
 
 Owns that function, where it takes the place of PEFT's forward, and the check that both compute the same.
 It is the one place where a library's method is replaced, and only on single layers of exactly PEFT's own
-classes: PEFT's forward casts a half-precision input to float32, keeps the copy for the backward sweep, and
-adds the update in float32 to a product that it then rounds again. Here the update is added in place to the
-base's product, in the input's type; what is kept is the input itself (that layers which read the same
-activations share) and its image under A. Gradients arrive in the masters' own float32.
+classes (`norm_twin.py` puts modules of torch in the place of others): PEFT's forward casts a half-precision input
+to float32, keeps the copy for the backward sweep, and adds the update in float32 to a product that it then rounds
+again. Here the update is added in place to the base's product, in the input's type; what is kept is the input
+itself (that layers which read the same activations share) and its image under A. Gradients arrive in the masters'
+own float32.
 
 Whatever is not that plain case (merged, disabled, several adapters, a variant) goes PEFT's own way, call by call.
 """
@@ -81,8 +82,8 @@ def _kept(rows: Tensor, mask: DropMask | None) -> Tensor:
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """Return scale (left . right) in float32, as a tensor of its own."""
-    if left.is_cuda and left.dtype != torch.float32:
-        # One launch instead of three, and no rounding to half precision; CPUs have no such product.
+    if left.is_cuda and torch.version.hip is None and left.dtype in (torch.bfloat16, torch.float16):
+        # One launch instead of three, and no rounding to half precision; CPUs and AMD's GPUs have no such product.
         unread = left.new_empty((1, 1), dtype=torch.float32)  # beta is 0
         return torch.addmm(unread, left, right, out_dtype=torch.float32, beta=0, alpha=scale)
     return (left @ right).float().mul_(scale)

@@ -19,65 +19,80 @@ _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 _PROBE_ROWS = 4
 
 
-def join_norms(model: nn.Module, *, device: torch.device) -> dict[str, Resolved[str]]:
+def join_norms(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> dict[str, Resolved[str]]:
     """Let the norms of a model be one operation each, where that is faster and computes the same.
+
+    Nothing is swapped on a blueprint, whose memory is that of the model's own norms: a little more.
 
     Args:
         model: the base, on its device.
         device: where it computes.
+        dtype: of its activations.
 
     Returns:
         How many norms were swapped under `normalization`, or nothing where none was.
     """
-    swapped = swap_norms(model) if device.type == "cuda" else 0
+    swapped = swap_norms(model, dtype) if device.type == "cuda" else 0
     if not swapped:
         return {}
     return {"normalization": Resolved(f"{swapped} layers", "the same function in one operation of torch, probed here")}
 
 
-def swap_norms(model: nn.Module) -> int:
+def swap_norms(model: nn.Module, dtype: torch.dtype) -> int:
     """Put torch's norm in the place of every module that computes the same function.
 
     The weight stays the same parameter under the same name.
+
+    Args:
+        model: the base.
+        dtype: of its activations; norms whose weights have another type stay.
 
     Returns:
         How many were swapped.
     """
     equal: dict[Any, bool] = {}
-    found = {name: twin for name, module in model.named_modules() if (twin := _twin(module, equal)) is not None}
+    found = {name: twin for name, module in model.named_modules() if (twin := _twin(module, dtype, equal)) is not None}
     for name, twin in found.items():
         model.set_submodule(name, twin)
     return len(found)
 
 
-def _twin(module: Any, equal: dict[Any, bool]) -> nn.RMSNorm | None:
+def _twin(module: Any, dtype: torch.dtype, equal: dict[Any, bool]) -> nn.RMSNorm | None:
     """Return torch's norm with a module's weight, or None where the module is no such norm."""
     weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if isinstance(module, nn.RMSNorm) or not isinstance(weight, nn.Parameter) or not isinstance(epsilon, float):
         return None
-    alone = weight.ndim == 1 and len(list(module.parameters())) == 1 and weight.dtype in _TOLERANCES
-    if not alone or len(inspect.signature(module.forward).parameters) != 1:  # gated norms take a second input
+    if weight.ndim != 1 or weight.dtype != dtype or dtype not in _TOLERANCES or not _is_bare(module):
         return None
-    kind = type(module), len(weight), epsilon, weight.dtype
-    twin = nn.RMSNorm(len(weight), eps=epsilon, device="meta", dtype=weight.dtype)
+    kind = type(module), len(weight), epsilon
+    twin = nn.RMSNorm(len(weight), eps=epsilon, device="meta", dtype=dtype)
     if kind not in equal:
-        equal[kind] = _difference(module, twin) <= _TOLERANCES[weight.dtype]
+        equal[kind] = _difference(module, twin) <= _TOLERANCES[dtype]
     if not equal[kind]:
         return None
     twin.weight = weight
     return twin.train(module.training)
 
 
+def _is_bare(module: nn.Module) -> bool:
+    """Return whether a module is a function of one input and its weight, and nothing hangs on it."""
+    hooks = any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks))
+    alone = len(list(module.parameters())) == 1 and not list(module.buffers()) and not hooks
+    return alone and len(inspect.signature(module.forward).parameters) == 1  # gated norms take a second input
+
+
 def _difference(module: nn.Module, twin: nn.Module) -> float:
-    """Return the largest difference of output and gradient between copies with one weight, as a share of the spread."""
+    """Return the largest difference of output and gradients between copies with one weight, of their spread."""
     weight: Any = module.weight
     numbers = fixed_numbers(weight.shape, weight.device).to(weight.dtype)
     inputs = fixed_numbers((1, _PROBE_ROWS, len(weight)), weight.device).to(weight.dtype).requires_grad_()
     found = []
     for each in (module, twin):
-        probe = copy.deepcopy(each).to_empty(device=weight.device).requires_grad_(False)
+        probe: Any = copy.deepcopy(each).to_empty(device=weight.device).requires_grad_(True)
         probe.load_state_dict({"weight": numbers})
         with torch.enable_grad():
             out = probe(inputs)
-            found.append([out, *pull_back(out, [inputs])])
+            found.append([out, *pull_back(out, [inputs, probe.weight])])
+    if found[0][0].dtype != found[1][0].dtype:
+        return float("inf")
     return largest_difference(*found)

@@ -163,8 +163,9 @@ class _BlockAttention(torch.autograd.Function):
         kept: list[Tensor] = []
         ctx.drawing = torch.get_rng_state() if dropout > 0.0 else None
         every_key, every_value = (_per_query_head(shared, heads) for shared in (key, value))
+        columns = _columns(every_key, blocks)
         for part in _parts(blocks, heads):
-            weights = part.weights(query, every_key, scale)
+            weights = part.weights(query, every_key, columns, scale)
             if part.block.keep:
                 kept.append(weights)
             if dropout > 0.0:
@@ -193,8 +194,9 @@ class _BlockAttention(torch.autograd.Function):
         of_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         of_key, of_value = (torch.zeros(t.shape, dtype=summed, device=t.device) for t in (key, value))
         left = iter(kept)
+        columns = None if all(block.keep for block in ctx.blocks) else _columns(key, ctx.blocks)
         for part in _parts(ctx.blocks, len(query)):
-            weights = next(left) if part.block.keep else part.weights(query, key, ctx.scale)
+            weights = next(left) if part.block.keep else part.weights(query, key, columns, ctx.scale)
             pulled = part.asking(above)  # (h, n, F)
             of_weights, used = pulled @ part.seen(value).transpose(1, 2), weights
             if ctx.dropout > 0.0:
@@ -206,6 +208,13 @@ class _BlockAttention(torch.autograd.Function):
             part.add(of_key, of_scores.transpose(1, 2) @ part.asking(query))
         of_key, of_value = (_per_key_head(found, len(shared_key)).to(key.dtype) for found in (of_key, of_value))
         return of_query, of_key, of_value, None, None, None
+
+
+def _columns(key: Tensor, blocks: Sequence[Block]) -> Tensor | None:
+    """Return keys in float32 as columns (H, E, L), which the blocks of a longer chain have in common; else None."""
+    if all(block.alone or isinstance(block.keys, Tensor) for block in blocks):
+        return None
+    return key.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _per_query_head(shared: Tensor, heads: int) -> Tensor:
@@ -243,9 +252,21 @@ class _Part:
         else:
             total[self.heads].index_add_(1, self.block.keys, found.to(total.dtype))
 
-    def weights(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """Return what each query takes of each key, in the inputs' type (h, n, K)."""
-        scores = _exact_product(self.asking(query), self.seen(key).transpose(1, 2)).mul_(scale)
+    def weights(self, query: Tensor, key: Tensor, columns: Tensor | None, scale: float) -> Tensor:
+        """Return what each query takes of each key, in the inputs' type (h, n, K).
+
+        Args:
+            query: queries (H, L, E).
+            key: keys (H, L, E).
+            columns: the same keys in float32 (H, E, L), or None.
+            scale: factor of the scores.
+        """
+        keys = self.block.keys
+        if columns is None or isinstance(keys, Tensor):
+            seen = self.seen(key).transpose(1, 2).float()
+        else:
+            seen = columns[self.heads, :, keys]
+        scores = _exact_product(self.asking(query).float(), seen, query.dtype).mul_(scale)
         scores[:, :, -self.block.mask.shape[1] :] += self.block.mask
         return scores.softmax(dim=-1).to(query.dtype)
 
@@ -255,24 +276,25 @@ def _parts(blocks: Sequence[Block], heads: int) -> Iterator[_Part]:
         keys = len(block.keys) if isinstance(block.keys, Tensor) else block.keys.stop - block.keys.start
         scores = (block.rows.stop - block.rows.start) * keys
         # Equal parts: one small one left over would take as long as a large one.
-        for first, last in _even(0, heads, max(1, _SCORES // scores)):
-            yield _Part(block, slice(first, last))
+        parts = -(-heads // max(1, _SCORES // scores))
+        for part in range(parts):
+            yield _Part(block, slice(part * heads // parts, (part + 1) * heads // parts))
 
 
-def _exact_product(first: Tensor, second: Tensor) -> Tensor:
-    """Return a product in float32 whose factors are rounded to their own type, as they are already.
+def _exact_product(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a product of float32 tensors whose numbers are of type `dtype`, not rounded.
 
     A product of two bfloat16 tensors comes out in bfloat16. As float32 tensors their product is not rounded, and
     a processor that multiplies bfloat16 may do so again: nothing is lost, since each factor is one.
     """
-    if first.dtype != torch.bfloat16:
-        return first.float() @ second.float()
+    if dtype != torch.bfloat16:
+        return first @ second
     matmul = cast(Any, torch.backends.mkldnn).matmul  # not in the stubs
     with _SWITCHED:
         before = matmul.fp32_precision
         matmul.fp32_precision = "bf16"
         try:
-            return first.float() @ second.float()
+            return first @ second
         finally:
             matmul.fp32_precision = before
 

@@ -80,8 +80,8 @@ class SupervisedPeftModel(PeftModelForCausalLM):
 
     @property
     def spares_logits(self) -> bool:
-        """Whether no gradient of the head needs its logits: nothing behind it squashes them."""
-        return self._tail.cap is None
+        """Whether logits are the head's own: then no gradient of it needs them, and no second copy is made."""
+        return self._tail == LogitTail()
 
     def forward(self, *args: Any, label_positions: Tensor | None = None, **kwargs: Any) -> Any:
         """Run PEFT's forward, or return token losses where `label_positions` is given.

@@ -75,7 +75,7 @@ def settle_recomputation(
     counted: dict[Layout, TokenMemory] = {}
     choice = _without_counting(config.training, recorded)
     if choice is None:
-        kept = _count_kept(config, blueprint, counted)
+        kept = _count_kept(config, blueprint, counted, longest=int(rows.lengths().max()))
         if isinstance(blueprint, Blueprint):
             moments = optimizer_bytes(config.training.optim, trained_shapes(blueprint))
             free = max(free - describe_weights(blueprint.model)["trainable_bytes"] - moments, 0)
@@ -107,12 +107,14 @@ def _without_counting(training: TrainingConfig, recorded: bool | None) -> Resolv
     return None
 
 
-def _count_kept(config: Config, blueprint: Blueprint | str, counted: dict[Layout, TokenMemory]) -> TokenMemory | str:
+def _count_kept(
+    config: Config, blueprint: Blueprint | str, counted: dict[Layout, TokenMemory], *, longest: int
+) -> TokenMemory | str:
     """Return what tokens take whose activations are kept, noted in `counted` too; or why that cannot be told."""
     if isinstance(blueprint, str):
         return blueprint
     layout, _ = expect_layout(blueprint, config)
-    found = StepMeter(blueprint, layout.value).count_tokens()
+    found = StepMeter(blueprint, layout.value).count_tokens(longest)
     if not isinstance(found, str):
         counted[layout.value] = found
     return found

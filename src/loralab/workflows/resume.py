@@ -37,7 +37,9 @@ _CONSEQUENCES = ("data.special_tokens", "data.stop_token_ids", _TOKENS)
 # What follows from another setting, and is listed only where that is the same.
 _FOLLOWS = {"resolved attention": "model.precision"}
 # Automatic choices that decide on the last bits.
-_DECISIVE = ("layout", "attention", "activation")
+_DECISIVE = ("layout", "attention", "activation", "normalization", "lora_forward")
+# Raised whenever the same run on the same device would differ in its last bits: blocks of attention, head chunks.
+_ARITHMETIC = 2
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -65,6 +67,7 @@ def resume_contract(
         "model.device": device.type,
         # How steps are laid out changes no maths, but the order of sums: bit-equal or refused.
         **{f"resolved {name}": str(choices[name].value) for name in _DECISIVE if name in choices},
+        "order of sums": _ARITHMETIC,
         **({"lora.dropout masks": MASKS} if config.lora.dropout else {}),
         "model.base_dropout": str(choices["base_dropout"].value),
         **{f"lora.{key}": value for key, value in config.lora.model_dump(mode="json").items()},

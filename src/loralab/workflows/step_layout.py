@@ -160,7 +160,7 @@ def count_token_memory(
         return None
     if layout in known:
         return known[layout]
-    counted = StepMeter(blueprint, layout).count_tokens()
+    counted = StepMeter(blueprint, layout).count_tokens(config.data.max_length)
     return None if isinstance(counted, str) else counted
 
 

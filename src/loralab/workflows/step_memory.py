@@ -31,8 +31,9 @@ from loralab.training.loss import run_micro_batches
 # Threads, their stacks, kernels that are built on first use, and the rows of a run: seen in every run on a CPU.
 _RUNTIME_BYTES = 24 << 20
 # Two sizes give a line: what a micro-batch takes grows with its tokens, beside logits and gradients.
-_FEW, _MANY = 128, 512
-_ROW = 128
+_FEW, _MANY = 1, 4  # rows
+# Attention keeps more of a token the longer its row is, up to rows of so many tokens (`span_attention.py:_KEPT`).
+_SHORTEST, _LONGEST = 128, 1024
 # One label for so many tokens, as where prompts are longer than answers.
 _TOKENS_PER_LABEL = 4
 # While a weight is quantized there are of it: the original, float32 of it and of what was made, their difference
@@ -110,24 +111,29 @@ class StepMeter:
         pinned = RECOMPUTED_PINNED if self.blueprint.checkpointing else KEPT_PINNED
         return StepBytes(heap_peak([first, between, first, between, first], pinned=pinned), alive)
 
-    def count_tokens(self) -> TokenMemory | str:
-        """Return what a micro-batch takes by its tokens, or why that cannot be told."""
-        few, many = (self.train(_rows_of(tokens, self.layout)) for tokens in (_FEW, _MANY))
+    def count_tokens(self, longest: int) -> TokenMemory | str:
+        """Return what a micro-batch takes by its tokens, or why that cannot be told.
+
+        Args:
+            longest: tokens of the longest row; all rows are taken to be like it.
+        """
+        length = min(max(longest, _SHORTEST), _LONGEST)
+        few, many = (self.train(_rows_of(rows, length, self.layout)) for rows in (_FEW, _MANY))
         if isinstance(few, str):
             return few
         if isinstance(many, str):
             return many
-        slope = (many.peak - few.peak) / (_MANY - _FEW)
-        return TokenMemory(max(slope, 1.0), max(few.peak - slope * _FEW, 0.0))
+        slope = (many.peak - few.peak) / (length * (_MANY - _FEW))
+        return TokenMemory(max(slope, 1.0), max(few.peak - slope * length * _FEW, 0.0))
 
 
-def _rows_of(tokens: int, layout: Layout) -> MicroBatch:
+def _rows_of(count: int, length: int, layout: Layout) -> MicroBatch:
     """Return a micro-batch of rows that have nothing in common."""
-    ids = np.arange(_ROW + 1, dtype=np.int32) % 2
-    answer = _ROW // _TOKENS_PER_LABEL
-    rows = [TokenizedExample(i + 1, 0, (Branch(ids[:-answer], ids[-answer:]),)) for i in range(tokens // _ROW)]
+    ids = np.arange(length + 1, dtype=np.int32) % 2
+    answer = length // _TOKENS_PER_LABEL
+    rows = [TokenizedExample(i + 1, 0, (Branch(ids[:-answer], ids[-answer:]),)) for i in range(count)]
     alone: Layout = "padded" if layout == "padded" else "packed"
-    (batch,) = Planner(tokens, layout=alone)(rows).micro_batches
+    (batch,) = Planner(count * length, layout=alone)(rows).micro_batches
     return batch
 
 

@@ -36,7 +36,10 @@ _PORTION = 8
 _RESERVED_BYTES = 256 * 10**6
 _COMMIT_SECONDS = 10.0
 # All choices that the last bit of a number may depend on.
-_CHOICES = ("precision", "quantization", "layout", "attention", "attn_implementation")
+_CHOICES = (
+    *("precision", "quantization", "layout", "attention", "attn_implementation"),
+    *("activation", "normalization", "lora_forward"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,7 +165,7 @@ def test_a_run_goes_on_as_it_began(files: Path) -> None:
 
 def test_memory_is_counted_on_the_model(files: Path) -> None:
     model = draw(settings(files)).model
-    counted = StepMeter(draw(settings(files)), "shared").count_tokens()
+    counted = StepMeter(draw(settings(files)), "shared").count_tokens(700)
     assert isinstance(counted, TokenMemory)
     needed = micro_batch_bytes(700, counted, per_pair=pair_bytes(model.language_model.config, dtype=torch.float32))
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -177,11 +177,22 @@ def test_memory_is_counted_on_the_model(files: Path) -> None:
         assert found.counted == ({} if recomputes else {"shared": counted})
 
 
+def test_longer_rows_take_more_of_a_token_where_attention_keeps_its_weights(files: Path) -> None:
+    config = settings(files)
+    for dtype, grows in ((torch.bfloat16, True), (torch.float32, False)):
+        blueprint = sketch_blueprint(config, config.lora, dtype=dtype, device=CPU)
+        assert isinstance(blueprint, Blueprint)
+        found = [StepMeter(blueprint, "shared").count_tokens(length) for length in (128, 1024, 9000)]
+        short, long, longest = (each.per_token for each in found if isinstance(each, TokenMemory))
+        assert (long > 1.2 * short) is grows, dtype
+        assert longest == long  # weights of longer rows are computed again
+
+
 def test_nothing_is_counted_twice(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = settle(files, free=1 << 40)
     assert isinstance(found.blueprint, Blueprint)
     expected, _ = expect_planner(found.blueprint, found.config, free=1 << 24)
-    monkeypatch.setattr(StepMeter, "count_tokens", lambda _: pytest.fail("counted again"))
+    monkeypatch.setattr(StepMeter, "count_tokens", lambda *_: pytest.fail("counted again"))
     planner, _ = expect_planner(found.blueprint, found.config, free=1 << 24, known=found.counted)
     assert planner == expected
 
