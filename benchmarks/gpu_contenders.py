@@ -45,7 +45,7 @@ class Timed:
         losses: of every step that is known.
         peak_bytes: most that tensors held.
         held_bytes: what the model holds before the first step.
-        first_seconds: of building the model and the first epoch.
+        other_seconds: of building the model, the first epoch and the first step of the others.
         facts: what else is worth saying.
     """
 
@@ -53,7 +53,7 @@ class Timed:
     losses: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     held_bytes: int = 0
-    first_seconds: float = 0.0
+    other_seconds: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
 
     def shown(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Timed:
             "range": [round(min(self.rates)), round(max(self.rates))] if self.rates else None,
             "peak_gib": round(self.peak_bytes / 2**30, 2),
             "held_gib": round(self.held_bytes / 2**30, 2),
-            "first_seconds": round(self.first_seconds, 1),
+            "other_seconds": round(self.other_seconds, 1),
             "loss_first": round(self.losses[0], 4) if self.losses else None,
             **self.facts,
         }
@@ -76,13 +76,11 @@ class Case:
     Attributes:
         arguments: the command line's.
         device: where.
-        rows: all rows.
-        batches: rows of each step.
+        batches: rows of each step; at least two steps.
     """
 
     arguments: argparse.Namespace
     device: torch.device
-    rows: list[TokenizedExample]
     batches: list[list[TokenizedExample]]
 
     @functools.cached_property

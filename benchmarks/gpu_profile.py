@@ -18,6 +18,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from gpu_contenders import adamw, finish_step
 from gpu_shapes import SHAPES, build_ours, draw_rows
 from loralab.layout.planner import Planner
 from loralab.models.determinism import resolve_determinism, restored_algorithms
@@ -91,8 +92,7 @@ def build_step(arguments: argparse.Namespace, device: torch.device) -> Callable[
         preamble=35,
     )
     planner = Planner(16384, layout=arguments.layout)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    optimizer = adamw(model)
 
     def step(number: int) -> float:
         first = number % 8 * arguments.batch
@@ -106,9 +106,7 @@ def build_step(arguments: argparse.Namespace, device: torch.device) -> Callable[
             dropout_key=(0, number),
         )
         loss = float(result.total) / count
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        finish_step(optimizer)
         return loss
 
     return step

@@ -34,7 +34,7 @@ def measure(case: Case, name: str) -> Timed:
     except torch.OutOfMemoryError:
         timed.facts["out_of_memory"] = True
     whole = time.perf_counter() - started
-    timed.first_seconds = whole - sum(case.tokens / rate for rate in timed.rates)
+    timed.other_seconds = whole - sum(case.tokens / rate for rate in timed.rates)
     return timed
 
 
@@ -68,7 +68,9 @@ def main() -> None:
         preamble=arguments.preamble,
     )
     batches = [rows[s : s + arguments.batch] for s in range(0, len(rows) - arguments.batch + 1, arguments.batch)]
-    case = Case(arguments, torch.device(arguments.device), rows, batches)
+    if len(batches) < 2:
+        parser.error(f"--rows {arguments.rows} are fewer than two steps of --batch {arguments.batch}: nothing to time")
+    case = Case(arguments, torch.device(arguments.device), batches)
     asked = arguments.contenders or [name for name in CONTENDERS if SFTTrainer or "trl" not in name]
     names = [name for name in CONTENDERS if name in asked]  # in their order: the last one changes transformers
     found: dict[str, Timed] = {}
