@@ -90,6 +90,27 @@ class DataSource(Section):
 Names = str | list[str | DataSource]
 
 
+class ImageConfig(Section):
+    """How pictures are found and read."""
+
+    folder: str | None = Field(
+        None, description="Folder that the paths of pictures start from; null takes the folder of the data file."
+    )
+    allow_outside: bool = Field(False, description="Read pictures that lie outside that folder.")
+    min_pixels: PositiveInt | None = Field(
+        None, description="Smaller pictures are enlarged to this many pixels; null takes the processor's own bound."
+    )
+    max_pixels: PositiveInt | None = Field(
+        None, description="Larger pictures are shrunk to this many pixels; null takes the processor's own bound."
+    )
+    cache_features: bool | Literal["auto"] = Field(
+        "auto",
+        description="Keep what a frozen vision tower makes of each picture on disk; auto does where pictures are used "
+        "more than once and there is room.",
+    )
+    cache_gib: PositiveFloat = Field(20.0, description="Most disk space that kept features take, in GiB.")
+
+
 class DataConfig(Section):
     """Where rows come from and how they become tokens."""
 
@@ -112,7 +133,7 @@ class DataConfig(Section):
     format: str = Field(
         "auto",
         description="Row format: auto (told by the columns), messages, sharegpt, alpaca, prompt_completion, "
-        "conversational_prompt_completion, yes_no, question_answer, segments, tokenized or text.",
+        "conversational_prompt_completion, yes_no, question_answer, vqa, segments, tokenized or text.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Column of your data for each field of the format: {field: column}."
@@ -158,6 +179,7 @@ class DataConfig(Section):
     max_dropped_fraction: Fraction = Field(
         0.05, description="Largest share of rows that may be dropped, 0 to 1; more stops the run."
     )
+    image: ImageConfig = Field(default_factory=ImageConfig, description="How pictures are found and read.")
     num_workers: NonNegativeInt | Literal["auto"] = Field(
         "auto", description="Processes that tokenize; 0 works in the main process, auto goes by rows and cores."
     )
@@ -193,6 +215,11 @@ class LoraConfig(Section):
         "auto",
         description="Layers that get an adapter: auto or all-linear (all linear layers but the head), attention, a "
         "list of names, or a regular expression for whole layer names.",
+    )
+    vision: Literal["none", "projector", "all"] = Field(
+        "none",
+        description="Which layers that read pictures get an adapter too: none, those between vision tower and language "
+        "model (projector), or those of the tower as well (all).",
     )
     layers_to_transform: list[StrictInt] | None = Field(
         None,

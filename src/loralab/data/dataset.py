@@ -5,20 +5,25 @@ Owns the order of the steps and the data report (`data.json`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from loralab.config.paths import local_path
 from loralab.config.schema import DataConfig
 from loralab.data.formats.table import FORMATS
+from loralab.data.images.files import ImageFolder
+from loralab.data.images.processor import PictureProcessor
 from loralab.data.pools import Member, Pool, describe_formats, equip, prompted_format, resolve_pools
 from loralab.data.prepared import check_prepared, open_prepared
 from loralab.data.prompts.prompter import Prompter, apply_stop_setting, choose_bos_prefix, own_template, render_with
 from loralab.data.prompts.templates import Template, prepare_template, resolve_template
+from loralab.data.reading.sources import Source
 from loralab.data.split_report import check_dropped, describe_split, report_split
 from loralab.data.splits import Indices, split_units
-from loralab.data.tokens.cache import load_or_tokenize
+from loralab.data.tokens.cache import cache_folder, load_or_tokenize
 from loralab.data.tokens.identity import data_identity, identity_sha256
 from loralab.data.tokens.pipeline import RowTokenizer
 from loralab.data.tokens.store import TokenStore
@@ -67,6 +72,7 @@ def prepare_data(
     reporter: Reporter,
     template: str | None = None,
     split: str | None = None,
+    pictures: PictureProcessor | None = None,
 ) -> PreparedData:
     """Read, tokenize and split the data.
 
@@ -76,6 +82,7 @@ def prepare_data(
         reporter: told of progress and choices.
         template: text of a template that must be used (an adapter's own), or None to choose.
         split: named split of `data.train` to read, where it has splits.
+        pictures: what the model's processor makes of pictures, or None where it reads none.
 
     Raises:
         DataError: anything that is wrong with the data.
@@ -83,10 +90,12 @@ def prepare_data(
     """
     pools = resolve_pools(data, split, fixed=_OF_PROMPTS if template is not None else ())
     prompter, chosen = _build_prompter(data, pools, tokenizer, template)
+    prompter.pictures = pictures
     settings = TokenizeSettings(data.train_on, data.max_length, data.truncation, data.long_text, data.system)
 
     def build_worker(member: Member) -> RowTokenizer:
-        return RowTokenizer(prompter, member.format, dict(member.columns), settings, data.on_bad_row)
+        folder = image_folder(data, member.source)
+        return RowTokenizer(prompter, member.format, dict(member.columns), settings, data.on_bad_row, folder)
 
     equip(pools, build_worker)
     splits: dict[str, TokenStore] = {}
@@ -117,6 +126,22 @@ def prepare_data(
         pools=pools,
         shares=shares,
     )
+
+
+def image_folder(data: DataConfig, source: Source) -> ImageFolder:
+    """Return where the pictures that a source's rows name lie.
+
+    Args:
+        data: the data section.
+        source: of the rows; the paths in a local file start from its folder.
+    """
+    file = local_path(source.name.partition("#")[0])
+    root = Path.cwd()
+    if data.image.folder is not None:
+        root = Path(data.image.folder).expanduser()
+    elif file is not None and file.exists():
+        root = file if file.is_dir() else file.parent
+    return ImageFolder(root.resolve(), data.image.allow_outside, cache_folder(data).parent / "pictures")
 
 
 def _build_prompter(

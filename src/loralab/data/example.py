@@ -4,7 +4,7 @@ The two halves of the data contract meet here: a format knows a row's columns an
 `Example`; the tokenizer side turns an `Example` into tokens; nothing knows both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -37,17 +37,52 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageFile:
+    """A picture that was looked at, but not decoded.
+
+    Attributes:
+        path: where its file lies, absolute.
+        sha256: of the file's bytes, as hexadecimal digits.
+        width: in pixels, as it is seen: behind the rotation that its EXIF orientation asks for.
+        height: in pixels, as it is seen.
+        size_bytes: of the file.
+        modified_ns: when the file was written last, in nanoseconds.
+    """
+
+    path: str
+    sha256: str
+    width: int
+    height: int
+    size_bytes: int
+    modified_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    """A picture in a turn.
+
+    Attributes:
+        source: as the row has it: a path, or the bytes of a file.
+        file: the picture itself, once it was looked at.
+    """
+
+    source: str | bytes
+    file: ImageFile | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation.
 
     Attributes:
         role: one of `ROLES`.
-        content: the text, exactly as in the row.
+        content: the text, exactly as in the row; of a turn with pictures, its texts joined.
         reasoning: what an assistant thought before it answered, or None.
         tool_calls: functions that an assistant turn calls, behind its content.
         name: of the function whose result a tool turn holds, or None.
         call_id: of the call that a tool turn answers, or None.
         train: whether the turn may carry loss; `data.train_on` says which turns do.
+        parts: of a turn with pictures, its texts and pictures in order; empty for all others.
     """
 
     role: str
@@ -57,10 +92,28 @@ class Message:
     name: str | None = None
     call_id: str | None = None
     train: bool = True
+    parts: tuple["str | ImagePart", ...] = ()
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the form that chat templates read; what the turn does not have is left out."""
-        message: dict[str, Any] = {"role": self.role, "content": self.content}
+    @property
+    def images(self) -> tuple[ImagePart, ...]:
+        """The turn's pictures, in order."""
+        return tuple(part for part in self.parts if isinstance(part, ImagePart))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The turn's texts, in order: one, but where pictures stand between them."""
+        return tuple(part for part in self.parts if isinstance(part, str)) if self.parts else (self.content,)
+
+    def as_dict(self, *, listed: bool = False) -> dict[str, Any]:
+        """Return the form that chat templates read; what the turn does not have is left out.
+
+        Args:
+            listed: whether content is a list of parts in any case; with pictures it always is.
+        """
+        content: str | list[dict[str, str]] = self.content
+        if self.parts or listed:
+            content = [_part_as_dict(part) for part in self.parts or (self.content,)]
+        message: dict[str, Any] = {"role": self.role, "content": content}
         if self.reasoning is not None:
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:
@@ -70,6 +123,10 @@ class Message:
         if self.call_id is not None:
             message["tool_call_id"] = self.call_id
         return message
+
+
+def _part_as_dict(part: str | ImagePart) -> dict[str, str]:
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +189,42 @@ Example: TypeAlias = Conversation | Preformatted | Document | Tokens
 
 
 @dataclass(frozen=True, slots=True)
+class PlacedImage:
+    """A picture among the tokens of a prompt.
+
+    Attributes:
+        file: the picture.
+        start: index of the first of its tokens in the prompt.
+        length: of its tokens, those included that only mark its parts.
+        rows: rows of features, where positions go by rows and columns; else 0.
+        columns: columns of features, likewise.
+    """
+
+    file: ImageFile
+    start: int
+    length: int
+    rows: int = 0
+    columns: int = 0
+
+    @property
+    def end(self) -> int:
+        """Index past the last of its tokens."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
 class Branch:
     """One prompt and the answer that continues it.
 
     Attributes:
         prompt_ids: tokens that carry no loss; at least one.
         answer_ids: tokens that carry loss; at least one.
+        images: pictures in the prompt, in order.
     """
 
     prompt_ids: TokenIds
     answer_ids: TokenIds
+    images: Sequence[PlacedImage] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,14 @@ of a step.
 
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
-from loralab.data.example import TokenIds, TokenizedExample
+from loralab.data.example import Branch, TokenIds, TokenizedExample
+from loralab.layout.paths import Int64Array, token_keys
+
+Keys: TypeAlias = TokenIds | Int64Array
 
 # A shorter common beginning is a template's preamble, not a document.
 MIN_SHARED_TOKENS = 32
@@ -29,8 +33,8 @@ def find_prefix_groups(examples: Iterable[TokenizedExample], *, largest: int) ->
     Returns:
         Positions in the split; each in exactly one group, groups and positions in a fixed order.
     """
-    prompts = [example.branches[0].prompt_ids for example in examples]
-    order = sorted(range(len(prompts)), key=lambda index: prompts[index].astype(">u4").tobytes())
+    prompts = [_prompt_keys(example.branches[0]) for example in examples]
+    order = sorted(range(len(prompts)), key=lambda index: prompts[index].astype(">u8").tobytes())
     shared = [_common(prompts[a], prompts[b]) for a, b in itertools.pairwise(order)]
     groups: list[list[int]] = []
     pending = [(0, len(order))]
@@ -55,7 +59,12 @@ def _cut_below(links: Sequence[int], *, too_large: bool) -> int | None:
     return min(links) + 1 if too_large and min(links) < max(links) else None
 
 
-def _common(first: TokenIds, second: TokenIds) -> int:
+def _prompt_keys(branch: Branch) -> Keys:
+    # Of text, the stored ids themselves: all prompts of a split may be long together.
+    return token_keys(branch.prompt_ids.astype(np.int64), branch.images) if branch.images else branch.prompt_ids
+
+
+def _common(first: Keys, second: Keys) -> int:
     length = min(len(first), len(second))
     differing = np.flatnonzero(first[:length] != second[:length])
     return int(differing[0]) if len(differing) else length

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from loralab.data.example import TokenizedExample
-from loralab.layout.collate import MicroBatch, StepBatch, collate_rows
+from loralab.layout.collate import MicroBatch, PictureReader, StepBatch, collate_rows
 from loralab.layout.tree import Leaf, PackedRow, Tree, build_leaves, lay_out, shared_length
 
 Layout = Literal["shared", "packed", "padded"]
@@ -53,12 +53,14 @@ class Planner:
         cost: when sharing saves work.
         position_threshold: paths up to this length and longer ones never meet in a micro-batch,
             for models whose positions depend on the longest path beside them; None for others.
+        pictures: what reads pictures, or None for a model that sees none.
     """
 
     token_budget: int
     layout: Layout = "shared"
     cost: SharingCost = field(default_factory=SharingCost)
     position_threshold: int | None = None
+    pictures: PictureReader | None = None
 
     def __call__(self, examples: Sequence[TokenizedExample]) -> StepBatch:
         """Lay out one step of this rank.
@@ -114,7 +116,9 @@ class Planner:
 
     def _cut(self, trees: Sequence[Tree]) -> list[MicroBatch]:
         if self.layout == "padded":
-            return [collate_rows(rows, trees=False) for rows in self._padded_groups(trees)]
+            return [
+                collate_rows(rows, trees=False, reader=self.pictures) for rows in self._padded_groups(trees)
+            ]
         bins: list[list[Tree]] = []
         room: list[int] = []
         for tree in sorted(trees, key=lambda tree: -tree.tokens):  # stable: equal sizes keep the step's order
@@ -125,11 +129,16 @@ class Planner:
             else:
                 bins[chosen].append(tree)
                 room[chosen] -= tree.tokens
-        return [collate_rows([lay_out(packed)], trees=True) for packed in bins]
+        return [collate_rows([self._lay_out(packed)], trees=True, reader=self.pictures) for packed in bins]
+
+    def _lay_out(self, trees: Sequence[Tree]) -> PackedRow:
+        if self.pictures is None:
+            return lay_out(trees)
+        return lay_out(trees, axes=self.pictures.axes, picture_token=self.pictures.token)
 
     def _padded_groups(self, trees: Sequence[Tree]) -> list[list[PackedRow]]:
         groups: list[list[PackedRow]] = []
-        for row in sorted((lay_out([tree]) for tree in trees), key=len, reverse=True):
+        for row in sorted((self._lay_out([tree]) for tree in trees), key=len, reverse=True):
             # The first row of a group is its longest: all are padded to it.
             if groups and len(groups[-1][0]) * (len(groups[-1]) + 1) <= self.token_budget:
                 groups[-1].append(row)

@@ -9,15 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from loralab.data.example import Branch, TokenizedExample
-
-Int64Array = npt.NDArray[np.int64]
-UInt64Array = npt.NDArray[np.uint64]
-_GOLDEN, _FIRST, _SECOND = (
-    np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
+from loralab.data.example import Branch, ImageFile, PlacedImage, TokenizedExample
+from loralab.layout.paths import GOLDEN, Int64Array, mixed, token_keys, token_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +26,16 @@ class Leaf:
         labels: token ids to predict, by the last N tokens of the path (N).
         example: index of the example within the step.
         branch: index of the branch within its example.
+        keys: what tells its tokens apart: ids, and other numbers inside pictures (L).
+        images: pictures among its tokens, in order.
     """
 
     ids: Int64Array
     labels: Int64Array
     example: int
     branch: int
+    keys: Int64Array
+    images: Sequence[PlacedImage] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -45,15 +43,15 @@ class Leaf:
     @property
     def prefixes(self) -> Int64Array:
         """A hash of the path up to each of its tokens, the same wherever the same tokens lead (L)."""
-        place = np.arange(1, len(self.ids) + 1, dtype=np.uint64)
-        terms = mixed(mixed(self.ids.astype(np.uint64)) + place * _GOLDEN)
+        place = np.arange(1, len(self.keys) + 1, dtype=np.uint64)
+        terms = mixed(mixed(self.keys.astype(np.uint64)) + place * GOLDEN)
         sums: Int64Array = np.cumsum(terms, dtype=np.uint64).view(np.int64)
         return sums
 
     @property
     def sort_key(self) -> bytes:
-        """Bytes that order leaves by their token ids, first token first."""
-        return self.ids.astype(">u4").tobytes()
+        """Bytes that order leaves by their tokens, first token first."""
+        return self.keys.astype(">u8").tobytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +68,7 @@ class PackedRow:
         labels: token ids to predict (N).
         label_examples: index of each label's example within the step (N).
         label_branches: index of each label's branch within its example (N).
+        pictures: pictures in the row, one entry for each place where one stands.
     """
 
     input_ids: Int64Array
@@ -81,9 +80,23 @@ class PackedRow:
     labels: Int64Array
     label_examples: Int64Array
     label_branches: Int64Array
+    pictures: Sequence["ShownPicture"] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class ShownPicture:
+    """A picture at a place in a row.
+
+    Attributes:
+        file: the picture.
+        positions: where in the row its features go, in order (M).
+    """
+
+    file: ImageFile
+    positions: Int64Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +131,6 @@ class Root:
     segments: tuple[Segment, ...] = ()
 
 
-def mixed(values: UInt64Array) -> UInt64Array:
-    """Scatter numbers over all 64 bits.
-
-    Source: SplitMix64's finalizer (Steele, Lea & Flood 2014, Fast splittable pseudorandom number
-    generators, fig. 13).
-    """
-    values = (values ^ (values >> np.uint64(30))) * _FIRST
-    values = (values ^ (values >> np.uint64(27))) * _SECOND
-    return values ^ (values >> np.uint64(31))
-
-
 def build_leaves(examples: Sequence[TokenizedExample]) -> list[Leaf]:
     """Return the branches of a step's examples as paths, in the step's order; those without a label are left out."""
     leaves = (
@@ -143,13 +145,14 @@ def _leaf(branch: Branch, *, example: int, branch_number: int) -> Leaf:
     path = np.concatenate([branch.prompt_ids, branch.answer_ids]).astype(np.int64)
     # With an empty prompt nothing stands before the answer's first token: it is read, not predicted.
     first = max(len(branch.prompt_ids), 1)
-    return Leaf(path[:-1], path[first:], example, branch_number)
+    ids = path[:-1]
+    return Leaf(ids, path[first:], example, branch_number, token_keys(ids, branch.images), branch.images)
 
 
 def shared_length(first: Leaf, second: Leaf) -> int:
     """Return how many leading tokens two paths have in common."""
     length = min(len(first), len(second))
-    differing = np.flatnonzero(first.ids[:length] != second.ids[:length])
+    differing = np.flatnonzero(first.keys[:length] != second.keys[:length])
     return int(differing[0]) if len(differing) else length
 
 
@@ -176,10 +179,18 @@ class Tree:
         return all(s == len(before) for s, before in zip(self.shared[1:], self.leaves, strict=False))
 
 
-def lay_out(trees: Sequence[Tree]) -> PackedRow:
-    """Lay out trees one behind the other as one row."""
+def lay_out(trees: Sequence[Tree], *, axes: int = 1, picture_token: int | None = None) -> PackedRow:
+    """Lay out trees one behind the other as one row.
+
+    Args:
+        trees: in order.
+        axes: A, of positions.
+        picture_token: id of the token that takes a feature of a picture, or None where none are shown.
+    """
     total = sum(tree.tokens for tree in trees)
     input_ids, depth, subtree_end, prefixes = (np.zeros(total, dtype=np.int64) for _ in range(4))
+    position_ids = np.zeros((axes, total), dtype=np.int64)
+    pictures: list[ShownPicture] = []
     positions: list[Int64Array] = []
     leaves: list[Leaf] = []
     end = 0
@@ -190,6 +201,8 @@ def lay_out(trees: Sequence[Tree]) -> PackedRow:
             start, end = end, end + len(leaf) - shared
             input_ids[start:end] = leaf.ids[shared:]
             depth[start:end] = np.arange(shared, len(leaf))
+            position_ids[:, start:end] = token_positions(len(leaf), leaf.images, axes=axes)[:, shared:]
+            pictures += _shown(leaf, shared, start, picture_token)
             prefixes[start:end] = leaf.prefixes[shared:]
             path = np.concatenate([path[:shared], np.arange(start, end)])
             positions.append(path[len(leaf) - len(leaf.labels) :])
@@ -199,14 +212,26 @@ def lay_out(trees: Sequence[Tree]) -> PackedRow:
     return PackedRow(
         input_ids=input_ids,
         depth=depth,
-        position_ids=depth[None, :],
+        position_ids=position_ids,
         subtree_end=subtree_end,
         token_prefixes=prefixes,
         label_positions=np.concatenate(positions),
         labels=np.concatenate([leaf.labels for leaf in leaves]),
         label_examples=np.repeat(np.array([leaf.example for leaf in leaves], dtype=np.int64), counts),
         label_branches=np.repeat(np.array([leaf.branch for leaf in leaves], dtype=np.int64), counts),
+        pictures=tuple(pictures),
     )
+
+
+def _shown(leaf: Leaf, shared: int, start: int, token: int | None) -> list[ShownPicture]:
+    """Return the pictures of a leaf that are not in what it shares, with their places in the row."""
+    if token is None:
+        return []
+    return [
+        ShownPicture(image.file, np.flatnonzero(leaf.ids[image.start : image.end] == token) + image.start - shared + start)
+        for image in leaf.images
+        if image.start >= shared
+    ]
 
 
 def find_roots(row: PackedRow) -> tuple[Root, ...]:

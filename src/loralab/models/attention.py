@@ -167,10 +167,20 @@ def _attend(
     return out.transpose(1, 2).contiguous(), None  # as the library's own: some layers view it
 
 
+def attention_in_use(model: PreTrainedModel) -> str:
+    """Return the name of the attention that a model's decoder layers call."""
+    return str(model.config.get_text_config()._attn_implementation)
+
+
 def use_attention(model: PreTrainedModel, name: str) -> None:
-    """Let a model's layers call the attention registered as `name`, if they do not already."""
-    if model.config._attn_implementation != name:
-        model.set_attn_implementation(name)
+    """Let a model's decoder layers call the attention registered as `name`, if they do not already.
+
+    A vision tower keeps its own: its masks are of another kind.
+    """
+    if attention_in_use(model) == name:
+        return
+    inner = [key for key in model.config.sub_configs if getattr(model.config, key) is model.config.get_text_config()]
+    model.set_attn_implementation({inner[0]: name} if inner else name)
 
 
 AttentionInterface.register(TREE_ATTENTION, _attend)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from loralab.config.schema import LoraConfig, ModelConfig
@@ -22,6 +22,7 @@ from loralab.models.layer_stack import enable_recomputation
 from loralab.models.load import SettledBase, settle_base
 from loralab.models.memory_trace import META, MemoryTrace, WithoutNumbers, trace_memory
 from loralab.models.new_tokens import grow_vocabulary
+from loralab.models.picture_features import on_axes
 from loralab.models.precision import Resolved
 from loralab.models.quantization import BITSANDBYTES
 from loralab.models.self_check import kernels_to_try
@@ -29,6 +30,7 @@ from loralab.models.supervised import SupervisedPeftModel
 from loralab.models.trainable_tokens import new_tokens_of
 from loralab.models.variants import needs_activations
 from loralab.models.visibility import TreeSegment
+from loralab.models.vision import auto_class
 
 if BITSANDBYTES:
     from loralab.models.blank_quantized import quantize_blank
@@ -144,7 +146,7 @@ def _blank_base(
     if stored is not None:
         del config.quantization_config  # from_config would ask for weights that are packed so
     with torch.device(META):
-        base: PreTrainedModel = AutoModelForCausalLM.from_config(
+        base: PreTrainedModel = auto_class(config).from_config(
             config,
             dtype=dtype,
             attn_implementation=settled.attention.value,
@@ -263,7 +265,12 @@ def expect_tree_kernel(blueprint: Blueprint) -> Resolved[str | None]:
 
     def run() -> None:
         use_attention(base, TREE_ATTENTION)
-        base(input_ids=depth[None], attention_mask=carry_layout(layout), position_ids=depth[None], use_cache=False)
+        base(
+            input_ids=depth[None],
+            attention_mask=carry_layout(layout),
+            position_ids=on_axes(depth[None], base.config),
+            use_cache=False,
+        )
 
     failure = blueprint.trace(run)
     if isinstance(failure, str):

@@ -48,6 +48,10 @@ class DropoutKeys:
     tokens: Tensor | None = None
     device_type: str | None = None
 
+    def of_rows(self, rows: int) -> Tensor | None:
+        """Return the keys of a layer's input rows, or None where its rows are not the tokens that have keys."""
+        return self.tokens if self.tokens is not None and len(self.tokens) == rows else None
+
     @contextmanager
     def narrowed(self, positions: Tensor) -> Iterator[None]:
         """Let the keys be those of the tokens at `positions`: what the head sees."""
@@ -73,6 +77,33 @@ def token_keys(seed: int, step: int, prefixes: Tensor) -> Tensor:
     """
     run = _mix(torch.tensor([seed], dtype=torch.long) * _GOLDEN + step)
     return _mix(prefixes.flatten() + run.to(prefixes.device))
+
+
+@dataclass(slots=True)
+class PictureKeys(DropoutKeys):
+    """Keys inside a vision tower, whose layers see patches, then fewer features.
+
+    A picture's rows are keyed by its bytes and their place in it, so a mask does not depend on which pictures
+    are encoded together.
+
+    Attributes:
+        pictures: one key per picture, or None while no keyed forward is under way.
+        counts: features of each picture; a layer's rows are dealt out in proportion.
+    """
+
+    pictures: Tensor | None = None
+    counts: tuple[int, ...] = ()
+
+    def of_rows(self, rows: int) -> Tensor | None:
+        """Return the keys of a layer's input rows, or None where they are not those of the pictures."""
+        total = sum(self.counts)
+        if self.pictures is None or not total or any(rows * count % total for count in self.counts):
+            return None
+        each = [rows * count // total for count in self.counts]
+        device = self.pictures.device
+        places = torch.cat([torch.arange(count, device=device) for count in each])
+        whose = self.pictures.repeat_interleave(torch.tensor(each, device=device))
+        return _mix(whose + places * _GOLDEN)
 
 
 class KeyedDropout(nn.Module):
@@ -117,11 +148,11 @@ class KeyedDropout(nn.Module):
         """
         if not self.training or self.p == 0.0:
             return None
-        tokens = self.keys.tokens
         rows = inputs.numel() // inputs.shape[-1]
-        if tokens is None or len(tokens) != rows:
+        tokens = self.keys.of_rows(rows)
+        if tokens is None:
             raise ModelError(
-                f"a layer with LoRA dropout sees {rows} tokens, {0 if tokens is None else len(tokens)} are laid out",
+                f"a layer with LoRA dropout sees {rows} rows, which are not the tokens that are laid out",
                 where=f"adapted layer {self.layer}",
                 fix="set lora.dropout: 0, or leave this layer out of lora.target_modules",
             )

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -32,6 +31,7 @@ from loralab.models.allocator import returning_memory
 from loralab.models.families import take_activation_twin
 from loralab.models.precision import Resolved
 from loralab.models.quantization import BITSANDBYTES, Quantization, resolve_quantization, stored_quantization
+from loralab.models.vision import auto_class
 from loralab.run import file_sha256
 
 if BITSANDBYTES:
@@ -138,7 +138,7 @@ def load_model_config(model: ModelConfig) -> PreTrainedConfig:
 
 def max_positions(config: PreTrainedConfig) -> int | None:
     """Return how many tokens the model has positions for, or None where that is unlimited."""
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None
 
 
@@ -199,7 +199,7 @@ def load_base_model(
     transformers_logging.disable_progress_bar()  # progress is the reporter's
     try:
         with returning_memory():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(config).from_pretrained(
                 model_source(model.name),
                 config=config,
                 revision=model.revision,
@@ -289,7 +289,7 @@ def resolve_attention(model: ModelConfig, config: PreTrainedConfig) -> Resolved[
     """Choose the attention implementation."""
     if model.attn_implementation != "auto":
         return Resolved(model.attn_implementation, "set in model.attn_implementation")
-    architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    architecture = auto_class(config)._model_mapping.get(type(config), None)
     if architecture is not None and getattr(architecture, "_supports_sdpa", False):
         return Resolved("sdpa", "the model supports it")
     return Resolved("eager", "the model has no sdpa attention")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loralab.models.attention import TREE_ATTENTION, TreeLayout, UnsupportedAttention, carry_layout, use_attention
 from loralab.models.families import find_tree_obstacle
+from loralab.models.picture_features import on_axes
 from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.models.visibility import TreeSegment
@@ -260,8 +261,10 @@ def _last_below(name: str, ends: dict[str, int]) -> list[int]:
 def _tree_logits(model: SupervisedPeftModel, probe: _Probe, ids: Tensor, kernel: str) -> tuple[Tensor, int]:
     layout = TreeLayout(probe.depth, probe.subtree_end, probe.roots, kernel)
     use_attention(model.language_model, TREE_ATTENTION)
-    logits = model.language_model(
-        input_ids=ids[None], attention_mask=carry_layout(layout), position_ids=probe.depth[None], use_cache=False
+    base = model.language_model
+    positions = on_axes(probe.depth[None], base.config)
+    logits = base(
+        input_ids=ids[None], attention_mask=carry_layout(layout), position_ids=positions, use_cache=False
     ).logits[0]
     return logits.float(), layout.calls
 
@@ -270,8 +273,10 @@ def _wrong_logits(model: SupervisedPeftModel, probe: _Probe, kernel: str) -> Ten
     """Return what the row gives when every token sees all before it."""
     length = len(probe.ids)
     layout = TreeLayout(probe.depth, torch.full_like(probe.depth, length), [_Span(0, length, True)], kernel)
-    logits: Tensor = model.language_model(
-        input_ids=probe.ids[None], attention_mask=carry_layout(layout), position_ids=probe.depth[None], use_cache=False
+    base = model.language_model
+    positions = on_axes(probe.depth[None], base.config)
+    logits: Tensor = base(
+        input_ids=probe.ids[None], attention_mask=carry_layout(layout), position_ids=positions, use_cache=False
     ).logits[0]
     return logits.float()
 

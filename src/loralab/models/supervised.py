@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from loralab.models.attention import TREE_ATTENTION, TreeLayout, carry_layout, use_attention
-from loralab.models.dropout import DropoutKeys, KeyedDropout, token_keys
+from loralab.models.attention import TREE_ATTENTION, TreeLayout, attention_in_use, carry_layout, use_attention
+from loralab.models.dropout import DropoutKeys, KeyedDropout, PictureKeys, token_keys
 from loralab.models.families import LogitTail, find_logit_tail
+from loralab.models.picture_features import Pictures, encode_pictures, on_axes, put_in
 from loralab.models.token_loss import TokenLosses, logit_statistics, token_losses, token_statistics
 from loralab.models.trunk import CachedTrunk
 from loralab.models.visibility import TreeRoot
+from loralab.models.vision import is_vision_layer, vision_family
 
 # Rows of the probe that compares the gathered head with the model's own logits.
 _PROBE_TOKENS = 8
@@ -47,16 +49,16 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         args[0].disable_input_require_grads()
         super().__init__(*args, **kwargs)
         self.language_model.disable_input_require_grads()
-        self.stock_attention: str = str(self.language_model.config._attn_implementation)
+        self.stock_attention: str = attention_in_use(self.language_model)
         self.tree_kernel: str | None = None
         self.full_logits_reason: str | None = None
         self.planned_device_type: str | None = None
         self.cached_trunk: CachedTrunk | None = None
         self._tail: LogitTail = find_logit_tail(self.language_model.config)
-        self._keys = DropoutKeys()
+        self._keys, self._picture_keys = DropoutKeys(), PictureKeys()
         # Once: where single tokens are trained, asking for the weight puts the whole matrix together.
         self._vocabulary = int(self.embedding.weight.shape[0])
-        self._drops = key_dropout(self, self._keys) > 0
+        self._drops = key_dropout(self, self._keys, self._picture_keys) > 0
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -125,9 +127,7 @@ class SupervisedPeftModel(PeftModelForCausalLM):
             statistics: also return entropies, correctness and the most likely tokens; no gradients then.
             **inputs: for `hidden_states`.
         """
-        self._keys.tokens, self._keys.device_type = None, self.planned_device_type
-        if self._drops and dropout_key is not None and token_prefixes is not None:
-            self._keys.tokens = token_keys(*dropout_key, token_prefixes)
+        self._set_keys(dropout_key, token_prefixes, inputs.get("pictures"))
         trunk = self._skipping_trunk(token_prefixes, inputs["attention_mask"])
         if self.full_logits_reason is not None:
             with trunk:
@@ -154,6 +154,18 @@ class SupervisedPeftModel(PeftModelForCausalLM):
             device_type=self.planned_device_type,
         )
 
+    def _set_keys(self, key: tuple[int, int] | None, prefixes: Tensor | None, pictures: Pictures | None) -> None:
+        """Set what the LoRA dropout of the coming forward is keyed by; nothing where there is none."""
+        self._keys.tokens = self._picture_keys.pictures = None
+        self._keys.device_type = self._picture_keys.device_type = self.planned_device_type
+        if not self._drops or key is None or prefixes is None:
+            return
+        self._keys.tokens = token_keys(*key, prefixes)
+        if pictures is not None:
+            drawn = torch.tensor(list(pictures.keys), device=pictures.positions.device)
+            self._picture_keys.pictures = token_keys(*key, drawn)
+            self._picture_keys.counts = tuple(pictures.counts)
+
     def _skipping_trunk(self, prefixes: Tensor | None, mask: Tensor) -> AbstractContextManager[None]:
         """Return what a forward runs in that starts behind the frozen layers, where their output is known."""
         if self.cached_trunk is None or prefixes is None:
@@ -176,31 +188,39 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         depth: Tensor | None = None,
         subtree_end: Tensor | None = None,
         roots: Sequence[TreeRoot] | None = None,
+        pictures: Pictures | None = None,
     ) -> Tensor:
         """Return the last hidden states (R, L, D).
 
         Args:
             input_ids: token ids (R, L).
             attention_mask: one where there is a token (R, L).
-            position_ids: positions (R, L).
+            position_ids: positions (R, L) or (A, R, L).
             depth: tokens from the root (R, L); with `roots`.
             subtree_end: end of each token's subtree (R, L); with `roots`.
             roots: the trees of the only row, or None where rows are plain chains.
+            pictures: pictures in the rows, or None.
         """
-        inputs = self._attending(attention_mask, depth, subtree_end, roots)
-        hidden: Tensor = self.body(
-            input_ids=input_ids, attention_mask=inputs, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        mask = self._attending(attention_mask, depth, subtree_end, roots)
+        shown = self._shown(input_ids, position_ids, pictures)
+        hidden: Tensor = self.body(**shown, attention_mask=mask, use_cache=False).last_hidden_state
         return hidden
+
+    def _shown(self, input_ids: Tensor, position_ids: Tensor, pictures: Pictures | None) -> dict[str, Tensor]:
+        """Return tokens, or their embeddings with the features of pictures among them, and their positions."""
+        positions = on_axes(position_ids, self.language_model.config)
+        if pictures is None:
+            return {"input_ids": input_ids, "position_ids": positions}
+        features = encode_pictures(self.language_model, pictures.tensors)
+        return {"inputs_embeds": put_in(self.embedding(input_ids), features, pictures), "position_ids": positions}
 
     def logits(self, *, input_ids: Tensor, position_ids: Tensor, **inputs: Any) -> Tensor:
         """Return the model's own logits (R, L, V); arguments as in `hidden_states`."""
         mask = self._attending(
             inputs["attention_mask"], inputs.get("depth"), inputs.get("subtree_end"), inputs.get("roots")
         )
-        found: Tensor = self.language_model(
-            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
-        ).logits
+        shown = self._shown(input_ids, position_ids, inputs.get("pictures"))
+        found: Tensor = self.language_model(**shown, attention_mask=mask, use_cache=False).logits
         return found
 
     def label_logits(self, label_positions: Tensor, **inputs: Any) -> Callable[[slice], Tensor]:
@@ -213,7 +233,7 @@ class SupervisedPeftModel(PeftModelForCausalLM):
             label_positions: positions in the flattened R x L rows that predict a label (N).
             **inputs: for `hidden_states`.
         """
-        self._keys.tokens = None
+        self._set_keys(None, None, None)
         if self.full_logits_reason is not None:
             logits = self.logits(**inputs).flatten(0, 1)[label_positions]
             return lambda chunk: logits[chunk]
@@ -274,24 +294,31 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         return self.full_logits_reason
 
 
-def key_dropout(model: nn.Module, keys: DropoutKeys) -> int:
+def key_dropout(model: SupervisedPeftModel, keys: DropoutKeys, picture_keys: PictureKeys) -> int:
     """Let every adapted layer drop by key instead of by torch's generator.
 
     Only PEFT's containers of dropout are touched, which hold one module per adapter.
 
+    Args:
+        model: base with adapter.
+        keys: of the tokens.
+        picture_keys: of the rows inside a vision tower.
+
     Returns:
         How many layers drop.
     """
-    containers: list[nn.ModuleDict] = [
-        found
-        for module in model.modules()
+    family = vision_family(model.language_model.config)
+    containers: list[tuple[str, nn.ModuleDict]] = [
+        (place, found)
+        for place, module in model.named_modules()
         for name in ("lora_dropout", "vera_dropout")
         if isinstance(found := getattr(module, name, None), nn.ModuleDict)
     ]
     changed = 0
-    for number, container in enumerate(containers):
+    for number, (place, container) in enumerate(containers):
+        inside = family is not None and is_vision_layer(place, family)
         for name, dropout in container.items():
             if isinstance(dropout, nn.Dropout):
-                container[name] = KeyedDropout(dropout.p, layer=number, keys=keys)
+                container[name] = KeyedDropout(dropout.p, layer=number, keys=picture_keys if inside else keys)
                 changed += 1
     return changed

@@ -20,6 +20,7 @@ from loralab.models.layer_stack import find_layer_stack, resolve_layers
 from loralab.models.precision import Resolved
 from loralab.models.trainable_tokens import resolve_trainable_tokens
 from loralab.models.trained_modules import resolve_trained_modules, trained_names
+from loralab.models.vision import VisionFamily, is_projector_layer, is_vision_layer, vision_family
 
 # Mamba's kernels take the weights and never call the layers; PEFT refuses them by name, but for dt_proj.
 FUSED_FAMILIES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
@@ -37,6 +38,32 @@ def linear_layers(base: PreTrainedModel) -> dict[str, nn.Module]:
         for name, module in base.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     }
+
+
+def _layers_in_reach(base: PreTrainedModel, lora: LoraConfig) -> dict[str, nn.Module]:
+    """Return the linear layers that an adapter may sit on: of those that read pictures, what `lora.vision` says.
+
+    Raises:
+        ConfigError: the model reads no pictures, and `lora.vision` asks for layers that do.
+    """
+    layers, family = linear_layers(base), vision_family(base.config)
+    if family is None:
+        if lora.vision != "none":
+            raise ConfigError(
+                f"lora.vision is {lora.vision!r}, but a model of type {base.config.model_type!r} has no layers for "
+                "pictures",
+                where="key lora.vision",
+                fix="remove it",
+            )
+        return layers
+    if lora.vision == "all":
+        return layers
+    kept = is_projector_layer if lora.vision == "projector" else _nowhere
+    return {name: m for name, m in layers.items() if not is_vision_layer(name, family) or kept(name, family)}
+
+
+def _nowhere(_name: str, _family: VisionFamily) -> bool:
+    return False
 
 
 def placement(lora: LoraConfig, base: PreTrainedModel, targets: Sequence[str]) -> dict[str, Any]:
@@ -148,13 +175,13 @@ def resolve_target_modules(base: PreTrainedModel, lora: LoraConfig) -> Resolved[
     Raises:
         ConfigError: a name that matches no linear layer; the names that exist are listed.
     """
-    layers = linear_layers(base)
+    layers = _layers_in_reach(base, lora)
     setting = lora.target_modules
     fused = _fused_names(base)
     if setting in ("auto", "all-linear"):
         left_out = f" and {', '.join(sorted(fused))}, which its fused kernels read past an adapter" if fused else ""
         names = _telling_parts([name for name in layers if name.rpartition(".")[2] not in fused], base)
-        return Resolved(names, f"all linear layers but the head{left_out}")
+        return Resolved(names, f"all linear layers but the head{left_out}{_of_pictures(base, lora)}")
     if setting == "attention":
         inside = [name for name in layers if _ATTENTION.search(name.rpartition(".")[0])]
         if inside:
@@ -178,7 +205,18 @@ def resolve_target_modules(base: PreTrainedModel, lora: LoraConfig) -> Resolved[
             where=_WHERE,
             fix=f"{hint}layers of this model: {', '.join(known)}",
         )
+    if len(layers) < len(linear_layers(base)):  # the same names may stand in the vision tower too
+        meant = [layer for layer in layers if any(f".{layer}".endswith(f".{name}") for name in names)]
+        return Resolved(_telling_parts(meant, base), f"set in lora.target_modules{_of_pictures(base, lora)}")
     return Resolved(list(names), "set in lora.target_modules")
+
+
+def _of_pictures(base: PreTrainedModel, lora: LoraConfig) -> str:
+    """Return what to say of the layers that read pictures; nothing of a model that reads none."""
+    if vision_family(base.config) is None:
+        return ""
+    said = {"none": "none of the vision tower's", "projector": "the projector's of the vision tower's", "all": "all"}
+    return f"; of those that read pictures {said[lora.vision]} (lora.vision: {lora.vision})"
 
 
 def _match_layers(base: PreTrainedModel, pattern: str, layers: Mapping[str, nn.Module]) -> Resolved[list[str]]:

@@ -79,11 +79,12 @@ def model_inputs(batch: MicroBatch) -> dict[str, Any]:
     return {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
-        "position_ids": batch.position_ids[0],
+        "position_ids": batch.position_ids,
         "depth": batch.depth,
         "subtree_end": batch.subtree_end,
         "roots": batch.roots,
         "token_prefixes": batch.token_prefixes,
         "label_positions": batch.label_positions,
         "labels": batch.labels,
+        **({} if batch.pictures is None else {"pictures": batch.pictures}),
     }

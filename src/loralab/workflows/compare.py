@@ -28,6 +28,7 @@ from loralab.progress import Reporter
 from loralab.reports.comparison_page import render_comparison
 from loralab.run import RunFolder, file_sha256, read_json, write_json, write_text
 from loralab.workflows.evaluate import OWN_ROWS, find_split
+from loralab.workflows.pictures import reading_pictures
 from loralab.workflows.session import Session, open_session
 from loralab.workflows.step_layout import resolve_planner
 
@@ -101,6 +102,7 @@ def compare(
     )
     name, split, max_length, data = find_split(session, request.data, request.split, reporter)
     planner, choices = resolve_planner(session.model, session.config, max_length=max_length, device=session.device)
+    planner = reading_pictures(planner, session.prompter, session.model)
     reporter.say(f"layout {choices['layout'].value} ({choices['layout'].reason})")
     chosen = spread(len(split), request.max_examples)
     rows, windows = [split[index] for index in chosen], number_windows(split, data)

@@ -16,6 +16,7 @@ from loralab.errors import ConfigError, DataError
 from loralab.models.load import check_length, max_positions
 from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json, write_json
+from loralab.workflows.pictures import reading_pictures
 from loralab.workflows.predictions import write_lines, write_predictions
 from loralab.workflows.session import (
     Session,
@@ -224,6 +225,7 @@ def _evaluate_one(
     _check_task(task, before, path, request)
     task.check_room(session.model)
     planner, choices = resolve_planner(session.model, config, max_length=found.max_length, device=session.device)
+    planner = reading_pictures(planner, session.prompter, session.model)
     budget = read_json(session.target.folder.record).get("token_budget", {}) if session.target.folder else {}
     if "value" in budget and not any(text.startswith("training.token_budget=") for text in overrides):
         planner = planner.with_budget(int(budget["value"]))  # the run's own cuts: the last bits are the same
@@ -333,11 +335,17 @@ def find_split(session: Session, data: str | None, data_split: str | None, repor
         file = local_path(data)
         whole = file is not None and file.is_file()
         prepared = prepare_data(
-            alone, tokenizer, reporter=reporter, template=template, split=None if whole else data_split
+            alone,
+            tokenizer,
+            reporter=reporter,
+            template=template,
+            split=None if whole else data_split,
+            pictures=session.prompter.pictures,
         )
         name = f"all rows of {data}" if whole else data_split or "train"
         return Found(name, prepared.splits["train"], section.max_length, prepared)
-    prepared = prepare_data(section, tokenizer, reporter=reporter, template=template)
+    pictures = session.prompter.pictures
+    prepared = prepare_data(section, tokenizer, reporter=reporter, template=template, pictures=pictures)
     chosen = resolve_split(wanted, prepared.splits)
     if chosen is None:
         raise DataError(

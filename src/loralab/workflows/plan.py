@@ -27,6 +27,7 @@ from loralab.workflows.configure import run_path
 from loralab.workflows.frozen_trunk import expected_bytes
 from loralab.workflows.memory_record import predict_run_memory
 from loralab.workflows.memory_watch import process_bytes
+from loralab.workflows.pictures import open_pictures
 from loralab.workflows.plan_advice import Situation, advise
 from loralab.workflows.plan_disk import predict_disk
 from loralab.workflows.plan_probe import Probe, run_probe
@@ -144,7 +145,8 @@ def _gather(loaded: LoadedConfig, reporter: Reporter) -> tuple[dict[str, Resolve
     before = process_bytes(device.value)
     tokenizer = load_tokenizer(config.model)
     lora = settle_tokens(config.lora, tokenizer)
-    data = prepare_data(config.data, tokenizer, reporter=reporter)
+    pictures = open_pictures(config)
+    data = prepare_data(config.data, tokenizer, reporter=reporter, pictures=pictures)
     data_bytes = max(process_bytes(device.value) - before, 0)
     _, measured = resolve_task(config, data, splits=measured_splits(config, data.splits))
     try:

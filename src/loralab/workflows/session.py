@@ -28,6 +28,7 @@ from loralab.models.trainable_tokens import trained_tokens
 from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json
 from loralab.workflows.configure import load_run_config
+from loralab.workflows.pictures import open_pictures
 
 # No dropout runs where nothing trains.
 _NEVER_READ = ("model.base_dropout",)
@@ -160,6 +161,7 @@ def open_session(
     for name, number in threads.items():
         reporter.say(f"{name} {number.value} ({number.reason})")
     prompter = open_prompter(target, config, reporter)
+    prompter.pictures = open_pictures(config)
     base, choices = load_base_model(config.model, dtype=precision.value, device=device.value)
     if choices["quantization"].value != "none":
         reporter.say(f"quantization {choices['quantization'].value} ({choices['quantization'].reason})")

@@ -50,6 +50,7 @@ from loralab.workflows.frozen_trunk import leave_frozen_trunk, open_frozen_trunk
 from loralab.workflows.memory_record import measured_memory, predict_run_memory
 from loralab.workflows.memory_watch import MemoryWatch, forget_peak, process_bytes
 from loralab.workflows.output import claim_output, has_begun
+from loralab.workflows.pictures import check_pictures, open_pictures, reading_pictures
 from loralab.workflows.record import (
     RunRecord,
     UnwrittenRecord,
@@ -252,11 +253,12 @@ def prepare_run(
     device, precision = choices["device"], choices["precision"]
     forget_peak(device.value)
     check_length(load_model_config(config.model), config.data.max_length)
+    pictures = open_pictures(config)
     before = process_bytes(device.value)
     tokenizer = load_tokenizer(config.model)
     lora = settle_tokens(config.lora, tokenizer)  # before the data, which new tokens stand in
     with processes.first_goes_ahead():  # the others find the tokenized rows in the cache
-        data = prepare_data(config.data, tokenizer, reporter=reporter)
+        data = prepare_data(config.data, tokenizer, reporter=reporter, pictures=pictures)
     data_bytes = max(process_bytes(device.value) - before, 0)
     # Now, not after hours of training.
     task, task_choices = resolve_task(config, data, splits=measured_splits(config, data.splits))
@@ -287,6 +289,9 @@ def prepare_run(
         blueprint=blueprint,
         known=start.recomputation.counted,
     )
+    planner = reading_pictures(planner, data.prompter, model)
+    if pictures is not None:
+        layout_choices["pictures"] = check_pictures(model, pictures)
     # The least of all, so that a resume, which goes on with the recorded one, cuts every process's steps alike.
     planner = planner.with_budget(-processes.largest(-planner.token_budget))
     layout_choices["token_budget"] = replace(layout_choices["token_budget"], value=planner.token_budget)

@@ -23,6 +23,7 @@ from loralab.data.formats.fields import (
     text_field,
 )
 from loralab.data.formats.message_parts import Content, read_content
+from loralab.data.formats.pictures import Gallery, open_gallery
 from loralab.data.formats.tool_calls import read_calls, read_tools
 
 _CALL = "function_call"  # an assistant turn whose whole content is a call
@@ -69,51 +70,40 @@ SHAREGPT = Spelling("sharegpt", "from", "value")
 
 
 def build_messages(row: Fields) -> Example:
-    """Build a conversation from `messages` (role, content), optional `system` and `tools`."""
-    if row.get("messages") is None:
-        raise missing(row, "messages")
-    refuse_media(row)
-    return build_conversation(row, read_messages(row["messages"], "messages", spelling=MESSAGES))
+    """Build a conversation from `messages` (role, content), optional `system`, `tools` and `images`."""
+    return _build(row, "messages", MESSAGES)
 
 
 def build_sharegpt(row: Fields) -> Example:
-    """Build a conversation from `conversations` (from, value), optional `system` and `tools`."""
-    if row.get("conversations") is None:
-        raise missing(row, "conversations")
-    refuse_media(row)
-    return build_conversation(row, read_messages(row["conversations"], "conversations", spelling=SHAREGPT))
+    """Build a conversation from `conversations` (from, value), optional `system`, `tools` and `images`."""
+    return _build(row, "conversations", SHAREGPT)
+
+
+def _build(row: Fields, name: str, spelling: Spelling) -> Example:
+    if row.get(name) is None:
+        raise missing(row, name)
+    gallery = open_gallery(row)
+    return build_conversation(row, gallery.settle(read_messages(row[name], name, spelling=spelling, gallery=gallery)))
 
 
 def build_conversational_prompt_completion(row: Fields) -> Example:
     """Build a conversation from the messages of `prompt` and of `completion`; only the latter are trained."""
-    refuse_media(row)
-    prompt = [replace(message, train=False) for message in _side(row, "prompt", role="user")]
-    return build_conversation(row, [*prompt, *_side(row, "completion", role="assistant")])
+    gallery = open_gallery(row)
+    prompt = [replace(message, train=False) for message in _side(row, "prompt", role="user", gallery=gallery)]
+    messages = [*prompt, *_side(row, "completion", role="assistant", gallery=gallery)]
+    return build_conversation(row, gallery.settle(messages))
 
 
-def _side(row: Fields, name: str, *, role: str) -> list[Message]:
+def _side(row: Fields, name: str, *, role: str, gallery: Gallery) -> list[Message]:
     value = row.get(name)
     if value is None:
         raise missing(row, name)
     if isinstance(value, str):
-        return [Message(role, read_text(value, f"field {name!r}"))]
+        content = read_content(value, f"field {name!r}", gallery=gallery if role == "user" else None)
+        return [Message(role, content.text, parts=content.parts)]
     if isinstance(value, Mapping):
-        return [_read_message(value, name, spelling=MESSAGES)]
-    return read_messages(value, name, spelling=MESSAGES)
-
-
-def refuse_media(row: Fields) -> None:
-    """Refuse a row whose text is about a picture, video or sound in another column.
-
-    Raises:
-        RowError: there is one.
-    """
-    for name in ("images", "image", "videos", "video", "audios", "audio"):
-        if row.get(name) not in (None, "", "[]", [], ()):
-            raise RowError(
-                f"field {name!r} holds {show(row[name])}: this version trains on text, vision is not in it "
-                "(drop the column if the text stands without it)"
-            )
+        return [_read_message(value, name, spelling=MESSAGES, gallery=gallery)]
+    return read_messages(value, name, spelling=MESSAGES, gallery=gallery)
 
 
 def build_conversation(row: Fields, messages: Sequence[Message]) -> Conversation:
@@ -130,13 +120,14 @@ def build_conversation(row: Fields, messages: Sequence[Message]) -> Conversation
     return Conversation(tuple(messages), read_tools(row))
 
 
-def read_messages(value: object, place: str, *, spelling: Spelling) -> list[Message]:
+def read_messages(value: object, place: str, *, spelling: Spelling, gallery: Gallery | None = None) -> list[Message]:
     """Return the messages in a list, or in JSON text of one.
 
     Args:
         value: of the field.
         place: the field's name.
         spelling: what the keys are called.
+        gallery: the row's pictures, which turns take; whoever gives them settles them.
 
     Raises:
         RowError: there is no message, or one cannot be read.
@@ -144,7 +135,10 @@ def read_messages(value: object, place: str, *, spelling: Spelling) -> list[Mess
     items = read_list(value, f"field {place!r}")
     if not items:
         raise RowError(f"field {place!r} holds no message")
-    return [_read_message(item, f"{place}[{number}]", spelling=spelling) for number, item in enumerate(items)]
+    return [
+        _read_message(item, f"{place}[{number}]", spelling=spelling, gallery=gallery)
+        for number, item in enumerate(items)
+    ]
 
 
 def first_message(value: object) -> tuple[Mapping[str, Any] | None, str]:
@@ -160,12 +154,18 @@ def first_message(value: object) -> tuple[Mapping[str, Any] | None, str]:
     return items[0], f"the keys of its first message are {list_names(items[0])}"
 
 
-def _read_message(value: object, place: str, *, spelling: Spelling) -> Message:
+def _read_message(value: object, place: str, *, spelling: Spelling, gallery: Gallery | None) -> Message:
     item = read_object(value, place)
     _refuse_strange_keys(item, place, spelling)
     name = _read_role(item, place, spelling)
     role = "assistant" if name == _CALL else name
-    content = _read_said(item, f"{place}.{spelling.content}", calls_only=name == _CALL, key=spelling.content)
+    if role == "assistant" and gallery is not None and not gallery.pictures:
+        gallery = None  # a model that writes about markers; next to pictures, one is a mistake
+    content = Content()
+    if name == _CALL:
+        content = _read_call_turn(item.get(spelling.content), f"{place}.{spelling.content}")
+    elif spelling.content in item:
+        content = read_content(item[spelling.content], f"{place}.{spelling.content}", gallery=gallery)
     content = _add_keys(content, item, place)
     if spelling.content not in item and content == Content():
         raise RowError(f"{place}.{spelling.content} is missing or null")
@@ -180,17 +180,15 @@ def _read_message(value: object, place: str, *, spelling: Spelling) -> Message:
         name=read_text(item["name"], f"{place}.name") if "name" in item else None,
         call_id=read_text(item["tool_call_id"], f"{place}.tool_call_id") if "tool_call_id" in item else None,
         train=_read_train(item, place),
+        parts=content.parts,
     )
 
 
-def _read_said(item: Fields, place: str, *, calls_only: bool, key: str) -> Content:
-    value = item.get(key)
-    if calls_only:
-        calls = () if value is None else read_calls(value, place)
-        if not calls:
-            raise RowError(f"{place} holds no tool call")
-        return Content(calls=calls)
-    return Content() if value is None else read_content(value, place)
+def _read_call_turn(value: object, place: str) -> Content:
+    calls = () if value is None else read_calls(value, place)
+    if not calls:
+        raise RowError(f"{place} holds no tool call")
+    return Content(calls=calls)
 
 
 def _read_role(item: Fields, place: str, spelling: Spelling) -> str:
@@ -212,7 +210,7 @@ def _add_keys(content: Content, item: Fields, place: str) -> Content:
         raise RowError(f"{place} has two reasonings that differ")
     if len(found) + bool(content.calls) > 1:
         raise RowError(f"{place} has tool calls in two places")
-    return Content(content.text, content.reasoning or "".join(thoughts), content.calls or _joined(found))
+    return replace(content, reasoning=content.reasoning or "".join(thoughts), calls=content.calls or _joined(found))
 
 
 def _joined(found: Sequence[tuple[ToolCall, ...]]) -> tuple[ToolCall, ...]:

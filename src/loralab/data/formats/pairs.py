@@ -4,8 +4,9 @@ Owns how columns join to the text of a user turn.
 """
 
 from loralab.data.example import Example, Message
-from loralab.data.formats.chat import build_conversation, refuse_media
+from loralab.data.formats.chat import build_conversation
 from loralab.data.formats.fields import Fields, RowError, missing, read_list, read_text, show, text_field
+from loralab.data.formats.pictures import refuse_media
 
 # Between instruction and input in an Alpaca user turn; the alpaca template looks for it.
 ALPACA_INPUT_MARK = "\n\n### Input:\n"
@@ -21,6 +22,7 @@ def build_alpaca(row: Fields) -> Example:
 
     Source: Taori et al. 2023, Stanford Alpaca, data format.
     """
+    refuse_media(row)
     instruction, context = text_field(row, "instruction"), text_field(row, "input", default="")
     question = f"{instruction}{ALPACA_INPUT_MARK}{context}" if context else instruction
     messages = [*_read_history(row), Message("user", question), Message("assistant", text_field(row, "output"))]
@@ -44,6 +46,7 @@ def _read_history(row: Fields) -> list[Message]:
 
 def build_prompt_completion(row: Fields) -> Example:
     """Build a conversation of two turns from `prompt` and `completion`, used as they stand."""
+    refuse_media(row)
     for name in ("prompt", "completion"):
         if isinstance(row.get(name), (list, dict)):
             raise RowError(f"field {name!r} holds messages: set data.format: conversational_prompt_completion")
@@ -55,7 +58,7 @@ def build_question_answer(row: Fields) -> Example:
     """Build a conversation from `question`, optional `context` and `system`, and `answer`."""
     refuse_media(row)
     context, question = text_field(row, "context", default=""), text_field(row, "question")
-    messages = [Message("user", _join(context, question)), Message("assistant", text_field(row, "answer"))]
+    messages = [Message("user", join_context(context, question)), Message("assistant", text_field(row, "answer"))]
     return build_conversation(row, messages)
 
 
@@ -63,11 +66,11 @@ def build_yes_no(row: Fields) -> Example:
     """Build a conversation from `question`, optional `passage` and `system`, and `answer`, trained as one word."""
     refuse_media(row)
     passage, question = text_field(row, "passage", default=""), text_field(row, "question")
-    messages = [Message("user", _join(passage, question)), Message("assistant", _read_yes_no(row))]
+    messages = [Message("user", join_context(passage, question)), Message("assistant", _read_yes_no(row))]
     return build_conversation(row, messages)
 
 
-def _join(passage: str, question: str) -> str:
+def join_context(passage: str, question: str) -> str:
     """Return the user turn: the passage, a blank line, and the question; both as they stand."""
     return f"{passage}{_BLANK_LINE}{question}" if passage else question
 

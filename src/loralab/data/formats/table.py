@@ -24,6 +24,7 @@ from loralab.data.formats.pairs import (
     yes_no_word,
 )
 from loralab.data.formats.untemplated import build_segments, build_text, build_tokenized
+from loralab.data.formats.vqa import PICTURE_ALIASES, PICTURE_FIELD, build_vqa
 from loralab.errors import DataError
 from loralab.lookup import nearest_name, suggest
 
@@ -31,6 +32,7 @@ Seen = tuple[bool, str]
 _CHAT_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 _SYSTEM = {"system": ("system_prompt",)}
 _TOOLS = {"tools": ("functions",)}
+_IMAGES = {"images": ("image",)}
 _LONGEST_NAME = 80  # characters; a longer column name is a row that was taken for a header
 
 
@@ -254,16 +256,16 @@ FORMATS: dict[str, Format] = {
     "messages": Format(
         build_messages,
         ("messages",),
-        ("system", "tools"),
-        aliases={"messages": _CHAT_COLUMNS, **_SYSTEM, **_TOOLS},
+        ("system", "tools", "images"),
+        aliases={"messages": _CHAT_COLUMNS, **_SYSTEM, **_TOOLS, **_IMAGES},
         recognise=_recognise_messages,
         template="alpaca",
     ),
     "sharegpt": Format(
         build_sharegpt,
         ("conversations",),
-        ("system", "tools"),
-        aliases={"conversations": _CHAT_COLUMNS, **_SYSTEM, **_TOOLS},
+        ("system", "tools", "images"),
+        aliases={"conversations": _CHAT_COLUMNS, **_SYSTEM, **_TOOLS, **_IMAGES},
         recognise=_recognise_sharegpt,
         template="alpaca",
     ),
@@ -277,8 +279,8 @@ FORMATS: dict[str, Format] = {
     "conversational_prompt_completion": Format(
         build_conversational_prompt_completion,
         ("prompt", "completion"),
-        ("system", "tools"),
-        aliases={**_SYSTEM, **_TOOLS},
+        ("system", "tools", "images"),
+        aliases={**_SYSTEM, **_TOOLS, **_IMAGES},
         recognise=_recognise_sides,
         template="alpaca",
     ),
@@ -289,6 +291,18 @@ FORMATS: dict[str, Format] = {
         aliases=_SYSTEM,
         template="none",
         own_template_first=False,
+    ),
+    "vqa": Format(
+        build_vqa,
+        (PICTURE_FIELD, "question", "answer"),
+        ("context", "system"),
+        aliases={
+            PICTURE_FIELD: PICTURE_ALIASES,
+            "answer": ("multiple_choice_answer", "answers", "response"),
+            "context": ("passage",),
+            **_SYSTEM,
+        },
+        template="chatml",
     ),
     "yes_no": Format(
         build_yes_no,

@@ -11,11 +11,12 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from loralab.data.example import Message
+from loralab.data.example import ImageFile, Message, PlacedImage
+from loralab.data.images.processor import PictureProcessor
 from loralab.data.prompts.encoding import TextEncoder
 from loralab.data.prompts.template_text import explain_render_error, missing_end
 from loralab.data.prompts.templates import BOS_PREFIXES, RenderProbe, usable_templates
-from loralab.errors import DataError, TemplateError
+from loralab.errors import DataError, ModelError, TemplateError
 from loralab.lookup import suggest
 
 _PROBE = "loralab-probe-answer"
@@ -90,13 +91,30 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return own if isinstance(own, str) else None
 
 
+def wants_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Return whether a template reads a turn's content as a list of parts alone, as many of vision models do.
+
+    Such a one writes nothing of a content that is text.
+    """
+
+    def written(listed: bool) -> bool:
+        message = Message("user", _PROBE).as_dict(listed=listed)
+        try:
+            return _PROBE in str(tokenizer.apply_chat_template([message], chat_template=template, tokenize=False))
+        except Exception:  # noqa: BLE001 - a template is a program: whatever it raises is its own
+            return False
+
+    return not written(False) and written(True)
+
+
 def render_with(tokenizer: PreTrainedTokenizerBase) -> RenderProbe:
     """Return what renders a conversation under a tokenizer with a template that is not chosen yet."""
 
     def render(template: str, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        listed = wants_parts(tokenizer, template)
         try:
             text = tokenizer.apply_chat_template(
-                [message.as_dict() for message in messages],
+                [message.as_dict(listed=listed) for message in messages],
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -135,9 +153,11 @@ class Prompter:
         tokenizer: with `chat_template` set.
         stop_setting: `data.stop_tokens`, already applied by `apply_stop_setting`.
         system_prompt: system message that belongs before conversations without one of their own.
+        pictures: what the model's processor makes of pictures, or None where it reads none.
 
     Attributes:
         tokenizer: as given.
+        pictures: as given; may be set later.
         stop: tokens that end an answer.
         system_prompt: as given, or what the rows turned out to have in common.
         opens_answers: whether the template writes a generation prompt.
@@ -152,9 +172,12 @@ class Prompter:
         stop_setting: Sequence[str] | None = None,
         *,
         system_prompt: str | None = None,
+        pictures: PictureProcessor | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.pictures = pictures
         self._encoder = TextEncoder(tokenizer)
+        self._listed = wants_parts(tokenizer, str(tokenizer.chat_template))
         self.system_prompt = system_prompt
         self.stop = self._resolve_stop(stop_setting)
         self._joint = self._choose_joint()
@@ -197,7 +220,7 @@ class Prompter:
     ) -> list[str]:
         try:
             texts = self.tokenizer.apply_chat_template(
-                [[message.as_dict() for message in messages] for messages in conversations],
+                [[message.as_dict(listed=self._listed) for message in messages] for messages in conversations],
                 tools=[dict(tool) for tool in tools] or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -225,9 +248,35 @@ class Prompter:
             for ids, answer in zip(encoded, texts, strict=True)
         ]
 
+    def place(self, ids: list[int], files: Sequence[ImageFile]) -> tuple[list[int], tuple[PlacedImage, ...]]:
+        """Return a prompt's ids with the tokens of its pictures in the place of their markers, and where they are.
+
+        Args:
+            ids: of the rendered prompt.
+            files: its pictures, in order.
+
+        Raises:
+            TemplateError: the template does not write one marker for each picture.
+            ModelError: there are pictures, and the model reads none.
+        """
+        if self.pictures is not None:
+            return self.pictures.place(ids, files)
+        if files:
+            raise ModelError(
+                "a row with a picture, but the model reads none",
+                where="key model.name",
+                fix="take a vision-language model, such as Qwen/Qwen2-VL-2B-Instruct",
+            )
+        return ids, ()
+
     def encode_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
-        """Return the ids of the serving call: the rendered messages and the generation prompt."""
+        """Return the ids of the serving call: the rendered messages and the generation prompt, without pictures."""
         return self.encode([self.render(messages, add_generation_prompt=True, tools=tools)])[0]
+
+    def encode_request(self, messages: Sequence[Message]) -> tuple[list[int], tuple[PlacedImage, ...]]:
+        """Return the ids of the serving call with the tokens of its pictures, and where these are."""
+        files = [part.file for message in messages for part in message.images if part.file is not None]
+        return self.place(self.encode_prompt(messages), files)
 
     def serve(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Return the ids that a server with the tokenizer's files and nothing of loralab would send.
@@ -237,7 +286,7 @@ class Prompter:
         """
         try:
             encoded: Any = self.tokenizer.apply_chat_template(
-                [message.as_dict() for message in messages],
+                [message.as_dict(listed=self._listed) for message in messages],
                 tools=[dict(tool) for tool in tools] or None,
                 tokenize=True,
                 add_generation_prompt=True,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from loralab.data.example import Conversation, Message
+from loralab.data.example import Conversation, ImageFile, Message
 from loralab.data.prompts.prompter import Prompter
 from loralab.errors import DataError, MaskError, TemplateError
 
@@ -26,12 +26,14 @@ class Turn:
         answer: what carries loss, up to and including the stop token where the template writes one.
         answered: whether an assistant speaks, whose answer must end with a stop token.
         notes: what rendering did, by the names of `tokenize.NOTES`.
+        images: pictures of the turns before it, in order.
     """
 
     prompt: str
     answer: str
     answered: bool = True
     notes: set[str] = field(default_factory=set)
+    images: tuple[ImageFile, ...] = ()
 
 
 def trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[int]:
@@ -104,7 +106,12 @@ def _split_answer(conversation: Conversation, turn: int, prompter: Prompter, pro
         notes.add("empty_answer")  # told by the row: a template may write a blank before it
     notes |= _check_before(conversation, turn, prompt)
     stops = [rest.find(text, end) + len(text) for text in prompter.stop.texts if text in rest[end:]]
-    return Turn(prompt, rest[: min(stops)] if stops else rest, notes=notes)
+    answer = rest[: min(stops)] if stops else rest
+    return Turn(prompt, answer, notes=notes, images=_images_of(conversation.messages[:turn]))
+
+
+def _images_of(messages: Sequence[Message]) -> tuple[ImageFile, ...]:
+    return tuple(part.file for message in messages for part in message.images if part.file is not None)
 
 
 def _find_content(rest: str, content: str, notes: set[str]) -> tuple[int, int]:
@@ -154,7 +161,7 @@ def _check_before(conversation: Conversation, turn: int, prompt: str) -> set[str
         "system_left_out" for message in before if message.role == "system" and message.content.strip() not in prompt
     }
     asked = next((message for message in reversed(before) if message.role == "user"), None)
-    if asked is not None and asked.content.strip() not in prompt:
+    if asked is not None and any(text.strip() not in prompt for text in asked.texts):
         notes.add("question_altered")
     names = [_tool_name(tool) for tool in conversation.tools]
     if any(name and name not in prompt for name in names):
@@ -171,6 +178,12 @@ def _tool_name(tool: object) -> str:
 def _split_other(conversation: Conversation, turn: int, prompter: Prompter) -> Turn:
     """Split the turn of a role that nobody prompts: its content carries loss, with a stop token right behind it."""
     message = conversation.messages[turn]
+    if message.images:
+        raise TemplateError(
+            f"turn {turn + 1} ({message.role}) shows a picture, and would be trained whole",
+            where="key data.train_on",
+            fix=f"take {message.role!r} out of data.train_on: what carries loss is text alone",
+        )
     before, tools = conversation.messages[:turn], conversation.tools
     marked = Message(message.role, _CONTENT_MARK + message.content, name=message.name, call_id=message.call_id)
     with_mark = prompter.render([*before, marked], add_generation_prompt=False, tools=tools)
@@ -186,4 +199,4 @@ def _split_other(conversation: Conversation, turn: int, prompter: Prompter) -> T
     notes = set() if content == message.content else {"answer_altered"}
     behind = whole[len(head) + len(content) :]
     stop = next((text for text in prompter.stop.texts if behind.startswith(text)), "")
-    return Turn(head, content + stop, answered=False, notes=notes)
+    return Turn(head, content + stop, answered=False, notes=notes, images=_images_of(before))

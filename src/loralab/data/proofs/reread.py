@@ -77,7 +77,7 @@ def _stored_row(
     unparsed: UnparsedRow, worker: RowTokenizer, units: tuple[tuple[Branch, ...], ...], longest: int
 ) -> StoredRow:
     row = parse_row(unparsed)
-    example = build_example(worker.format, row.fields, worker.columns)
+    example = worker.images.open_all(build_example(worker.format, row.fields, worker.columns))
     twin = find_twin(row.fields) if isinstance(example, Tokens) else None
     return StoredRow(row.source, row.number, example, units, twin=twin, longest=longest)
 

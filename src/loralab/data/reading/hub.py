@@ -9,8 +9,8 @@ without one; the tests cover the forms of a name and the errors of offline mode.
 import hashlib
 import pkgutil
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +154,28 @@ def content_sha256(dataset: datasets.Dataset, *, label: str) -> str:
     return digest.hexdigest()
 
 
+def _undecoded(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Return the data set with rows of Python values, in which pictures, sound and videos stay {bytes, path}."""
+    plain = dataset.with_format(None)  # a copy, with features of its own
+    for name, feature in plain.features.items():
+        plain.info.features[name] = _undecoded_feature(feature)
+    return plain
+
+
+def _undecoded_feature(feature: Any) -> Any:
+    if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
+        return replace(feature, decode=False)
+    if isinstance(feature, Mapping):
+        return {name: _undecoded_feature(inner) for name, inner in feature.items()}
+    if isinstance(feature, datasets.List):
+        return datasets.List(_undecoded_feature(feature.feature), length=feature.length)
+    if isinstance(feature, datasets.LargeList):
+        return datasets.LargeList(_undecoded_feature(feature.feature))
+    return feature
+
+
 def dataset_rows(dataset: datasets.Dataset, name: str, start: int = 0) -> Iterator[Row]:
-    """Yield the rows as Python values.
+    """Yield the rows as Python values; pictures as the files that they are, not decoded.
 
     Args:
         dataset: the split.
@@ -168,7 +188,7 @@ def dataset_rows(dataset: datasets.Dataset, name: str, start: int = 0) -> Iterat
     if start and start >= len(dataset):
         return
     rest = dataset.select(range(start, len(dataset))) if start else dataset
-    rows: Iterator[dict[str, Any]] = iter(rest.with_format(None))
+    rows: Iterator[dict[str, Any]] = iter(_undecoded(rest))
     number = start
     while True:
         try:

@@ -97,6 +97,7 @@ def describe_tokenizing(workers: Sequence[RowTokenizer]) -> dict[str, str]:
         "template": _hash(prompter.tokenizer.chat_template),
         "stop_tokens": json.dumps(prompter.stop.texts),
         "stop_token_ids": json.dumps(prompter.stop.ids),
+        **({} if prompter.pictures is None else {"pictures": prompter.pictures.fingerprint}),
     }
 
 

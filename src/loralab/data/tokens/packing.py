@@ -4,6 +4,7 @@ Owns the columns of the arrays. One chunk of rows is one `PackedRows`: a few arr
 process in a hundredth of the time that thousands of small ones take.
 """
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from loralab.data.example import TokenIds
+from loralab.data.example import Branch, TokenIds
 from loralab.data.tokens.tokenize import NOTES, Unit
 
 Integers: TypeAlias = npt.NDArray[np.int64]
@@ -22,6 +23,12 @@ RowUnits: TypeAlias = tuple[int, list[Unit]]
 EXAMPLE_COLUMNS = ("row", "source", "unit", "first_branch", "branches", "notes", "length", "supervised")
 BRANCH_COLUMNS = ("start", "prompt", "answer")
 DROP_COLUMNS = ("unit", "source", "row", "reason")
+# One row for each picture in a prompt, in the order of branches. The hash of its bytes is four numbers; its path
+# lies in an array of bytes of its own.
+IMAGE_COLUMNS = (
+    *("branch", "start", "length", "rows", "columns", "width", "height", "size_bytes", "modified_ns"),
+    *("hash_1", "hash_2", "hash_3", "hash_4", "path_start", "path_bytes"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,8 @@ class PackedRows:
         drops: `DROP_COLUMNS` of each dropped unit; reasons by their place in `reasons`.
         reasons: why units were dropped.
         systems: kept units by system message, None for those without one, in order of appearance.
+        images: `IMAGE_COLUMNS` of each picture; branches and bytes of paths count from the first here.
+        paths: of these pictures, UTF-8, one behind the other.
     """
 
     rows: int
@@ -47,6 +56,8 @@ class PackedRows:
     drops: Integers
     reasons: tuple[str, ...]
     systems: dict[str | None, int]
+    images: Integers
+    paths: npt.NDArray[np.uint8]
 
 
 def pack_rows(rows: Sequence[RowUnits]) -> PackedRows:
@@ -69,6 +80,8 @@ def pack_rows(rows: Sequence[RowUnits]) -> PackedRows:
         branches += sizes
         pieces += [ids for branch in unit.branches for ids in (branch.prompt_ids, branch.answer_ids)]
         systems[unit.system] += 1
+    kept = [branch for _, unit in units if unit.dropped is None for branch in unit.branches]
+    images, paths = _pack_images(kept)
     lengths = _table(branches, 2)
     starts = np.cumsum(lengths.sum(axis=1)) - lengths.sum(axis=1)
     return PackedRows(
@@ -80,7 +93,31 @@ def pack_rows(rows: Sequence[RowUnits]) -> PackedRows:
         drops=_table(drops, len(DROP_COLUMNS)),
         reasons=tuple(reasons),
         systems=dict(systems),
+        images=images,
+        paths=paths,
     )
+
+
+def _pack_images(branches: Sequence[Branch]) -> tuple[Integers, npt.NDArray[np.uint8]]:
+    """Return the pictures of branches, and their paths, each of which stands there once."""
+    rows: list[tuple[int, ...]] = []
+    places: dict[str, tuple[int, int]] = {}
+    written = bytearray()
+    for number, branch in enumerate(branches):
+        for image in branch.images:
+            file = image.file
+            if file.path not in places:
+                raw = os.fsencode(file.path)
+                places[file.path] = len(written), len(raw)
+                written += raw
+            shape = number, image.start, image.length, image.rows, image.columns
+            seen = file.width, file.height, file.size_bytes, file.modified_ns
+            rows.append((*shape, *seen, *_hash_numbers(file.sha256), *places[file.path]))
+    return _table(rows, len(IMAGE_COLUMNS)), np.frombuffer(bytes(written), dtype=np.uint8)
+
+
+def _hash_numbers(sha256: str) -> tuple[int, ...]:
+    return tuple(np.frombuffer(bytes.fromhex(sha256), dtype="<i8").tolist())
 
 
 def _table(rows: Sequence[tuple[int, ...]], columns: int) -> Integers:

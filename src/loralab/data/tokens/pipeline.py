@@ -20,6 +20,7 @@ from typing import Literal, TypeAlias
 from loralab.data.example import Example
 from loralab.data.formats.fields import RowError
 from loralab.data.formats.table import build_example
+from loralab.data.images.files import ImageFolder
 from loralab.data.prompts.prompter import Prompter
 from loralab.data.reading.json_rows import parse_row
 from loralab.data.reading.rows import JsonLine, Row, UnparsedRow
@@ -50,6 +51,7 @@ class RowTokenizer:
         columns: column of the data for each field of the format.
         settings: what decides on tokens.
         on_bad_row: "error" or "drop".
+        images: where the pictures of these rows lie.
     """
 
     prompter: Prompter
@@ -57,6 +59,7 @@ class RowTokenizer:
     columns: dict[str, str]
     settings: TokenizeSettings
     on_bad_row: Literal["error", "drop"]
+    images: ImageFolder
 
     def __call__(self, rows: Sequence[UnparsedRow]) -> list[RowUnits]:
         """Return number and units of each row.
@@ -76,7 +79,7 @@ class RowTokenizer:
 
     def _example(self, row: Row) -> Example | None:
         try:
-            return build_example(self.format, row.fields, self.columns)
+            return self.images.open_all(build_example(self.format, row.fields, self.columns))
         except RowError as error:
             if self.on_bad_row == "drop":
                 return None

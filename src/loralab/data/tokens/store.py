@@ -7,6 +7,7 @@ Writing is `store_writer.py`'s.
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -14,8 +15,15 @@ from typing import Any, BinaryIO, overload
 import numpy as np
 import numpy.typing as npt
 
-from loralab.data.example import Branch, TokenIds, TokenizedExample
-from loralab.data.tokens.packing import BRANCH_COLUMNS, DROP_COLUMNS, EXAMPLE_COLUMNS, Integers, note_bit
+from loralab.data.example import Branch, ImageFile, PlacedImage, TokenIds, TokenizedExample
+from loralab.data.tokens.packing import (
+    BRANCH_COLUMNS,
+    DROP_COLUMNS,
+    EXAMPLE_COLUMNS,
+    IMAGE_COLUMNS,
+    Integers,
+    note_bit,
+)
 from loralab.run import file_sha256
 
 MANIFEST = "manifest.json"
@@ -25,6 +33,8 @@ ARRAYS: dict[str, tuple[str, int]] = {
     "branches.bin": ("<i8", len(BRANCH_COLUMNS)),
     "examples.bin": ("<i8", len(EXAMPLE_COLUMNS)),
     "drops.bin": ("<i8", len(DROP_COLUMNS)),
+    "images.bin": ("<i8", len(IMAGE_COLUMNS)),
+    "paths.bin": ("u1", 1),
 }
 _ROW, _SOURCE, _UNIT, _FIRST, _COUNT, _NOTES, _LENGTH, _SUPERVISED = range(len(EXAMPLE_COLUMNS))
 # Hashing goes through the store in blocks of this many examples and bytes, whatever its size.
@@ -62,7 +72,30 @@ class TokenStore(Sequence[TokenizedExample]):
     def _branch(self, index: int) -> Branch:
         start, prompt, answer = self._arrays.branches[index].tolist()
         middle, tokens = start + prompt, self._arrays.tokens
-        return Branch(tokens[start:middle], tokens[middle : middle + answer])
+        return Branch(tokens[start:middle], tokens[middle : middle + answer], self._arrays.images_of(index))
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any row of the whole store has a picture."""
+        return bool(len(self._arrays.images))
+
+    def images(self) -> list[ImageFile]:
+        """Return the pictures of these examples, each once, in order of appearance."""
+        if not self.has_images:
+            return []
+        firsts, counts = self._column(_FIRST), self._column(_COUNT)
+        steps = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        branches = np.repeat(firsts, counts) + steps
+        found = {image.file.sha256: image.file for branch in branches.tolist() for image in self._arrays.images_of(branch)}
+        return list(found.values())
+
+    def image_uses(self) -> int:
+        """Return how many times a picture stands in a prompt of these examples."""
+        if not self.has_images:
+            return 0
+        firsts, counts = self._column(_FIRST), self._column(_COUNT)
+        ends = np.searchsorted(self._arrays.image_branches, firsts + counts)
+        return int((ends - np.searchsorted(self._arrays.image_branches, firsts)).sum())
 
     @property
     def units(self) -> Integers:
@@ -122,7 +155,17 @@ class TokenStore(Sequence[TokenizedExample]):
                 pieces = zip(starts[[0, *breaks]].tolist(), ends[[*(breaks - 1), -1]].tolist(), strict=True)
                 for start, end in pieces:
                     _hash_tokens(digest, stream, start, end)
+        self._hash_images(digest)
         return digest.hexdigest()
+
+    def _hash_images(self, digest: "hashlib._Hash") -> None:
+        """Hash which pictures stand where; nothing where there are none."""
+        if not self.has_images:
+            return
+        for example in self:
+            for branch in example.branches:
+                shown = [(i.start, i.length, i.rows, i.columns, i.file.sha256) for i in branch.images]
+                digest.update(repr(shown).encode())
 
     @property
     def tokens(self) -> TokenIds:
@@ -167,6 +210,23 @@ class _Arrays:
         self.tokens = _open_array(folder, "tokens.bin").reshape(-1)
         self.branches = _open_array(folder, "branches.bin")
         self.examples = _open_array(folder, "examples.bin")
+        self.images = _open_array(folder, "images.bin")
+        self._paths = _open_array(folder, "paths.bin").reshape(-1)
+        self.image_branches = np.ascontiguousarray(self.images[:, 0])
+
+    def images_of(self, branch: int) -> tuple[PlacedImage, ...]:
+        """Return the pictures in a branch's prompt."""
+        if not len(self.images):
+            return ()
+        first, last = np.searchsorted(self.image_branches, (branch, branch + 1)).tolist()
+        return tuple(self._image(row) for row in self.images[first:last])
+
+    def _image(self, row: Integers) -> PlacedImage:
+        _, start, length, rows, columns, width, height, size, modified = row[:9].tolist()
+        where, long = row[13:].tolist()
+        path = os.fsdecode(self._paths[where : where + long].tobytes())
+        sha256 = np.ascontiguousarray(row[9:13]).tobytes().hex()
+        return PlacedImage(ImageFile(path, sha256, width, height, size, modified), start, length, rows, columns)
 
 
 def _open_array(folder: Path, name: str) -> npt.NDArray[Any]:

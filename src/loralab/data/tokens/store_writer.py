@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from loralab.data.tokens.packing import EXAMPLE_COLUMNS, PackedRows
+from loralab.data.tokens.packing import EXAMPLE_COLUMNS, IMAGE_COLUMNS, PackedRows
 from loralab.data.tokens.store import ARRAYS, MANIFEST, content_hash
 
 PROGRESS = "progress.json"
@@ -38,6 +38,7 @@ class Progress:
         branches: of these.
         tokens: of these, as they lie in the file.
         supervised_tokens: of these.
+        path_bytes: of the paths of pictures, as they lie in the file.
         total_tokens: sum of the lengths of each example's longest branch.
         largest_id: the largest token id.
         reasons: why units were dropped, in order of appearance.
@@ -53,6 +54,7 @@ class Progress:
     branches: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
+    path_bytes: int = 0
     total_tokens: int = 0
     largest_id: int = 0
     reasons: list[str] = field(default_factory=list)
@@ -119,7 +121,11 @@ class StoreWriter:
         if len(drops):
             drops += np.asarray([progress.units, source, 0, 0])
             drops[:, 3] = numbers[drops[:, 3]]
-        arrays: tuple[npt.NDArray[Any], ...] = (packed.tokens, branches, examples, drops)
+        images = packed.images
+        if len(images):
+            images[:, IMAGE_COLUMNS.index("branch")] += progress.branches
+            images[:, IMAGE_COLUMNS.index("path_start")] += progress.path_bytes
+        arrays: tuple[npt.NDArray[Any], ...] = (packed.tokens, branches, examples, drops, images, packed.paths)
         for (name, (kind, _)), array in zip(ARRAYS.items(), arrays, strict=True):
             raw = np.ascontiguousarray(array, dtype=kind).data.cast("B") if array.size else b""
             self._files[name].write(raw)
@@ -139,6 +145,7 @@ class StoreWriter:
         progress.examples += len(examples)
         progress.branches += len(packed.branches)
         progress.tokens += len(packed.tokens)
+        progress.path_bytes += len(packed.paths)
         progress.total_tokens += int(examples[:, EXAMPLE_COLUMNS.index("length")].sum())
         progress.supervised_tokens += int(examples[:, EXAMPLE_COLUMNS.index("supervised")].sum())
         progress.largest_id = max(progress.largest_id, int(packed.tokens.max(initial=0)))

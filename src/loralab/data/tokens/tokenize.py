@@ -11,10 +11,19 @@ from typing import Literal
 
 import numpy as np
 
-from loralab.data.example import Branch, Conversation, Document, Example, Message, Preformatted, Tokens
+from loralab.data.example import (
+    Branch,
+    Conversation,
+    Document,
+    Example,
+    Message,
+    PlacedImage,
+    Preformatted,
+    Tokens,
+)
 from loralab.data.prompts.prompter import Prompter, adds_bos
 from loralab.data.prompts.turns import TrainOn, Turn, split_turns, trained_turns
-from loralab.errors import DataError, MaskError
+from loralab.errors import DataError, MaskError, TemplateError
 
 IGNORED = -100
 
@@ -123,12 +132,28 @@ class _Encoded:
     turn: Turn
     prompt: list[int]
     answer: list[int]
+    images: tuple[PlacedImage, ...] = ()
 
 
 def _encode(turns: Sequence[Turn], prompter: Prompter) -> list[_Encoded]:
     prompts = prompter.encode([turn.prompt for turn in turns])
     answers = prompter.encode_answers([turn.answer for turn in turns])
-    return [_Encoded(*each) for each in zip(turns, prompts, answers, strict=True)]
+    encoded = []
+    for turn, prompt, answer in zip(turns, prompts, answers, strict=True):
+        placed, images = prompter.place(prompt, turn.images)
+        _refuse_marker(answer, prompter)
+        encoded.append(_Encoded(turn, placed, answer, images))
+    return encoded
+
+
+def _refuse_marker(answer: Sequence[int], prompter: Prompter) -> None:
+    """Refuse an answer that holds the token of pictures, which would take a feature where there is none."""
+    if prompter.pictures is not None and prompter.pictures.token in answer:
+        raise TemplateError(
+            f"an answer holds {prompter.pictures.marker}, which stands for a picture",
+            where="the row's answer",
+            fix="take that token out of the text, or set data.on_bad_row: drop",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +264,12 @@ def _add_turn(unit: Unit, encoded: _Encoded, prompter: Prompter, settings: Token
     notes = set(encoded.turn.notes)
     length = len(prompt) + len(answer)
     if settings.train_on == "all":
+        if encoded.images:
+            raise DataError(
+                "a row with a picture under data.train_on 'all': there is no label for what stands for a picture",
+                where="key data.train_on",
+                fix="set data.train_on: response, or a list of roles",
+            )
         prompt, answer = prompt[:1], [*prompt[1:], *answer]
     if length > settings.max_length:
         dropped = _refuse_long(len(prompt), length, settings)
@@ -247,7 +278,7 @@ def _add_turn(unit: Unit, encoded: _Encoded, prompter: Prompter, settings: Token
         answer = answer[: settings.max_length - len(prompt)]
         notes.add("truncated")
     _refuse_doubled_bos([*prompt[:2], *answer[:1]], prompter)  # of `all`, the prompt is one token
-    unit.branches.append(_branch(prompt, answer))
+    unit.branches.append(_branch(prompt, answer, encoded.images))
     unit.notes |= notes  # not before: a turn that is left out leaves no trace
     return None
 
@@ -330,5 +361,5 @@ def _supervised_spans(labels: Sequence[int]) -> list[tuple[int, int]]:
     return [(int(start), int(end)) for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def _branch(prompt: Sequence[int], answer: Sequence[int]) -> Branch:
-    return Branch(np.asarray(prompt, dtype=np.int32), np.asarray(answer, dtype=np.int32))
+def _branch(prompt: Sequence[int], answer: Sequence[int], images: Sequence[PlacedImage] = ()) -> Branch:
+    return Branch(np.asarray(prompt, dtype=np.int32), np.asarray(answer, dtype=np.int32), images)

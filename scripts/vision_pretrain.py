@@ -1,0 +1,287 @@
+"""How the vision base is taught: fresh pictures and prose at every step, and a probe of what it knows."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
+
+from vision_base import END, IMAGE, IMAGE_TOKENS, MERGE, PATCH, VISION_END, VISION_START, new_processor
+from vision_prose import MARK, plain, say_all, sayings, sentence
+from vision_world import SIDE, Scene, draw, make_scene
+
+BATCH, TEXT_LENGTH = 64, 48
+PEAK_RATE, FLOOR_RATE, WARMUP_STEPS, WEIGHT_DECAY, CLIP = 2.5e-3, 2e-5, 150, 0.02, 1.0
+# Words that the picture does not settle teach only style.
+PLAIN_WEIGHT = 0.25
+# At first mostly whole lists: every word of them is settled, so the vision tower learns fastest from them.
+LIST_SHARE_EARLY, LIST_SHARE_LATE, EARLY_PART = 0.7, 0.15, 0.12
+LINES_SHARE, DIGEST_DOCUMENTS, REPORT_EVERY, SAVE_EVERY = 0.5, 2000, 100, 500
+GRID = SIDE // PATCH
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pretraining run is told.
+
+    Attributes:
+        steps: how many.
+        seed: of the pictures and the prose.
+        probe_seed: of the held-out pictures.
+    """
+
+    steps: int
+    seed: int
+    probe_seed: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures and prose as tensors.
+
+    Attributes:
+        pixels: (B * patches, patch size).
+        ids: (B, T) token ids, the picture's placeholders first.
+        weights: (B, T) of each token in the loss; 0 for placeholders and padding.
+        marks: for each settled token its row, its place and its mark.
+    """
+
+    pixels: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    marks: list[tuple[int, int, str]]
+
+
+Pair = tuple[Scene, str]
+
+
+def document(rng: random.Random, scene: Scene, list_share: float) -> str:
+    """Some true sentences on a scene, with marks: prose, or lines in lower case.
+
+    Args:
+        rng: The random source.
+        scene: What they are about.
+        list_share: How often the list of all shapes comes first.
+    """
+    lines = rng.random() < LINES_SHARE
+    said = sayings(rng, scene)
+    parts = [say_all(scene)] if rng.random() < list_share else []
+    parts += [next(said) for _ in range(rng.choice((1, 4, 5, 6)) - len(parts))]
+    return "\n".join(parts) if lines else " ".join(map(sentence, parts))
+
+
+def unmark(text: str) -> tuple[str, list[tuple[int, int, str]]]:
+    """Takes the marks out of a text and returns where the marked words begin and end."""
+    words, spans, done = "", [], 0
+    for match in MARK.finditer(text):
+        words += text[done : match.start()]
+        spans.append((len(words), len(words) + len(match[2]), match[1]))
+        words, done = words + match[2], match.end()
+    return words + text[done:], spans
+
+
+class Encoder:
+    """Turns scenes and documents into tensors, through the base's own processor."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Takes the tokenizer whose ids the model reads."""
+        self.tokenizer = tokenizer
+        self.pictures: Qwen2VLImageProcessor = new_processor(tokenizer).image_processor
+        marks = [VISION_START, *[IMAGE] * IMAGE_TOKENS, VISION_END]
+        self.prefix: list[int] = tokenizer.convert_tokens_to_ids(marks)
+        self.end: int = tokenizer.convert_tokens_to_ids(END)
+
+    def pixels(self, scenes: list[Scene]) -> torch.Tensor:
+        """The drawn scenes as the vision tower reads them."""
+        return self.pictures([draw(scene) for scene in scenes], return_tensors="pt")["pixel_values"]
+
+    def batch(self, pairs: list[Pair]) -> Batch:
+        """Scenes and documents as one batch; whole sentences are not kept at the cut."""
+        texts, spans = zip(*(unmark(text) for _, text in pairs), strict=True)
+        read = self.tokenizer(list(texts), return_offsets_mapping=True)
+        start, rows = len(self.prefix), []
+        weights = torch.zeros(len(pairs), start + TEXT_LENGTH)
+        marks = []
+        for row, ids in enumerate(read["input_ids"]):
+            kept = [*ids, self.end][:TEXT_LENGTH]
+            weights[row, start : start + len(kept)] = PLAIN_WEIGHT
+            for place, (low, high) in enumerate(read["offset_mapping"][row][:TEXT_LENGTH]):
+                for begin, stop, mark in spans[row]:
+                    if low < stop and high > begin:
+                        weights[row, start + place] = 1.0
+                        marks.append((row, start + place, mark))
+            rows.append([*self.prefix, *kept, *[self.end] * (TEXT_LENGTH - len(kept))])
+        return Batch(self.pixels([scene for scene, _ in pairs]), torch.tensor(rows), weights, marks)
+
+
+def positions(rows: int, length: int) -> torch.Tensor:
+    """Position ids (3, B, T) of a picture in front of text, as the model itself would count them."""
+    across = SIDE // (PATCH * MERGE)
+    place = torch.arange(IMAGE_TOKENS)
+    picture = 1 + torch.stack([torch.zeros_like(place), place // across, place % across])
+    behind = torch.arange(length - IMAGE_TOKENS - 1) + 1 + across
+    one = torch.cat([torch.zeros(3, 1, dtype=torch.long), picture, behind.expand(3, -1)], dim=1)
+    return one[:, None].expand(3, rows, length)
+
+
+def logits(model: Qwen2VLForConditionalGeneration, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The model's logits (B, T, V) for a picture and text a row."""
+    rows, length = ids.shape
+    out = model(
+        input_ids=ids,
+        pixel_values=pixels,
+        image_grid_thw=torch.tensor([[1, GRID, GRID]] * rows),
+        position_ids=positions(rows, length),
+        mm_token_type_ids=(ids == model.config.image_token_id).long(),
+        use_cache=False,
+    )
+    return out.logits
+
+
+def list_share(step: int, plan: Plan) -> float:
+    """How often a document of a step begins with the list of all shapes."""
+    return LIST_SHARE_EARLY if step < EARLY_PART * plan.steps else LIST_SHARE_LATE
+
+
+def pairs_of(step: int, plan: Plan, count: int) -> list[Pair]:
+    """The scenes and documents of a step, the same at every run."""
+    rng = random.Random(f"{plan.seed}:{step}")
+    scenes = [make_scene(rng) for _ in range(count)]
+    return [(scene, document(rng, scene, list_share(step, plan))) for scene in scenes]
+
+
+def pretraining_digest(tokenizer: PreTrainedTokenizerFast, plan: Plan) -> str:
+    """SHA-256 over the first documents, their token ids and their pictures' pixels."""
+    digest = hashlib.sha256()
+    for step in range(DIGEST_DOCUMENTS // BATCH):
+        for scene, text in pairs_of(step, plan, BATCH):
+            words = plain(text)
+            digest.update(words.encode() + repr(tokenizer(words)["input_ids"]).encode())
+            digest.update(draw(scene).tobytes())
+    return digest.hexdigest()
+
+
+def rate_at(step: int, plan: Plan) -> float:
+    """Learning rate of a step: linear warm-up, then a cosine down to the floor."""
+    if step < WARMUP_STEPS:
+        return PEAK_RATE * (step + 1) / WARMUP_STEPS
+    part = (step - WARMUP_STEPS) / max(1, plan.steps - WARMUP_STEPS)
+    return FLOOR_RATE + (PEAK_RATE - FLOOR_RATE) * 0.5 * (1 + math.cos(math.pi * part))
+
+
+def loss_of(model: Qwen2VLForConditionalGeneration, batch: Batch) -> torch.Tensor:
+    """Weighted mean loss of the next tokens."""
+    # bfloat16 halves the time on CPUs that have it; the weights stay float32.
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = logits(model, batch.pixels, batch.ids)
+    kept = batch.weights[:, 1:] > 0
+    each = functional.cross_entropy(scores[:, :-1][kept].float(), batch.ids[:, 1:][kept], reduction="none")
+    weights = batch.weights[:, 1:][kept]
+    return (each * weights).sum() / weights.sum()
+
+
+def pretrain(
+    model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, plan: Plan, scratch: Path
+) -> None:
+    """Trains the model in place; goes on from the scratch folder's checkpoint if there is one.
+
+    Args:
+        model: The model, changed in place.
+        tokenizer: Its tokenizer.
+        plan: Steps and seeds.
+        scratch: Folder of the checkpoint.
+    """
+    encoder, saved = Encoder(tokenizer), scratch / "checkpoint.pt"
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+    first = 0
+    if saved.is_file():
+        state = torch.load(saved, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    begun, losses = time.monotonic(), []
+    for step in range(first, plan.steps):
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, plan)
+        loss = loss_of(model, encoder.batch(pairs_of(step, plan, BATCH)))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        done = step + 1
+        if done % REPORT_EVERY == 0 or done == plan.steps:
+            recent = sum(losses[-REPORT_EVERY:]) / len(losses[-REPORT_EVERY:])
+            print(f"step {done}/{plan.steps} loss {recent:.4f} {time.monotonic() - begun:.0f} s", flush=True)
+        if done % SAVE_EVERY == 0:
+            found = probe(model, tokenizer, plan.probe_seed, 256)
+            print("probe", " ".join(f"{k} {r / n:.1%}" for k, (r, n) in sorted(found.items())), flush=True)
+            scratch.mkdir(parents=True, exist_ok=True)
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}, saved)
+
+
+@torch.no_grad()
+def probe(
+    model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, seed: int, count: int
+) -> dict[str, tuple[int, int]]:
+    """Counts how many settled words the model predicts, one sentence a held-out picture.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        seed: Of the pictures and sentences; another one than that of training.
+        count: How many sentences.
+
+    Returns:
+        Right ones and all of them, for each mark, and for the lists of all shapes under "list".
+    """
+    rng = random.Random(f"probe:{seed}")
+    encoder, found = Encoder(tokenizer), defaultdict(lambda: (0, 0))
+    model.eval()
+    while count > 0:
+        scenes = [make_scene(rng) for _ in range(BATCH)]
+        batch = encoder.batch([(scene, _settled(rng, scene)) for scene in scenes])
+        best = logits(model, batch.pixels, batch.ids).argmax(-1)
+        for row, place, mark in batch.marks:
+            right, asked = found[mark]
+            found[mark] = right + int(best[row, place - 1] == batch.ids[row, place]), asked + 1
+        count -= BATCH
+    return dict(found)
+
+
+def _settled(rng: random.Random, scene: Scene) -> str:
+    """A sentence with just one marked word, so that no word before it gives the answer away."""
+    said = sayings(rng, scene)
+    return next(text for text in said if len(MARK.findall(text)) == 1)
+
+
+@torch.no_grad()
+def captions(
+    model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, seed: int, count: int
+) -> list[tuple[str, str]]:
+    """Lists of held-out pictures: the true one and the one that the model writes, greedily.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        seed: Of the pictures.
+        count: How many pictures.
+    """
+    rng = random.Random(f"captions:{seed}")
+    encoder, scenes = Encoder(tokenizer), [make_scene(rng) for _ in range(count)]
+    model.eval()
+    pixels = encoder.pixels(scenes)
+    ids = torch.tensor([encoder.prefix] * count)
+    for _ in range(TEXT_LENGTH):
+        ids = torch.cat([ids, logits(model, pixels, ids)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    texts = tokenizer.batch_decode(ids[:, len(encoder.prefix) :])
+    return [(plain(say_all(scene)), text.split(END)[0]) for scene, text in zip(scenes, texts, strict=True)]

@@ -1,0 +1,1 @@
+"""Pictures: their files, and what a model's processor makes of them."""
