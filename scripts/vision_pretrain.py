@@ -200,6 +200,8 @@ def pretrain(
         scratch: Folder of the checkpoint.
     """
     encoder, saved = Encoder(tokenizer), scratch / "checkpoint.pt"
+    # On CPUs the fused kernel's backward takes longer than plain matrix products at this size.
+    model.set_attn_implementation("eager")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
     first = 0
     if saved.is_file():

@@ -185,7 +185,11 @@ def vqa_rows(folder: Path, pictures: int, *, questions: int = 3) -> list[dict[st
         name = f"images/{number}.png"
         draw_picture(folder / name, number, size=sizes[number % 3])
         rows += [
-            {"image": name, "question": f"is the {'cat dog bird red'.split()[q % 4]} {q}?", "answer": f"one {q} {number}"}
+            {
+                "image": name,
+                "question": f"is the {'cat dog bird red'.split()[q % 4]} {q}?",
+                "answer": f"one {q} {number}",
+            }
             for q in range(questions)
         ]
     return rows

@@ -107,6 +107,21 @@ def is_projector_layer(name: str, family: VisionFamily) -> bool:
     return _below(name, family.projector)
 
 
+def is_unread_layer(name: str, config: PreTrainedConfig, family: VisionFamily) -> bool:
+    """Return whether a module lies in a layer of the tower behind the one whose output is taken as features.
+
+    LLaVA takes the last layer but one: what was trained behind it would have no gradient.
+    """
+    taken = getattr(config, "vision_feature_layer", None)
+    layers = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
+    if taken is None or layers is None or not _below(name, family.tower):
+        return False
+    # Of the outputs 0 (embeddings) to `layers`; a list names several, of which the last counts.
+    last = max(number % (layers + 1) for number in ([taken] if isinstance(taken, int) else taken))
+    number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+    return number is not None and number >= last
+
+
 def vision_modules(model: PreTrainedModel, family: VisionFamily) -> list[nn.Module]:
     """Return tower and projector of a model."""
     parts = {family.tower, family.projector}

@@ -97,6 +97,8 @@ SHARED = {"tools": as_it_is_or_json(st.lists(TOOL, max_size=2))}
 IDS = st.lists(st.integers(0, 9), min_size=1, max_size=4)
 SEGMENT = st.fixed_dictionaries({"text": TEXT, "train": FLAG.filter(lambda flag: flag is not None)})
 HISTORY = as_it_is_or_json(st.lists(st.tuples(TEXT, TEXT).map(list)))
+PICTURE = st.sampled_from(["a.png", b"bytes", {"bytes": b"bytes", "path": None}, {"bytes": None, "path": "a.png"}])
+PICTURES = PICTURE | st.lists(PICTURE, min_size=1, max_size=2)
 GOOD_ROWS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "tokenized": IDS.map(lambda ids: {"input_ids": ids, "labels": [*ids], "attention_mask": [1] * len(ids)}),
     "segments": st.lists(SEGMENT, max_size=2).map(lambda some: {"segments": [*some, {"text": "a", "train": True}]}),
@@ -114,6 +116,10 @@ GOOD_ROWS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         {"prompt": MESSAGES | TEXT, "completion": MESSAGES | MESSAGES.map(lambda some: some[0])}, optional=SHARED
     ),
     "prompt_completion": st.fixed_dictionaries({"prompt": TEXT, "completion": TEXT}, optional={"system": TEXT}),
+    "vqa": st.fixed_dictionaries(
+        {"image": PICTURES, "question": TEXT, "answer": TEXT | st.lists(TEXT, min_size=1, max_size=3)},
+        optional={"context": TEXT, "system": TEXT},
+    ),
     "yes_no": st.fixed_dictionaries(
         {"question": TEXT, "answer": st.sampled_from(["Yes.", "no", " maybe", True, 0])}, optional={"passage": TEXT}
     ),
@@ -123,7 +129,7 @@ GOOD_ROWS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
 
 
 # What may turn up in an object that has something else there, or nothing.
-KEYS = ("role", "from", "content", "value", "train", "weight", "mask", "tool_calls", "function", "type", "x")
+KEYS = ("role", "from", "content", "value", "train", "weight", "mask", "tool_calls", "function", "type", "image", "x")
 
 
 @st.composite

@@ -17,7 +17,7 @@ MARKER = "<image>"
 COLUMNS = ("images", "image")
 Parts = tuple[str | ImagePart, ...]
 _OTHER_MEDIA = ("videos", "video", "audios", "audio")
-_NOTHING = (None, "", "[]", [], ())
+_NOTHING: tuple[object, ...] = (None, "", "[]", [], ())
 _DATA_URL = re.compile(r"data:(?P<kind>[^,]*),", re.IGNORECASE)
 _SCHEME = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 # One line break that sets a marker apart from text goes with it.
@@ -125,7 +125,8 @@ class Gallery:
     Attributes:
         pictures: of the column, in order.
         column: its name, for messages; "" where the row has none.
-        marked: whether `<image>` in a text stands for a picture: where the row has a picture column.
+        marked: whether `<image>` in a text stands for a picture: where the row has a column of them, even if
+            it is empty. Where there is none, the word is text as any other.
     """
 
     pictures: Sequence[ImagePart] = ()
@@ -177,9 +178,7 @@ class Gallery:
         if self._asked and set(self._asked) != set(range(given)):
             held = f"field {self.column!r} holds {given}" if self.column else "the row has no column of pictures"
             raise RowError(f"the turns ask for {len(self._asked)} pictures ({MARKER} or parts without a value); {held}")
-        if self._asked:
-            return list(messages)
-        if not given:
+        if self._asked or not given:
             return list(messages)
         if any(message.images for message in messages):
             raise RowError(
@@ -204,10 +203,13 @@ def open_gallery(row: Fields) -> Gallery:
     """
     refuse_other_media(row)
     names = [name for name in COLUMNS if name in row]
+    if len(names) > 1 and row[names[0]] is row[names[1]]:  # one column that goes by both names
+        names = names[1:]
     held = [name for name in names if row[name] not in _NOTHING]
-    if len(held) > 1 and row[held[0]] != row[held[1]]:
-        raise RowError(f"two fields hold pictures: {' and '.join(held)}; keep one of them")
     if not held:
         # A column of nothing is a row without pictures: its markers, if any, are too many.
         return Gallery(column=names[0] if names else "", marked=bool(names))
-    return Gallery(read_pictures(row[held[0]], f"field {held[0]!r}"), held[0], marked=True)
+    pictures, *others = [read_pictures(row[name], f"field {name!r}") for name in held]
+    if any(other != pictures for other in others):
+        raise RowError(f"two fields hold pictures that differ, {' and '.join(held)}: keep one of them")
+    return Gallery(pictures, held[0], marked=True)

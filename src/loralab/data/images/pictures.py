@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from loralab.errors import excerpt
 
@@ -142,7 +142,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         moves = image.format != "MPO" and bool(getattr(image, "is_animated", False))
     except (PictureError, MemoryError):
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise PictureError(_describe_stranger(data)) from None
     except Image.DecompressionBombError as error:
         found = re.search(r"\d+", str(error))

@@ -121,8 +121,9 @@ def test_parts_become_one_turn(content: Any, expected: Message) -> None:
     [
         ([{"type": "text", "text": "b"}, {"type": "reasoning", "text": "r"}], "[1]: reasoning behind text"),
         ([{"type": "tool_call", "value": {"name": "w"}}, "b"], "[1]: text behind tool_call"),
-        ([{"type": "image_url", "image_url": {"url": "x"}}], "[0] is of type image_url: this version trains on text"),
-        ([{"type": "image"}], "[0] is of type image: this version trains on text, vision is not in it"),
+        ([{"type": "video", "video": "x.mp4"}], "[0] is of type video: videos and sound are not read"),
+        ([{"type": "input_audio"}], "[0] is of type input_audio: videos and sound are not read"),
+        ([{"type": "image"}], "[0] has none of image, path, url, value, image_url, bytes; its keys: type"),
         ([{"type": "poem", "text": "b"}], "[0].type is 'poem', no known part"),
         ([{"text": "b"}], "[0] has no 'type'; its keys: text"),
         ([{"type": "text"}], "[0] has none of text, value, content; its keys: type"),
@@ -356,9 +357,10 @@ def test_rows_of_a_parquet_file_are_those_of_json(tmp_path: Path) -> None:
     assert [build_example("messages", row, {}) for row in rows] == [read(*turns) for turns in conversations]
 
 
-def test_pictures_are_refused() -> None:
-    assert error_of(USER, images=["x.png"]).startswith("field 'images' holds ['x.png']: this version trains on text")
-    assert read(USER, images=[], image=None).messages == (Message("user", "a"),)
+def test_videos_and_sound_are_refused() -> None:
+    expected = "field 'videos' holds ['x.mp4']: videos and sound are not read (drop the column if the text stands"
+    assert error_of(USER, videos=["x.mp4"]).startswith(expected)
+    assert read(USER, videos=[], audio=None).messages == (Message("user", "a"),)
 
 
 @pytest.mark.parametrize(

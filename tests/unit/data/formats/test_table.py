@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from loralab.config.schema import Config, DataConfig
-from loralab.data.example import Conversation, Document, Example, Message, Preformatted, Segment, Tokens
+from loralab.data.example import Conversation, Document, Example, ImagePart, Message, Preformatted, Segment, Tokens
 from loralab.data.formats.fields import RowError
 from loralab.data.formats.table import FORMATS, build_example, check_format_names, rename_columns, resolve_format
 from loralab.data.prompts.templates import TEMPLATES
@@ -19,6 +19,12 @@ def turns(*texts: str, system: str | None = None) -> Conversation:
     """Return a conversation of alternating turns, beginning with the user's."""
     first = () if system is None else (Message("system", system),)
     return Conversation((*first, *(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts))))
+
+
+def seen(question: str, answer: str, *pictures: str | bytes) -> Conversation:
+    """Return a question behind its pictures, and its answer."""
+    parts = (*map(ImagePart, pictures), *([question] if question else []))
+    return Conversation((Message("user", question, parts=parts), Message("assistant", answer)))
 
 
 def detect(first: dict[str, Any], **columns: str) -> tuple[str, str]:
@@ -54,6 +60,14 @@ GOOD: list[tuple[str, dict[str, Any], Example]] = [
         "question_answer",
         {"question": "a?", "answer": "b", "context": "c.", "system_prompt": "s"},
         turns("c.\n\na?", "b", system="s"),
+    ),
+    ("vqa", {"image": "x.png", "question": "a?", "answer": "yes"}, seen("a?", "yes", "x.png")),
+    ("vqa", {"images": ["x.png", b"y"], "question": "a?", "answer": "b"}, seen("a?", "b", "x.png", b"y")),
+    ("vqa", {"image_path": "x.png", "question": "", "answers": ["c", "b", "b"]}, seen("", "b", "x.png")),
+    (
+        "vqa",
+        {"picture": {"path": "x", "bytes": b"y"}, "context": "c.", "question": "a?", "answer": [{"answer": "b"}]},
+        seen("c.\n\na?", "b", b"y"),
     ),
     ("yes_no", {"question": "a?", "answer": True}, turns("a?", "yes")),
     ("yes_no", {"question": "a?", "passage": "p.", "answer": False}, turns("p.\n\na?", "no")),
@@ -120,8 +134,33 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "question_answer",
         {"question": "a", "answer": "b", "image": "x.png"},
-        "field 'image' holds 'x.png': this version trains on text, vision is not in it "
+        "field 'image' holds 'x.png': this format holds text only; use format vqa or messages for pictures "
         "(drop the column if the text stands without it)",
+    ),
+    *(
+        (
+            name,
+            {**row, "images": ["x.png"]},
+            "field 'images' holds ['x.png']: this format holds text only; use format vqa or messages for pictures "
+            "(drop the column if the text stands without it)",
+        )
+        for name, row in (
+            ("alpaca", {"instruction": "a", "output": "b"}),
+            ("prompt_completion", {"prompt": "a", "completion": "b"}),
+            ("yes_no", {"question": "a", "answer": "yes"}),
+        )
+    ),
+    ("vqa", {"image": None, "question": "a", "answer": "b"}, "field 'image' is null or empty: no picture"),
+    ("vqa", {"img": "", "question": "a", "answer": "b"}, "field 'img' is null or empty: no picture"),
+    ("vqa", {"question": "a", "answer": "b"}, "missing field 'image'; the row has: question, answer"),
+    ("vqa", {"images": ["x.png", None], "question": "a", "answer": "b"}, "field 'images'[1] is null: no picture"),
+    ("vqa", {"image": "x.png", "question": 1, "answer": "b"}, "field 'question' is int, not a string: 1"),
+    ("vqa", {"image": "x.png", "question": "a", "answer": []}, "field 'answer' is an empty list"),
+    ("vqa", {"image": "x.png", "question": "a", "answer": [{"id": 1}]}, "answer[0] has no 'answer'"),
+    (
+        "vqa",
+        {"image": "x.png", "question": "<image>a<image>", "answer": "b"},
+        "the turns ask for 2 pictures (<image> or parts without a value); field 'image' holds 1",
     ),
     *(
         (
@@ -281,6 +320,11 @@ REASONS = [
         {"prompt": [], "completion": {}},
         "conversational_prompt_completion",
         "the columns prompt, completion are present, and messages stand in prompt and completion",
+    ),
+    (
+        {"question": "a", "answer": "yes", "img": "x.png"},
+        "vqa",
+        "the columns img (for image), question, answer are present",
     ),
     (
         {"question": "a", "answer": True, "passage": "p"},

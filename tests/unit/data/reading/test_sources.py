@@ -20,6 +20,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from loralab.data.reading import json_list
 from loralab.data.reading.hub import HubId, load_hub_split, parse_hub_id
@@ -547,12 +548,65 @@ def test_data_set_without_rows(monkeypatch):
 
 
 def test_saved_row_that_cannot_be_decoded():
-    features = datasets.Features({"image": datasets.Image()})
-    rows = {"image": [{"bytes": b"no image", "path": None}]}
+    features = datasets.Features({"document": datasets.Pdf()})
+    rows = {"document": [{"bytes": b"no document", "path": None}]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk("saved")
     problem = problem_of(lambda: read("saved"))
     assert problem.what.startswith("cannot read row 1: ")
     assert problem.where == "saved row 1"
+
+
+def drawn() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (3, 2), "red").save(stream, "PNG")
+    return stream.getvalue()
+
+
+def picture_rows() -> datasets.Dataset:
+    """Pictures as the Hub has them: one, a list, and in parts of messages; a path without bytes too."""
+    one = {"bytes": drawn(), "path": None}
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "images": datasets.List(datasets.Image()),
+            "parts": datasets.List({"type": datasets.Value("string"), "image": datasets.Image()}),
+            "label": datasets.ClassLabel(names=["no", "yes"]),
+            "sound": datasets.Audio(),
+        }
+    )
+    rows = {
+        "image": [one, {"bytes": None, "path": "images/a.png"}],
+        "images": [[one, one], []],
+        "parts": [[{"type": "image", "image": one}], [{"type": "text", "image": None}]],
+        "label": [1, 0],
+        "sound": [None, None],  # nobody can encode any here
+    }
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "hub"])
+def test_pictures_arrive_as_files(kind, monkeypatch):
+    write("images/a.png", drawn())
+    dataset, name = picture_rows(), "rows.parquet" if kind == "parquet" else kind
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: dataset)
+    if kind == "parquet":
+        dataset.to_parquet(name)
+    elif kind == "saved":
+        dataset.save_to_disk(name)
+    rows = read("o/n" if kind == "hub" else name)
+    one = {"bytes": drawn(), "path": None}
+    assert rows[0] == {
+        "image": one,
+        "images": [one, one],
+        "parts": [{"type": "image", "image": one}],
+        "label": 1,
+        "sound": None,
+    }
+    # save_to_disk takes the file itself along.
+    linked, embedded = {"bytes": None, "path": "images/a.png"}, {"bytes": drawn(), "path": "a.png"}
+    assert rows[1]["image"] == (embedded if kind == "saved" else linked)
+    assert rows[1]["parts"] == [{"type": "text", "image": None}]
+    assert dataset.features["image"].decode  # what the library gave is as it was
 
 
 HUB_IDS = [
