@@ -149,7 +149,7 @@ def say_number(rng: random.Random, scene: Scene) -> str:
     return rng.choice(frames).format(look.words(many=True), NUMBERS[look.count(scene)])
 
 
-def _naming(rng: random.Random, scene: Scene, without: str) -> tuple[Shape, Look] | None:
+def naming(rng: random.Random, scene: Scene, without: str) -> tuple[Shape, Look] | None:
     """A shape and a look without one property that only this shape has; None if there is none."""
     shapes = list(scene.shapes)
     rng.shuffle(shapes)
@@ -168,7 +168,7 @@ def _naming(rng: random.Random, scene: Scene, without: str) -> tuple[Shape, Look
 
 def say_color(rng: random.Random, scene: Scene) -> str | None:
     """What colour one shape has."""
-    found = _naming(rng, scene, "color")
+    found = naming(rng, scene, "color")
     if found is None:
         return None
     frames = (
@@ -182,7 +182,7 @@ def say_color(rng: random.Random, scene: Scene) -> str | None:
 
 def say_kind(rng: random.Random, scene: Scene) -> str | None:
     """What kind of shape one is."""
-    found = _naming(rng, scene, "kind")
+    found = naming(rng, scene, "kind")
     if found is None:
         return None
     frames = (
@@ -196,7 +196,7 @@ def say_kind(rng: random.Random, scene: Scene) -> str | None:
 
 def say_size(rng: random.Random, scene: Scene) -> str | None:
     """What size one shape has."""
-    found = _naming(rng, scene, "size")
+    found = naming(rng, scene, "size")
     if found is None or not found[0].size:
         return None
     frames = ("the size of the {} is {{s:{}}}", "the {} is of {{s:{}}} size", "in size the {} is {{s:{}}}")

@@ -148,7 +148,9 @@ def _outline(shape: Shape) -> list[tuple[float, float]]:
         return [(0, -r * 0.87), (r, r * 0.87), (-r, r * 0.87)]
     if shape.kind == "star":
         radii = (r, r * 0.42)
-        return [(radii[i % 2] * math.sin(i * math.pi / 5), -radii[i % 2] * math.cos(i * math.pi / 5)) for i in range(10)]
+        return [
+            (radii[i % 2] * math.sin(i * math.pi / 5), -radii[i % 2] * math.cos(i * math.pi / 5)) for i in range(10)
+        ]
     t = r * 0.34
     return [(-t, -r), (t, -r), (t, -t), (r, -t), (r, t), (t, t), (t, r), (-t, r), (-t, t), (-r, t), (-r, -t), (-t, -t)]
 

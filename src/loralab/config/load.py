@@ -66,7 +66,7 @@ def load_config(
     file_name = str(source) if isinstance(source, Path) else "config"
     origin = {key: f"{file_name}:{line}" for key, line in lines.items()}
     if not isinstance(source, Path):
-        origin.update(dict.fromkeys(_flatten(values), "argument"))
+        origin.update(dict.fromkeys(_given_keys(values), "argument"))
     problems += _apply_overrides(values, overrides, origin)
     config, wrong = _validate(values, origin, problems)
     if config is not None:
@@ -162,7 +162,7 @@ def _apply_overrides(
         for key, value in _flatten(overrides).items():
             if not _set_dotted(values, key, value):
                 problems.append(Problem(f"{key!r} goes below a single value", "argument overrides", "use section.key"))
-            origin[key] = "argument"
+            _set_origin(origin, key, value, "argument")
         return problems
     for text in overrides:
         key, equals, raw = text.partition("=")
@@ -173,10 +173,17 @@ def _apply_overrides(
         value = _read_argument(key.strip(), raw)
         if not _set_dotted(values, key.strip(), value):
             problems.append(Problem(f"{key!r} goes below a single value", where, "write section.key=value"))
-        for stale in [known for known in origin if known.startswith(f"{key.strip()}.")]:
-            del origin[stale]
-        origin[key.strip()] = "command line"
+        _set_origin(origin, key.strip(), value, "command line")
     return problems
+
+
+def _set_origin(origin: dict[str, str], key: str, value: Any, place: str) -> None:
+    """Note where a key's value came from, and no longer where those came from that it replaced."""
+    for stale in [known for known in origin if known.startswith(f"{key}.")]:
+        del origin[stale]
+    origin[key] = place
+    if isinstance(value, Mapping):
+        origin.update(dict.fromkeys(_given_keys(value, f"{key}."), place))
 
 
 def _read_argument(key: str, raw: str) -> Any:
@@ -219,6 +226,21 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[dotted] = value
     return flat
+
+
+def _given_keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted keys of all fields that a mapping gives; of a section, those of its fields."""
+    keys: list[str] = []
+    for name, value in values.items():
+        dotted = f"{prefix}{name}"
+        inner = isinstance(value, Mapping) and (not prefix or _is_section(dotted))
+        keys += _given_keys(value, f"{dotted}.") if inner else [dotted]
+    return keys
+
+
+def _is_section(key: str) -> bool:
+    field = field_by_key(key)
+    return field is not None and section_of(field.annotation) is not None
 
 
 def _where(key: str, origin: Mapping[str, str]) -> str:
@@ -314,22 +336,29 @@ def _suggest_key(key: str) -> str:
     same_name = [k for k in known if k.rpartition(".")[2] == name]
     if same_name:
         return f"did you mean {same_name[0]!r}?"
-    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
-    near = nearest_name(name, siblings or list(Config.model_fields))
+    siblings = _names_in(section)
+    near = nearest_name(name, siblings)
     # A key of another section has to be more alike than one beside it.
     anywhere = nearest_name(name, [*Config.model_fields, *(k.rpartition(".")[2] for k in known)], cutoff=0.75)
     if anywhere and anywhere != near and anywhere not in Config.model_fields:
         return f"did you mean {next(k for k in known if k.endswith('.' + anywhere))!r}?"
     if near:
         return f"did you mean {near!r}?"
-    return f"known in {section or 'the file'}: {', '.join(siblings or Config.model_fields)}"
+    return f"known in {section or 'the file'}: {', '.join(siblings)}"
+
+
+def _names_in(section: str) -> list[str]:
+    """Return the names of all fields of a section, of the whole file for "" and for one that does not exist."""
+    field = field_by_key(section)
+    return list(((section_of(field.annotation) if field else None) or Config).model_fields)
 
 
 def _complete_origin(config: Config, origin: Mapping[str, str]) -> dict[str, str]:
     complete = {}
     for key in _flatten_fields(config):
         probe = key
-        while probe and (probe not in origin or (probe != key and probe in Config.model_fields)):
+        # A section that was given gives its other fields no value.
+        while probe and (probe not in origin or (probe != key and _is_section(probe))):
             probe = probe.rpartition(".")[0]
         complete[key] = origin[probe] if probe else "default"
     return complete

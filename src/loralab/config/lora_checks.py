@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from loralab.config.findings import Finding
 from loralab.config.schema import Config, LoraConfig
 
-_PLACES = frozenset({"target_modules", "layers_to_transform", "modules_to_save"})
+_PLACES = frozenset({"target_modules", "vision", "layers_to_transform", "modules_to_save"})
 _PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
 _LORA = _PLACES | _PATTERNS | {"r", "alpha", "dropout", "trainable_token_indices"}
 _LYCORIS = _PLACES | _PATTERNS | {"r", "alpha"}

@@ -81,6 +81,7 @@ def check_paths(config: Config) -> list[Finding]:
         "data.validation": config.data.validation,
         "data.test": config.data.test,
         "data.template": config.data.template,
+        "data.image.folder": config.data.image.folder,
         "data.cache_dir": config.data.cache_dir,
         "output.dir": config.output.dir,
     }

@@ -104,11 +104,13 @@ class StepBatch:
         micro_batches: in order; their sums make the step.
         supervised_tokens: labels in all micro-batches.
         examples: what was laid out, so that it can be laid out again when memory runs out.
+        token_budget: most tokens of a micro-batch that it was laid out under.
     """
 
     micro_batches: tuple[MicroBatch, ...]
     supervised_tokens: int
     examples: tuple[TokenizedExample, ...]
+    token_budget: int
 
     @property
     def rows(self) -> tuple[tuple[int, int], ...]:

@@ -78,6 +78,7 @@ class Planner:
             micro_batches=tuple(batches),
             supervised_tokens=sum(len(leaf.labels) for leaf in leaves),
             examples=tuple(examples),
+            token_budget=self.token_budget,
         )
 
     def with_budget(self, token_budget: int) -> "Planner":
@@ -116,9 +117,7 @@ class Planner:
 
     def _cut(self, trees: Sequence[Tree]) -> list[MicroBatch]:
         if self.layout == "padded":
-            return [
-                collate_rows(rows, trees=False, reader=self.pictures) for rows in self._padded_groups(trees)
-            ]
+            return [collate_rows(rows, trees=False, reader=self.pictures) for rows in self._padded_groups(trees)]
         bins: list[list[Tree]] = []
         room: list[int] = []
         for tree in sorted(trees, key=lambda tree: -tree.tokens):  # stable: equal sizes keep the step's order

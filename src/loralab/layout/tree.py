@@ -228,7 +228,9 @@ def _shown(leaf: Leaf, shared: int, start: int, token: int | None) -> list[Shown
     if token is None:
         return []
     return [
-        ShownPicture(image.file, np.flatnonzero(leaf.ids[image.start : image.end] == token) + image.start - shared + start)
+        ShownPicture(
+            image.file, np.flatnonzero(leaf.ids[image.start : image.end] == token) + image.start - shared + start
+        )
         for image in leaf.images
         if image.start >= shared
     ]

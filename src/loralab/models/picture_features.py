@@ -76,6 +76,18 @@ def encode_pictures(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Te
     return torch.cat(list(found)) if isinstance(found, (list, tuple)) else found.flatten(0, -2)
 
 
+def blank_features(model: PreTrainedModel, pictures: Pictures) -> Tensor:
+    """Return features without numbers, in a plan: a tower's forward reads sizes that are numbers themselves.
+
+    Args:
+        model: the base model on the meta device.
+        pictures: of a micro-batch.
+    """
+    weight = cast(Any, model.get_input_embeddings()).weight
+    shape = sum(pictures.counts), weight.shape[-1]
+    return torch.empty(shape, dtype=weight.dtype, device=weight.device, requires_grad=trains_vision(model))
+
+
 def put_in(embeddings: Tensor, features: Tensor, pictures: Pictures) -> Tensor:
     """Return embeddings (R, L, D) with the features of pictures in the place of their tokens.
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from loralab.models.attention import TREE_ATTENTION, TreeLayout, attention_in_use, carry_layout, use_attention
 from loralab.models.dropout import DropoutKeys, KeyedDropout, PictureKeys, token_keys
 from loralab.models.families import LogitTail, find_logit_tail
-from loralab.models.picture_features import Pictures, encode_pictures, on_axes, put_in
+from loralab.models.picture_features import Pictures, blank_features, encode_pictures, on_axes, put_in
 from loralab.models.token_loss import TokenLosses, logit_statistics, token_losses, token_statistics
 from loralab.models.trunk import CachedTrunk
 from loralab.models.visibility import TreeRoot
@@ -211,7 +211,10 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         positions = on_axes(position_ids, self.language_model.config)
         if pictures is None:
             return {"input_ids": input_ids, "position_ids": positions}
-        features = encode_pictures(self.language_model, pictures.tensors)
+        if self.planned_device_type is not None:
+            features = blank_features(self.language_model, pictures)
+        else:
+            features = encode_pictures(self.language_model, pictures.tensors)
         return {"inputs_embeds": put_in(self.embedding(input_ids), features, pictures), "position_ids": positions}
 
     def logits(self, *, input_ids: Tensor, position_ids: Tensor, **inputs: Any) -> Tensor:

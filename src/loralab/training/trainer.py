@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from loralab.errors import OutOfMemoryError, TrainingDivergedError
+from loralab.errors import LoralabError, OutOfMemoryError, TrainingDivergedError
 from loralab.layout.collate import StepBatch
 from loralab.layout.planner import ShrinkingPlanner
 from loralab.training.arguments import raise_rates
@@ -93,7 +93,9 @@ class StepTrainer(Trainer):
         self, epoch_iterator: Iterator[StepBatch], num_batches: int, device: torch.device
     ) -> tuple[list[StepBatch], Tensor]:
         """Return the next step and its supervised tokens over all ranks (scalar)."""
-        batch = next(epoch_iterator)
+        batch: StepBatch | LoralabError = next(epoch_iterator)
+        if isinstance(batch, LoralabError):
+            raise batch
         count = self._processes.sum(np.array([batch.supervised_tokens], dtype=np.float64))
         # On the CPU, whatever the device: read back from there, it would make the host wait for the step before.
         return [batch], torch.tensor(int(count[0]), dtype=torch.int64)
@@ -114,6 +116,8 @@ class StepTrainer(Trainer):
             OutOfMemoryError: memory runs out with one example at a time.
         """
         step: StepBatch = inputs
+        if step.token_budget > self._planner.planner.token_budget:  # made in advance, before memory ran out
+            step = self._planner(step.examples)
         model.train()
         count = int(num_items_in_batch) if num_items_in_batch is not None else step.supervised_tokens
         scale, scaler, number = self._processes.count / max(count, 1), self._scaler, self.state.global_step + 1

@@ -39,6 +39,12 @@ def activation_batches(config: Config, data: PreparedData) -> list[Mapping[str, 
     if not needs_activations(config.lora):
         return []
     rows = data.splits["train"]
+    if rows.has_images:
+        raise ConfigError(
+            "variant eva computes its first weights from activations of text, and these rows have pictures",
+            where="key lora.variant",
+            fix="choose another variant, such as lora or rslora",
+        )
     draw = np.random.default_rng(config.training.seed)
     chosen = draw.permutation(len(rows))[: config.lora.eva_rows]
     step = Planner(max(_TOKENS_AT_ONCE, config.data.max_length), layout="padded")([rows[int(i)] for i in chosen])

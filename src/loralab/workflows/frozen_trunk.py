@@ -15,6 +15,7 @@ from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.models.trunk import FrozenTrunk, UncuttableModel, find_trunk
 from loralab.models.trunk_store import TrunkStore
+from loralab.models.vision import vision_family
 from loralab.training.arguments import count_steps
 from loralab.training.callbacks import StopRequest
 from loralab.training.sampler import StepSampler
@@ -131,6 +132,8 @@ def _check_run(config: Config, model: SupervisedPeftModel, processes: int) -> No
     positions, obstacle = find_positions(base), find_tree_obstacle(base)
     if config.training.cache_frozen_trunk == "off":
         raise _NoCache("set in training.cache_frozen_trunk")
+    if vision_family(base) is not None:
+        raise _NoCache("a model that reads pictures keeps the features of these instead (data.image.cache_features)")
     if processes > 1:
         raise _NoCache(f"{processes} processes share the run, and each would need all of it")
     if config.model.base_dropout == "as_configured":

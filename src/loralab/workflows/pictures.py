@@ -35,7 +35,8 @@ def open_pictures(config: Config) -> PictureProcessor | None:
         config: the configuration.
 
     Raises:
-        ConfigError: `data.image` is set for a model that reads no pictures, or a bound that its processor does not know.
+        ConfigError: `data.image` is set for a model that reads no pictures, or has a bound that its processor does
+            not know.
         ModelError: the configuration or the processor cannot be loaded.
     """
     image, base = config.data.image, load_model_config(config.model)
@@ -114,12 +115,12 @@ def check_pictures(model: SupervisedPeftModel, pictures: PictureProcessor) -> Re
             where="key model.name",
             fix="please report it with the versions of `loralab doctor`; text alone can be trained",
         )
-    return Resolved("features first", f"equal to the model's own forward on two probe pictures ({error:.0e} of the spread)")
+    return Resolved(
+        "features first", f"equal to the model's own forward on two probe pictures ({error:.0e} of the spread)"
+    )
 
 
-def _logits(
-    model: SupervisedPeftModel, probe: PictureProbe, token: int, axes: int, device: torch.device
-) -> Tensor:
+def _logits(model: SupervisedPeftModel, probe: PictureProbe, token: int, axes: int, device: torch.device) -> Tensor:
     """Return the logits of the probe's prompt (L, V)."""
     reader = _ProbeReader(probe, token, axes)
     example = TokenizedExample(1, 0, (probe.branch,))

@@ -5,6 +5,7 @@ None of them changes the maths of a step.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -18,9 +19,12 @@ from loralab.layout.planner import Layout, Planner, SharingCost
 from loralab.models.blueprint import Blueprint, Untraceable, draw_blueprint, expect_tree_kernel
 from loralab.models.families import check_positions, find_positions
 from loralab.models.memory import TokenMemory, resolve_token_budget
+from loralab.models.picture_features import trains_vision
 from loralab.models.precision import Resolved
 from loralab.models.self_check import find_training_noise, resolve_tree_kernel
 from loralab.models.supervised import SupervisedPeftModel
+from loralab.models.vision import vision_family
+from loralab.models.vision_memory import tower_memory
 from loralab.training.distributed import ALONE, Processes
 from loralab.training.sampler import Share, StepSampler
 from loralab.workflows.step_memory import StepMeter
@@ -161,7 +165,17 @@ def count_token_memory(
     if layout in known:
         return known[layout]
     counted = StepMeter(blueprint, layout).count_tokens(config.data.max_length)
-    return None if isinstance(counted, str) else counted
+    return None if isinstance(counted, str) else _with_tower(counted, blueprint)
+
+
+def _with_tower(counted: TokenMemory, blueprint: Blueprint) -> TokenMemory:
+    """Return what a token takes where it may be a picture's, which is the most that any takes."""
+    base = blueprint.model.language_model
+    if vision_family(base.config) is None:
+        return counted
+    dtype, trained = blueprint.model.embedding.weight.dtype, trains_vision(base)
+    tower = tower_memory(base.config, dtype=dtype, trained=trained, checkpointing=blueprint.checkpointing)
+    return replace(counted, per_token=counted.per_token + tower.per_token)
 
 
 def build_planner(

@@ -23,9 +23,11 @@ from loralab.models.allocator import KEPT_PINNED, RECOMPUTED_PINNED, heap_peak, 
 from loralab.models.blueprint import Blueprint, describe_weights
 from loralab.models.memory import TokenMemory
 from loralab.models.memory_trace import META, MemoryTrace
+from loralab.models.picture_features import trains_vision
 from loralab.models.self_check import kernels_to_try
 from loralab.models.stored_weights import is_mapped
 from loralab.models.token_loss import chunk_elements
+from loralab.models.vision_memory import count_patches, tower_memory
 from loralab.training.loss import run_micro_batches
 
 # Threads, their stacks, kernels that are built on first use, and the rows of a run: seen in every run on a CPU.
@@ -187,10 +189,26 @@ def predict_memory(
         "runtime": runtime,
         "data": data_bytes,
     }
+    parts["vision"], encoding = _vision_parts(blueprint, batch)
     training = sum(parts.values())
     evaluation = sum(parts[name] for name in ("weights", "adapter", "optimizer", "runtime", "data")) + measured.peak
     parts["evaluation"] = measured.peak  # instead of gradients and what a step takes, not beside them
-    return {"predicted_bytes": max(training, evaluation, loading), "parts": parts, **facts}
+    # While pictures are encoded by a frozen tower, nothing of the language model's sweep is there.
+    reading = training - parts["activations"] - parts["logits"] - parts["kept_by_allocator"] + encoding
+    return {"predicted_bytes": max(training, evaluation, loading, reading), "parts": parts, **facts}
+
+
+def _vision_parts(blueprint: Blueprint, batch: MicroBatch) -> tuple[int, int]:
+    """Return what the pictures of a micro-batch take until the backward sweep, and while they are encoded."""
+    base, model = blueprint.model.language_model.config, blueprint.model
+    if batch.pictures is None:
+        return 0, 0
+    trained = trains_vision(model.language_model)
+    dtype, held = model.embedding.weight.dtype, blueprint.checkpointing
+    tower = tower_memory(base, dtype=dtype, trained=trained, checkpointing=held)
+    patches = count_patches(base, batch.pictures.tensors)
+    pixels = sum(each.numel() * each.element_size() for each in batch.pictures.tensors.values())
+    return pixels + int(patches * tower.kept), int(patches * tower.alive)
 
 
 def _step_parts(blueprint: Blueprint, weights: Mapping[str, Any], batch: MicroBatch, step: StepBytes) -> dict[str, int]:

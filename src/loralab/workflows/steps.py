@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
 from transformers import (
     IntervalStrategy,
     PrinterCallback,
@@ -28,6 +27,7 @@ from loralab.config.metric_checks import watched_metric
 from loralab.config.metric_facts import Better, better_of
 from loralab.config.schema import Config
 from loralab.data.dataset import PreparedData
+from loralab.data.images.reader import PictureReader
 from loralab.errors import ConfigError
 from loralab.evaluation.forwards import Interrupted
 from loralab.evaluation.perplexity import measure_loss
@@ -59,6 +59,7 @@ from loralab.training.forecast import TimeForecast
 from loralab.training.liveness import LivenessCheck
 from loralab.training.sampler import StepSampler
 from loralab.training.state import RunState
+from loralab.training.step_loader import build_loader, resolve_decoders
 from loralab.training.trainer import StepTrainer
 from loralab.workflows.plan_steps import all_steps, tokens_alone
 from loralab.workflows.record import RunRecord
@@ -168,7 +169,13 @@ def _build_trainer(
 ) -> StepTrainer:
     config = run.config
     planner = ShrinkingPlanner(run.planner)
-    steps: DataLoader[Any] = DataLoader(run.data.splits["train"], batch_sampler=sampler, collate_fn=planner)  # type: ignore[arg-type]
+    rows = run.data.splits["train"]
+    pictures = run.planner.pictures
+    decodes = rows.has_images and not (isinstance(pictures, PictureReader) and pictures.known is not None)
+    decoders = resolve_decoders(config.data.num_workers, decodes=decodes, device=run.device)
+    if decodes:
+        run.reporter.say(f"decoding processes: {decoders.value} ({decoders.reason})")
+    steps = build_loader(rows, sampler, planner, decoders=decoders.value)
     trainer = StepTrainer(
         model=run.model,
         args=build_arguments(

@@ -47,6 +47,7 @@ from loralab.workflows.adapter_start import (
 from loralab.workflows.configure import run_path
 from loralab.workflows.final_evaluation import evaluate_at_end, keep_best
 from loralab.workflows.frozen_trunk import leave_frozen_trunk, open_frozen_trunk, remove_frozen_trunk
+from loralab.workflows.kept_features import keep_features
 from loralab.workflows.memory_record import measured_memory, predict_run_memory
 from loralab.workflows.memory_watch import MemoryWatch, forget_peak, process_bytes
 from loralab.workflows.output import claim_output, has_begun
@@ -206,6 +207,8 @@ def _train(
         catching_signals(lambda request: reporter.say(request.notice)) as request,
         naming_losses(processes),
     ):
+        keep_features(run, request)
+        _stop_if_asked(request, run)
         open_frozen_trunk(run, request)
         state = run_steps(run, contract, checkpoint, request)
         _stop_if_asked(request, run)

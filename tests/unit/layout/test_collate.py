@@ -66,7 +66,7 @@ def test_step_counts_tokens_and_knows_its_rows() -> None:
         collate_rows(rows(([5], [6]), ([1, 2], [3])), trees=False),
         collate_rows(rows(([1] * 5, [2, 3])), trees=True),
     )
-    step = StepBatch(batches, supervised_tokens=5, examples=examples)
+    step = StepBatch(batches, supervised_tokens=5, examples=examples, token_budget=64)
     assert step.tokens == 1 + 2 + 6
     assert step.example_tokens == 1 + 2 + 6 + 5  # each branch on its own
     assert step.rows == ((0, 3), (1, 9), (0, 1))

@@ -202,9 +202,9 @@ def open_gallery(row: Fields) -> Gallery:
         RowError: both hold pictures that differ, one is none, or the row has a video or sound.
     """
     refuse_other_media(row)
-    names = [name for name in COLUMNS if name in row]
-    if len(names) > 1 and row[names[0]] is row[names[1]]:  # one column that goes by both names
-        names = names[1:]
+    names = [name for name in row if name in COLUMNS]
+    if len(names) > 1 and row[names[0]] is row[names[1]]:  # one column, and behind it the field's own name for it
+        names = names[:1]
     held = [name for name in names if row[name] not in _NOTHING]
     if not held:
         # A column of nothing is a row without pictures: its markers, if any, are too many.

@@ -9,6 +9,7 @@ import errno
 import functools
 import hashlib
 import os
+import re
 import secrets
 import stat
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from loralab.data.images.pictures import MAX_DECODED_PIXELS, PictureError, decod
 from loralab.errors import DataError, StorageError, excerpt
 
 MAX_FILE_BYTES = 256 * 2**20  # a picture is read whole, in every worker process
-_FILE_URL = "file://"
+_FILE_URL = re.compile(r"file:/{2}", re.IGNORECASE)
 _SHOWN_CHARACTERS = 160
 # Rows on one picture stand together as a rule: it is looked at once.
 _REMEMBERED_FILES = 1024
@@ -61,7 +62,7 @@ class ImageFolder:
         Whatever is wrong with it is found here, except that somebody changes the file later.
 
         Args:
-            source: a path, absolute or from `root`, with or without `file://`; or the bytes of a file,
+            source: a path, absolute or from `root`, also as a `file:` URL; or the bytes of a file,
                 which are kept under their hash.
 
         Raises:
@@ -76,7 +77,7 @@ class ImageFolder:
             raise RowError(f"picture {name}: {error}") from None
         except MemoryError:
             raise DataError(
-                "not enough memory to decode a picture", where=name, fix="use fewer data.workers, or a smaller picture"
+                "not enough memory to decode a picture", where=name, fix="lower data.num_workers, or shrink the picture"
             ) from None
 
     def open_all(self, example: Example) -> Example:
@@ -127,7 +128,7 @@ class ImageFolder:
 
     def _resolve(self, source: str) -> str:
         """Return the absolute path that a source leads to, symbolic links followed."""
-        path = source.removeprefix(_FILE_URL)
+        path = _FILE_URL.sub("", source, count=1) if _FILE_URL.match(source) else source
         if not path.strip():
             raise PictureError("an empty path")
         try:

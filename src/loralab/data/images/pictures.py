@@ -4,16 +4,21 @@ Owns the kinds that are read, every reason to refuse a picture, and the one way 
 to RGB. Knows no paths and no rows; Pillow decodes, with only the kinds named here.
 """
 
+import contextlib
 import io
+import logging
 import re
 import struct
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from loralab.errors import excerpt
+
+logger = logging.getLogger(__name__)
 
 # Pillow's own bound against pictures that are small as files and huge as pixels: about 0.5 GB as RGB.
 MAX_DECODED_PIXELS = 178_956_970
@@ -91,8 +96,7 @@ def look_at(data: bytes, *, max_pixels: int) -> Look:
             has several pages, or has values whose range nobody knows.
         MemoryError: there is not enough to decode it.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow says about odd metadata and its own bound
+    with _noting_warnings():
         image = _open(data, max_pixels)
         width, height = image.size
         image.draft(None, (1, 1))
@@ -117,8 +121,7 @@ def decode_rgb(data: bytes, *, max_pixels: int) -> Image.Image:
         PictureError: as `look_at`.
         MemoryError: there is not enough to decode it.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _noting_warnings():
         image = _open(data, max_pixels)
         _load(image)
         turn = _TURNS.get(_orientation(image))
@@ -127,6 +130,15 @@ def decode_rgb(data: bytes, *, max_pixels: int) -> Image.Image:
         except ValueError as error:
             raise PictureError(f"cannot be converted to RGB: {excerpt(error)}") from None
     return rgb if turn is None else rgb.transpose(turn)
+
+
+@contextlib.contextmanager
+def _noting_warnings() -> Iterator[None]:
+    """Send what Pillow warns of, odd metadata as a rule, to the log: pictures are checked here, once."""
+    with warnings.catch_warnings(record=True, action="always") as said:
+        yield
+    for warning in said:
+        logger.debug("Pillow on a picture: %s", warning.message)
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
@@ -148,7 +160,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         found = re.search(r"\d+", str(error))
         raise _bomb(f"{int(found[0]):,}" if found else "far too many", MAX_DECODED_PIXELS) from None
     except Exception as error:  # decoders raise whatever they meet in damaged files
-        raise PictureError(f"damaged, its header cannot be read: {excerpt(error)}") from error
+        raise PictureError(f"truncated or damaged, its header cannot be read: {excerpt(error)}") from error
     if moves:
         what = "several pages" if image.format == "TIFF" else "animated, with more than one frame"
         raise PictureError(f"{what}: save the one that is meant as a file of its own")
@@ -207,19 +219,22 @@ def _describe_stranger(data: bytes) -> str:
 
 
 def _describe_text(data: bytes) -> str | None:
+    head = data[:_HEAD_BYTES]
     try:
+        text = head.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         # A character that is cut at the end is no sign against text.
-        text = data[:_HEAD_BYTES].decode("utf-8-sig", "strict" if len(data) <= _HEAD_BYTES else "ignore")
-    except UnicodeDecodeError:
-        return None
+        if len(data) <= _HEAD_BYTES or error.start < _HEAD_BYTES - 3:
+            return None
+        text = head[: error.start].decode("utf-8-sig")
     if not all(character.isprintable() or character.isspace() for character in text):
         return None
-    head = text.lower()
-    if head.startswith("version https://git-lfs"):
+    text = text.lower()
+    if text.startswith("version https://git-lfs"):
         return "a pointer of Git LFS, not the picture itself (git lfs pull)"
-    if "<svg" in head:
+    if "<svg" in text:
         return "an SVG drawing"
-    if "<html" in head or "<!doctype html" in head:
+    if "<html" in text or "<!doctype html" in text:
         return "an HTML page"
     return "text"
 

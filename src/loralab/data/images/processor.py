@@ -253,4 +253,3 @@ class PictureProcessor:
         own = [getattr(self.processor, name, None) for name in _DECIDING]
         whole = [type(self.processor).__name__, held, self._bounds(), self.marker, self.token, own]
         return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
-

@@ -14,6 +14,7 @@ from typing import Any
 from loralab.config.paths import local_path
 from loralab.config.schema import DataConfig
 from loralab.data.reading.sources import Source
+from loralab.data.tokens.changed_pictures import find_changed_picture
 from loralab.data.tokens.identity import describe_entry, entry_key
 from loralab.data.tokens.pipeline import RowPipeline, RowTokenizer
 from loralab.data.tokens.staging import PREFIX, partial_folder
@@ -64,7 +65,7 @@ def load_or_tokenize(
         if not _is_there(folder, parts, label, reporter):
             with partial_folder(folder.parent, folder.name, on_wait=lambda: reporter.say(_waiting(label))) as partial:
                 # Whoever had the lock may have made it, or another run since the first look.
-                if not folder.is_dir() or find_damage(folder) is not None:
+                if not folder.is_dir() or _find_flaw(folder) is not None:
                     pipeline = RowPipeline(sources, workers, workers=data.num_workers)
                     _tokenize(partial, pipeline, sources, parts, label=label, reporter=reporter)
                     _move(partial, folder)
@@ -80,12 +81,21 @@ def _is_there(folder: Path, parts: dict[str, str], label: str, reporter: Reporte
     if not folder.is_dir():
         reporter.say(f"{label}: cache miss: {_explain_miss(folder.parent, parts)}")
         return False
-    damage = find_damage(folder)
-    if damage is not None:
-        reporter.say(f"{label}: the cached tokens {_short(folder)} are damaged ({damage}); they are made again")
+    flaw = _find_flaw(folder)
+    if flaw is not None:
+        reporter.say(f"{label}: {flaw}; they are made again")
         return False
     reporter.say(f"{label}: cache hit ({_short(folder)}: same {', '.join(parts)})")
     return True
+
+
+def _find_flaw(folder: Path) -> str | None:
+    """Return why an entry cannot be used, or None: it is damaged, or its pictures are others by now."""
+    damage = find_damage(folder)
+    if damage is not None:
+        return f"the cached tokens {_short(folder)} are damaged ({damage})"
+    changed = find_changed_picture(TokenStore(folder).image_files())
+    return None if changed is None else f"a picture behind the cached tokens {_short(folder)} changed ({changed})"
 
 
 def _short(folder: Path) -> str:
@@ -145,7 +155,7 @@ def _tokenize(
     reporter: Reporter,
 ) -> None:
     """Tokenize all rows into `partial`; what is there when it fails is what the next run can take up."""
-    writer = StoreWriter(partial)
+    writer = _open_writer(partial, label, reporter)
     try:
         _say_start(writer, sources, label, reporter)
         _write_rows(writer, pipeline, label, reporter)
@@ -159,6 +169,18 @@ def _tokenize(
         raise
     finally:
         reporter.finish(label)
+
+
+def _open_writer(partial: Path, label: str, reporter: Reporter) -> StoreWriter:
+    """Return a writer behind the rows of an earlier run, unless pictures of theirs changed since."""
+    writer = StoreWriter(partial)
+    changed = find_changed_picture(TokenStore(partial).image_files()) if writer.progress.rows else None
+    if changed is None:
+        return writer
+    writer.close()
+    (partial / PROGRESS).unlink()
+    reporter.say(f"{label}: a picture changed since an earlier run left off ({changed}); starting at the first row")
+    return StoreWriter(partial)
 
 
 def _refuse_changed(sources: Sequence[Source]) -> None:

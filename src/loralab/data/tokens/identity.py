@@ -27,6 +27,7 @@ from loralab.run import file_sha256
 _PACKAGE = "loralab.data"
 _MAKERS = ("tokens.pipeline", "tokens.store_writer")
 _LIBRARIES = ("tokenizers", "transformers", "jinja2")
+_PICTURE_LIBRARIES = ("pillow", "torchvision")
 
 
 def entry_key(parts: Mapping[str, str]) -> str:
@@ -46,6 +47,18 @@ def describe_entry(sources: Sequence[Source], workers: Sequence[RowTokenizer]) -
         **describe_tokenizing(workers),
         "code": code_version(),
         **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+        **_describe_pictures(workers),
+    }
+
+
+def _describe_pictures(workers: Sequence[RowTokenizer]) -> dict[str, str]:
+    """Return where pictures are read from and by what: a stored row holds their whole paths. Nothing where none are."""
+    if workers[0].prompter.pictures is None:
+        return {}
+    return {
+        "picture_folder": _joined([str(worker.images.root) for worker in workers]),
+        "pictures_outside": _joined([str(worker.images.allow_outside) for worker in workers]),
+        **{name: importlib.metadata.version(name) for name in _PICTURE_LIBRARIES},
     }
 
 

@@ -37,6 +37,10 @@ ARRAYS: dict[str, tuple[str, int]] = {
     "paths.bin": ("u1", 1),
 }
 _ROW, _SOURCE, _UNIT, _FIRST, _COUNT, _NOTES, _LENGTH, _SUPERVISED = range(len(EXAMPLE_COLUMNS))
+# Columns that tell pictures apart: by their bytes, and by the file that holds them and its state.
+_HASH, _FILE = slice(9, 13), slice(7, len(IMAGE_COLUMNS))
+# Columns of what training sees of a picture: its place and shape in the prompt, and its bytes.
+_SHOWN = (1, 2, 3, 4, 9, 10, 11, 12)
 # Hashing goes through the store in blocks of this many examples and bytes, whatever its size.
 _BLOCK_EXAMPLES, _BLOCK_BYTES = 2**16, 2**20
 
@@ -80,22 +84,24 @@ class TokenStore(Sequence[TokenizedExample]):
         return bool(len(self._arrays.images))
 
     def images(self) -> list[ImageFile]:
-        """Return the pictures of these examples, each once, in order of appearance."""
-        if not self.has_images:
-            return []
-        firsts, counts = self._column(_FIRST), self._column(_COUNT)
-        steps = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-        branches = np.repeat(firsts, counts) + steps
-        found = {image.file.sha256: image.file for branch in branches.tolist() for image in self._arrays.images_of(branch)}
-        return list(found.values())
+        """Return the pictures of these examples, each once, in order of appearance; those of equal bytes are one."""
+        return self._arrays.files_of(self._image_rows(), _HASH)
+
+    def image_files(self) -> list[ImageFile]:
+        """Return the files of the pictures of these examples, each state of each once, in order of appearance."""
+        return self._arrays.files_of(self._image_rows(), _FILE)
 
     def image_uses(self) -> int:
         """Return how many times a picture stands in a prompt of these examples."""
+        return len(self._image_rows())
+
+    def _image_rows(self) -> Integers:
+        """Return which rows of the table of pictures belong to these examples, in their order."""
         if not self.has_images:
-            return 0
+            return np.zeros(0, dtype=np.int64)
         firsts, counts = self._column(_FIRST), self._column(_COUNT)
-        ends = np.searchsorted(self._arrays.image_branches, firsts + counts)
-        return int((ends - np.searchsorted(self._arrays.image_branches, firsts)).sum())
+        starts = np.searchsorted(self._arrays.image_branches, firsts)
+        return _ranges(starts, np.searchsorted(self._arrays.image_branches, firsts + counts) - starts)
 
     @property
     def units(self) -> Integers:
@@ -160,12 +166,15 @@ class TokenStore(Sequence[TokenizedExample]):
 
     def _hash_images(self, digest: "hashlib._Hash") -> None:
         """Hash which pictures stand where; nothing where there are none."""
-        if not self.has_images:
+        rows = self._image_rows()
+        if not len(rows):
             return
-        for example in self:
-            for branch in example.branches:
-                shown = [(i.start, i.length, i.rows, i.columns, i.file.sha256) for i in branch.images]
-                digest.update(repr(shown).encode())
+        branches = _ranges(self._column(_FIRST), self._column(_COUNT))
+        ends = np.searchsorted(self._arrays.image_branches, branches, side="right")
+        digest.update((ends - np.searchsorted(self._arrays.image_branches, branches)).astype("<i8").tobytes())
+        for start in range(0, len(rows), _BLOCK_EXAMPLES):
+            block = self._arrays.images[rows[start : start + _BLOCK_EXAMPLES]]
+            digest.update(np.ascontiguousarray(block[:, _SHOWN]).tobytes())
 
     @property
     def tokens(self) -> TokenIds:
@@ -177,9 +186,7 @@ class TokenStore(Sequence[TokenizedExample]):
         firsts, counts = self._column(_FIRST), self._column(_COUNT)
         for start in range(0, len(self), _BLOCK_EXAMPLES):
             first, count = firsts[start : start + _BLOCK_EXAMPLES], counts[start : start + _BLOCK_EXAMPLES]
-            # The branches of all examples, in order: first, first + 1, ... for each example.
-            steps = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
-            yield count, self._arrays.branches[np.repeat(first, count) + steps]
+            yield count, self._arrays.branches[_ranges(first, count)]
 
     def tokens_alone(self) -> Integers:
         """Return the tokens that go through the model for each example by itself: all of a branch but its last."""
@@ -221,12 +228,30 @@ class _Arrays:
         first, last = np.searchsorted(self.image_branches, (branch, branch + 1)).tolist()
         return tuple(self._image(row) for row in self.images[first:last])
 
+    def files_of(self, rows: Integers, columns: slice) -> list[ImageFile]:
+        """Return the files in some rows of the table of pictures, once each where these columns are equal, in order."""
+        if not len(rows):
+            return []
+        told = np.ascontiguousarray(self.images[rows, columns])
+        first = np.unique(told.view(f"V{told.itemsize * told.shape[1]}"), return_index=True)[1]
+        # A path stands there once for each chunk of rows that was packed together.
+        return list(dict.fromkeys(self._file(self.images[row]) for row in rows[np.sort(first)]))
+
     def _image(self, row: Integers) -> PlacedImage:
-        _, start, length, rows, columns, width, height, size, modified = row[:9].tolist()
-        where, long = row[13:].tolist()
+        _, start, length, rows, columns = row[:5].tolist()
+        return PlacedImage(self._file(row), start, length, rows, columns)
+
+    def _file(self, row: Integers) -> ImageFile:
+        *seen, where, long = row[[5, 6, 7, 8, 13, 14]].tolist()
         path = os.fsdecode(self._paths[where : where + long].tobytes())
-        sha256 = np.ascontiguousarray(row[9:13]).tobytes().hex()
-        return PlacedImage(ImageFile(path, sha256, width, height, size, modified), start, length, rows, columns)
+        return ImageFile(path, np.ascontiguousarray(row[_HASH]).tobytes().hex(), *seen)
+
+
+def _ranges(starts: Integers, lengths: Integers) -> Integers:
+    """Return start, start + 1, ... of each range, one range behind the other."""
+    steps = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    whole: Integers = np.repeat(starts, lengths) + steps
+    return whole
 
 
 def _open_array(folder: Path, name: str) -> npt.NDArray[Any]:
