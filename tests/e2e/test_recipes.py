@@ -18,6 +18,7 @@ from loralab.errors import ConfigError
 from loralab.workflows.configure import load_run_config
 from loralab.workflows.recipes import list_recipes, write_recipe
 from support import tiny
+from support.tiny_vision import VISION_FAMILIES, VisionFamily, save_vision_base, vqa_rows
 
 ROWS = 30
 WORDS = ("red", "blue", "green", "cat", "dog", "runs", "sleeps", "one", "two", "house", "river", "the", "of", "is")
@@ -62,23 +63,38 @@ def alpaca_rows() -> Rows:
     return list(tiny.alpaca_rows(ROWS))
 
 
+def picture_rows(folder: Path) -> Rows:
+    return list(vqa_rows(folder, ROWS // 3))
+
+
 @dataclass(frozen=True)
 class StandIn:
     """What takes the place of a recipe's model and data.
 
     Attributes:
         family: shape in which the recipe's target layers exist.
-        rows: rows of the recipe's format.
+        rows: rows of the recipe's format; pictures are drawn into the folder that it is given.
         adapted: adapted layers of the two blocks together.
         lora: what the recipe says of layers that the stand-in does not have.
         steps: optimizer steps; 24 rows are left to train on.
     """
 
-    family: tiny.Family
-    rows: Callable[[], Rows]
+    family: tiny.Family | VisionFamily
+    rows: Callable[[], Rows] | Callable[[Path], Rows]
     adapted: int
     lora: dict[str, Any] = field(default_factory=dict)
     steps: int = 3
+
+    def save_base(self, folder: Path) -> Path:
+        """Write the stand-in's model."""
+        if self.family in VISION_FAMILIES:
+            return save_vision_base(folder, self.family)
+        return tiny.save_base(folder, self.family)
+
+    def write_rows(self, folder: Path) -> Path:
+        """Write the rows, and the pictures that they name."""
+        rows = self.rows(folder) if self.family in VISION_FAMILIES else self.rows()
+        return tiny.write_rows(folder / "rows.json", rows)
 
 
 STAND_INS: dict[str, StandIn] = {
@@ -89,6 +105,8 @@ STAND_INS: dict[str, StandIn] = {
     "llama3.2-3b-price-qlora-lite": StandIn("llama", price_rows, adapted=8),
     "qwen2.5-0.5b-chat-cpu": StandIn("qwen2", chat_rows, adapted=7, lora={"layers_to_transform": [-1]}, steps=6),
     "qwen2.5-3b-wikitext2-qlora": StandIn("qwen2", text_rows, adapted=14),
+    "qwen2-vl-vqa": StandIn("qwen2_vl", picture_rows, adapted=14, steps=2),
+    "qwen2-vl-vqa-qlora": StandIn("qwen2_vl", picture_rows, adapted=14, steps=2),
     "yes-no-qlora": StandIn("qwen2", question_rows, adapted=14),
 }
 
@@ -127,11 +145,11 @@ def test_recipe_trains(name: str, tmp_path: Path) -> None:
     A paged optimizer is refused off CUDA: here its unpaged form stands in.
     """
     config, stand_in = recipe_config(name, tmp_path), STAND_INS[name]
-    rows = tiny.write_rows(tmp_path / "rows.json", stand_in.rows())
+    rows = stand_in.write_rows(tmp_path)
     optim = UNPAGED.get(config.training.optim, config.training.optim)
     run = loralab.train(
         tmp_path / f"{name}.yaml",
-        model={"name": str(tiny.save_base(tmp_path / "base", stand_in.family)), "device": "cpu"},
+        model={"name": str(stand_in.save_base(tmp_path / "base")), "device": "cpu"},
         data={"train": str(rows), "validation": 6, "test": None, "max_length": 128, "cache_dir": str(tmp_path / "c")},
         lora=stand_in.lora,
         training={
@@ -160,6 +178,15 @@ def test_recipe_trains(name: str, tmp_path: Path) -> None:
 def adapter_tensors(folder: Path) -> list[str]:
     with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as tensors:
         return list(tensors.keys())
+
+
+def test_document_4_hyperparameters(tmp_path: Path) -> None:
+    for name in ("qwen2-vl-vqa", "qwen2-vl-vqa-qlora"):
+        config = recipe_config(name, tmp_path)
+        training = config.training
+        assert (training.learning_rate, training.lr_scheduler_type, training.weight_decay) == (5e-6, "linear", 0.01)
+        assert (training.num_train_epochs, training.gradient_accumulation_steps) == (3, 16)
+        assert (training.optim, training.sampling, config.data.train_on) == ("adamw_torch", "grouped", "response")
 
 
 def test_document_2_hyperparameters(tmp_path: Path) -> None:

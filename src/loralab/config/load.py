@@ -333,6 +333,7 @@ def schema_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 def _suggest_key(key: str) -> str:
     section, _, name = key.rpartition(".")
     known = schema_keys()
+    known += dict.fromkeys(parent for k in known if "." in (parent := k.rpartition(".")[0]))  # sections in sections
     same_name = [k for k in known if k.rpartition(".")[2] == name]
     if same_name:
         return f"did you mean {same_name[0]!r}?"

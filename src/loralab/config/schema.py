@@ -182,8 +182,8 @@ class DataConfig(Section):
     image: ImageConfig = Field(default_factory=ImageConfig, description="How pictures are found and read.")
     num_workers: NonNegativeInt | Literal["auto"] = Field(
         "auto",
-        description="Processes that tokenize, and that decode pictures while a model trains; 0 works in the main process, "
-        "auto goes by rows, cores and device.",
+        description="Processes that tokenize, and that decode pictures while a model trains; 0 works in the main "
+        "process, auto goes by rows, cores and device.",
     )
     cache_dir: str | None = Field(
         None, description="Folder of tokenized data, keyed by content; null takes the user's cache folder."

@@ -22,7 +22,7 @@ from loralab.data.prompts.prompter import Prompter, apply_stop_setting, choose_b
 from loralab.data.prompts.templates import Template, prepare_template, resolve_template
 from loralab.data.reading.sources import Source
 from loralab.data.split_report import check_dropped, describe_split, report_split
-from loralab.data.splits import Indices, split_units
+from loralab.data.splits import Indices, split_groups, split_units
 from loralab.data.tokens.cache import cache_folder, load_or_tokenize
 from loralab.data.tokens.identity import data_identity, identity_sha256
 from loralab.data.tokens.pipeline import RowTokenizer
@@ -221,12 +221,32 @@ def _parts(pool: Pool, data: DataConfig, store: TokenStore, stored: dict[str, An
     total = int(stored["units"])
     if "train" not in pool.parts:
         return {pool.parts[0]: np.arange(total, dtype=np.int64)}
+    if store.has_images:
+        return split_groups(_picture_owners(store, total), data)
     owners = _owners(store, stored)
     rows = int(owners.max()) + 1 if total else 0
     if rows in (1, total):  # one document: its windows are all that can be divided
         return split_units(total, data)
     # All windows of a document go to one part, or it would stand in training and validation.
     return {name: np.flatnonzero(np.isin(owners, chosen)) for name, chosen in split_units(rows, data).items()}
+
+
+def _picture_owners(store: TokenStore, total: int) -> Indices:
+    """Return for each unit the number of the group of rows that have pictures in common with it."""
+    group: dict[str, int] = {}
+    parent = list(range(total))
+
+    def root(unit: int) -> int:
+        while parent[unit] != unit:
+            parent[unit] = parent[parent[unit]]
+            unit = parent[unit]
+        return unit
+
+    for unit, example in zip(store.units.tolist(), store, strict=True):
+        for sha256 in {image.file.sha256 for branch in example.branches for image in branch.images}:
+            parent[root(unit)] = root(group.setdefault(sha256, unit))
+    owners: Indices = np.unique([root(unit) for unit in range(total)], return_inverse=True)[1].astype(np.int64)
+    return owners
 
 
 def _owners(store: TokenStore, stored: dict[str, Any]) -> Indices:

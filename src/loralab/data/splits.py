@@ -46,6 +46,44 @@ def split_units(total: int, data: DataConfig) -> dict[str, Indices]:
     return {"train": np.sort(order[start:]), **parts}
 
 
+def split_groups(owners: Indices, data: DataConfig) -> dict[str, Indices]:
+    """Divide units so that those of one owner stay together, as questions about one picture do.
+
+    Owners are taken in a random order, or the units', until a part has as many units as asked for, or a few more.
+
+    Args:
+        owners: number of each unit's owner, from 0.
+        data: the data section, as in `split_units`.
+
+    Returns:
+        "train" and each part asked for: unit numbers, ascending.
+
+    Raises:
+        DataError: a part would be empty, or none would be left for training.
+    """
+    total, sizes = len(owners), np.bincount(owners)
+    order = np.arange(len(sizes))
+    if data.split_method == "random":
+        order = np.random.default_rng(data.split_seed).permutation(len(sizes))
+    parts: dict[str, Indices] = {}
+    start = 0
+    for name, amount in (("validation", data.validation), ("test", data.test)):
+        if not isinstance(amount, (int, float)):
+            continue
+        wanted, filled = _count(amount, total, name), np.cumsum(sizes[order[start:]])
+        end = start + int(np.searchsorted(filled, wanted)) + 1
+        if end >= len(order):
+            raise DataError(
+                f"{name} would take the rest of the {len(order)} pictures, whose rows stay together, and leave none "
+                "for training",
+                where=f"key data.{name}",
+                fix="give a smaller amount, or rows on more pictures",
+            )
+        parts[name] = np.flatnonzero(np.isin(owners, order[start:end])).astype(np.int64)
+        start = end
+    return {"train": np.flatnonzero(np.isin(owners, order[start:])).astype(np.int64), **parts}
+
+
 def _count(amount: float, total: int, name: str) -> int:
     count = round(amount * total) if isinstance(amount, float) else int(amount)
     if count < 1:

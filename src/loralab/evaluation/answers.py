@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loralab.config.metric_facts import Way
+from loralab.data.example import PlacedImage
 from loralab.evaluation.perplexity import FloatArray, SplitLoss
 
 
@@ -23,6 +24,7 @@ class Question:
         reference_ids: token ids of the answer, stop token included.
         prompt: the prompt as text, as it is sent.
         reference: the answer as text, without its stop token.
+        images: pictures in the prompt, in order.
     """
 
     unit: int
@@ -32,6 +34,7 @@ class Question:
     reference_ids: tuple[int, ...]
     prompt: str
     reference: str
+    images: tuple[PlacedImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,22 +4,22 @@ Owns generation settings; the prompts come from the `Prompter` (or from tokenize
 came from it).
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from loralab.config.schema import EvaluationConfig
+from loralab.data.example import PlacedImage
 from loralab.data.prompts.prompter import Prompter
 from loralab.errors import DataError, ModelError
 from loralab.evaluation.answers import Answered, Question
 from loralab.evaluation.forwards import Interrupted
+from loralab.evaluation.prompt_pictures import PictureInputs, Prompts
 from loralab.models.load import max_positions
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
@@ -70,6 +70,7 @@ def generate_answers(
     model: SupervisedPeftModel,
     prompts: Sequence[Sequence[int]],
     *,
+    images: Sequence[Sequence[PlacedImage]] | None = None,
     prompter: Prompter,
     settings: GenerationSettings,
     batch_size: int,
@@ -85,6 +86,7 @@ def generate_answers(
     Args:
         model: base with adapter (call within `model.disable_adapter()` for the base).
         prompts: prompt token ids, one list per prompt.
+        images: pictures of each prompt, or None where none has any.
         prompter: knows stop tokens and decoding.
         settings: how to generate.
         batch_size: prompts at a time.
@@ -97,15 +99,16 @@ def generate_answers(
         One answer per prompt, in order.
 
     Raises:
-        DataError: a prompt has no tokens.
-        ModelError: a prompt is longer than the model's positions.
+        DataError: a prompt has no tokens, or a picture cannot be decoded.
+        ModelError: a prompt is longer than the model's positions, or the model reads no pictures.
         Interrupted: `should_stop` answered yes.
     """
     places = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     rooms = _fit_positions(model, prompts, settings, places)
     _tell_short(model, rooms, settings, places=places, reporter=reporter)
     work = _Work(model, prompter, settings, reporter, label, should_stop, processes)
-    return [read_answer(ids, prompter) for ids in work.generate(prompts, rooms, batch_size)]
+    asked = Prompts(prompts) if images is None else Prompts(prompts, images.__getitem__)
+    return [read_answer(ids, prompter) for ids in work.generate(asked, rooms, batch_size)]
 
 
 def answer_questions(
@@ -124,8 +127,8 @@ def answer_questions(
 
     Answers with less room than asked for are not told of: see `tell_short_rooms`.
     """
-    prompts = _PromptsOf(questions)
-    rooms = _fit_positions(model, prompts, settings, [f"row {question.row}" for question in questions])
+    prompts = Prompts(_PromptsOf(questions), lambda number: questions[number].images)
+    rooms = _fit_positions(model, prompts.ids, settings, [f"row {question.row}" for question in questions])
     work = _Work(model, prompter, settings, reporter, label, should_stop, processes)
     written = work.generate(prompts, rooms, batch_size)
     answers = [read_answer(ids, prompter) for ids in written]
@@ -166,11 +169,12 @@ class _Work:
     should_stop: Callable[[], bool]
     processes: Processes
 
-    def generate(self, prompts: Sequence[Sequence[int]], rooms: Sequence[int], batch_size: int) -> list[list[int]]:
+    def generate(self, prompts: Prompts, rooms: Sequence[int], batch_size: int) -> list[list[int]]:
         """Return the generated ids behind each prompt, at most `rooms` each, what follows a stop token included."""
         asked = _asked_once(prompts, self.settings)
         distinct = sorted(set(asked))
-        batches = _batches({index: (rooms[index], len(prompts[index])) for index in distinct}, batch_size)
+        batches = _batches({index: (rooms[index], len(prompts.ids[index])) for index in distinct}, batch_size)
+        pictures = PictureInputs(self.model, self.prompter.pictures)
         was_training = self.model.training
         self.model.eval()
         made: dict[int, list[int]] = {}
@@ -183,7 +187,8 @@ class _Work:
                         raise Interrupted
                     number = first + self.processes.rank
                     if number < len(batches):
-                        made |= self._generate_batch(prompts, *batches[number], seed=self.settings.seed + number)
+                        seed = self.settings.seed + number
+                        made |= self._generate_batch(prompts, *batches[number], pictures=pictures, seed=seed)
                     done += sum(len(batch) for _, batch in batches[first : first + self.processes.count])
                     self.reporter.progress(self.label, done, len(distinct))
         finally:
@@ -193,14 +198,15 @@ class _Work:
         return [found[index] for index in asked]
 
     def _generate_batch(
-        self, prompts: Sequence[Sequence[int]], room: int, batch: Sequence[int], *, seed: int
+        self, prompts: Prompts, room: int, batch: Sequence[int], *, pictures: PictureInputs, seed: int
     ) -> dict[int, list[int]]:
         torch.manual_seed(seed)  # one per batch, so that no process draws what another one does
         device = self.model.embedding.weight.device
-        ids, mask = pad_left([prompts[index] for index in batch], pad=self.prompter.stop.ids[0])
+        ids, mask = pad_left([prompts.ids[index] for index in batch], pad=self.prompter.stop.ids[0])
         out = cast(Callable[..., Tensor], self.model.generate)(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
+            **pictures.read(ids, [prompts.images(index) for index in batch]),
             generation_config=build_generation_config(replace(self.settings, max_new_tokens=room), self.prompter),
         )
         return dict(zip(batch, out[:, ids.shape[1] :].tolist(), strict=True))
@@ -216,17 +222,12 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
         torch.mps.set_rng_state(apple)
 
 
-def _asked_once(prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> list[int]:
+def _asked_once(prompts: Prompts, settings: GenerationSettings) -> list[int]:
     """Return for each prompt the index of the one whose answer is its own: greedy answers depend on nothing else."""
     if settings.temperature > 0:
-        return list(range(len(prompts)))
+        return list(range(len(prompts.ids)))
     first: dict[bytes, int] = {}
-    return [first.setdefault(_digest(prompt), index) for index, prompt in enumerate(prompts)]
-
-
-def _digest(prompt: Sequence[int]) -> bytes:
-    """Return what tells a prompt from others in little memory."""
-    return hashlib.blake2b(np.asarray(prompt, dtype=np.int64).tobytes(), digest_size=16).digest()
+    return [first.setdefault(prompts.digest(index), index) for index in range(len(prompts.ids))]
 
 
 def tell_short_rooms(

@@ -33,6 +33,7 @@ class _StoredQuestion(Question):
             "row": example.row,
             "source": example.source,
             "reference": prompter.decode(branch.answer_ids.tolist()),
+            "images": tuple(branch.images),
             "_branch": branch,
             "_prompter": prompter,
         }
@@ -55,8 +56,8 @@ class _StoredQuestion(Question):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        mine = self.unit, self.row, self.source, self.prompt_ids, self.reference_ids, self.prompt, self.reference
-        return Question, mine
+        asked = self.prompt_ids, self.reference_ids, self.prompt, self.reference, self.images
+        return Question, (self.unit, self.row, self.source, *asked)
 
 
 def questions_of(
@@ -165,9 +166,9 @@ def as_example(question: Question, answers: Sequence[Sequence[int]]) -> Tokenize
     """Return a question with answers behind its prompt, one branch for each.
 
     Args:
-        question: gives the prompt.
+        question: gives the prompt and its pictures.
         answers: token ids of each answer; at least one token each.
     """
     prompt = np.asarray(question.prompt_ids, dtype=np.int32)
-    branches = tuple(Branch(prompt, np.asarray(answer, dtype=np.int32)) for answer in answers)
+    branches = tuple(Branch(prompt, np.asarray(answer, dtype=np.int32), question.images) for answer in answers)
     return TokenizedExample(question.row, question.source, branches)

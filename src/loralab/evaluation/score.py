@@ -18,6 +18,7 @@ from loralab.evaluation.answers import Answered, Question
 from loralab.evaluation.forwards import observe_batches
 from loralab.evaluation.questions import as_example, spread
 from loralab.layout.collate import MicroBatch
+from loralab.layout.paths import token_keys
 from loralab.layout.planner import Planner
 from loralab.models.load import max_positions
 from loralab.models.precision import Resolved
@@ -217,7 +218,8 @@ def score_labels(
     for question in questions:
         check_room(model, len(question.prompt_ids), labels, where=f"row {question.row}")
     # Sorted, so that prompts that begin alike are laid out together; the same prompt is asked once.
-    asked = {question.prompt_ids: question for question in questions}
+    keys = [_keys(question) for question in questions]
+    asked = dict(zip(keys, questions, strict=True))
     prompts = sorted(asked)
     cuts = _cut(prompts, batch_size)
     scores = np.zeros((len(prompts), len(codes)))
@@ -243,7 +245,9 @@ def score_labels(
     # Each prompt was scored by one process and is zero in the others, so these sums are exact.
     rows = dict(zip(prompts, processes.sum(scores).tolist(), strict=True))
     texts = labels.texts if isinstance(labels, WrittenLabels) else {label: label for label in labels}
-    found = ((question, dict(zip(labels, rows[question.prompt_ids], strict=True))) for question in questions)
+    found = (
+        (question, dict(zip(labels, rows[key], strict=True))) for question, key in zip(questions, keys, strict=True)
+    )
     return [
         Answered(question, texts[max(scores, key=lambda label: scores[label])], label_scores=scores)
         for question, scores in found
@@ -270,6 +274,13 @@ def check_room(model: SupervisedPeftModel, prompt_tokens: int, labels: LabelIds,
             where=where,
             fix=f"set data.max_length: {limit - longest + 1} or less, or shorten the labels",
         )
+
+
+def _keys(question: Question) -> tuple[int, ...]:
+    """Return what tells a prompt's tokens from others: pictures of one size have the same ids."""
+    if not question.images:
+        return question.prompt_ids
+    return tuple(token_keys(np.asarray(question.prompt_ids, dtype=np.int64), question.images).tolist())
 
 
 def _eager(planner: Planner) -> Planner:

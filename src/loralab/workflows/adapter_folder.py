@@ -28,7 +28,9 @@ def save_adapter(folder: Path, model: SupervisedPeftModel, prompter: Prompter) -
     staging = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent))
     try:
         model.save_pretrained(str(staging), safe_serialization=True)
-        prompter.tokenizer.save_pretrained(str(staging))
+        if prompter.pictures is not None:
+            prompter.pictures.save(staging)
+        prompter.tokenizer.save_pretrained(str(staging))  # over the processor's own: template and stop token may differ
         contract = json.dumps(build_contract(prompter), indent=2, ensure_ascii=False)
         (staging / CONTRACT_FILE).write_text(contract + "\n", encoding="utf-8")
         _generation_config(prompter).save_pretrained(str(staging))

@@ -342,6 +342,7 @@ def _answer_both(
         return generate_answers(
             session.model,
             [question.prompt_ids for question in questions],
+            images=[question.images for question in questions],
             prompter=session.prompter,
             settings=GenerationSettings(max_new_tokens=evaluation.max_new_tokens),
             batch_size=evaluation.batch_size,

@@ -5,6 +5,7 @@ in before the decoder must give the model's own logits.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,16 +24,18 @@ from loralab.models.supervised import SupervisedPeftModel
 from loralab.models.vision import load_processor, position_axes, vision_family
 from loralab.training.loss import model_inputs
 
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # In float32, largest difference of logits in shares of their spread, as for token trees; in half precision, a
 # share of what other pictures change.
 _SAME_FLOAT32, _SAME_HALF = 2e-5, 0.1
 
 
-def open_pictures(config: Config) -> PictureProcessor | None:
+def open_pictures(config: Config, *, folder: Path | None = None) -> PictureProcessor | None:
     """Load what a model's processor makes of pictures, or return None where the model reads none.
 
     Args:
         config: the configuration.
+        folder: an adapter's, whose own processor goes before the base's; it holds the bounds on pixels already.
 
     Raises:
         ConfigError: `data.image` is set for a model that reads no pictures, or has a bound that its processor does
@@ -49,6 +52,8 @@ def open_pictures(config: Config) -> PictureProcessor | None:
                 fix="remove it, or take a vision-language model",
             )
         return None
+    if folder is not None and any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        return PictureProcessor(load_processor(str(folder), revision=None, trust_remote_code=False))
     processor = load_processor(
         model_source(config.model.name),
         revision=config.model.revision,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
-from loralab.data.prompts.contract import CONTRACT_FILE, load_contracted
+from loralab.data.prompts.contract import CONTRACT_FILE, check_pictures, load_contracted
 from loralab.data.prompts.prompter import Prompter, apply_stop_setting, choose_bos_prefix, own_template, render_with
 from loralab.data.prompts.templates import prepare_template, resolve_template
 from loralab.errors import ConfigError, ModelError, Problem
@@ -161,7 +161,10 @@ def open_session(
     for name, number in threads.items():
         reporter.say(f"{name} {number.value} ({number.reason})")
     prompter = open_prompter(target, config, reporter)
-    prompter.pictures = open_pictures(config)
+    prompter.pictures = open_pictures(config, folder=target.adapter)
+    if prompter.pictures is not None and contracted:
+        where = target.adapter / CONTRACT_FILE
+        check_pictures(prompter, read_json(where), where=str(where))
     base, choices = load_base_model(config.model, dtype=precision.value, device=device.value)
     if choices["quantization"].value != "none":
         reporter.say(f"quantization {choices['quantization'].value} ({choices['quantization'].reason})")

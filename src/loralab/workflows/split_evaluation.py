@@ -189,14 +189,17 @@ def answer_samples(
     Raises:
         Interrupted: `should_stop` answered yes before a batch.
     """
-    pairs = [_prompt_and_reference(split, index) for index in range(min(evaluation.num_samples, len(split)))]
+    count = min(evaluation.num_samples, len(split))
+    pairs = [_prompt_and_reference(split, index) for index in range(count)]
     prompts = [prompt for prompt, _ in pairs]
+    images = [split[index].branches[0].images for index in range(count)]
     settings = GenerationSettings(max_new_tokens=evaluation.max_new_tokens)
 
     def answer(label: str) -> list[Answer]:
         return generate_answers(
             model,
             prompts,
+            images=images,
             prompter=prompter,
             settings=settings,
             batch_size=evaluation.batch_size,

@@ -80,11 +80,19 @@ def test_duplicate_key_and_invalid_yaml_stop_the_reading(path: Path) -> None:
             "training.early_stopping.patiense",
             "did you mean 'patience'?",
         ),
+        ("  image:\n    max_pixel: 3\n", 6, "data.image.max_pixel", "did you mean 'max_pixels'?"),
+        ("  image:\n    zzzzz: 3\n", 6, "data.image.zzzzz", "known in data.image: folder, allow_outside"),
+        ("  imagee:\n    max_pixels: 3\n", 5, "data.imagee", "did you mean 'image'?"),
+        ("  max_pixels: 3\n", 5, "data.max_pixels", "did you mean 'data.image.max_pixels'?"),
+        ("image:\n  max_pixels: 3\n", 5, "image", "did you mean 'data.image'?"),
+        ("lora:\n  visoin: all\n", 6, "lora.visoin", "did you mean 'vision'?"),
     ],
 )
 def test_unknown_key_has_line_and_nearest_name(path: Path, section: str, line: int, key: str, fix: str) -> None:
     (problem,) = problems_of(path, TEXT + section)
-    assert problem == Problem(f"unknown key: {key!r}", f"{path} line {line}, key {key}", fix)
+    assert (problem.what, problem.where) == (f"unknown key: {key!r}", f"{path} line {line}, key {key}")
+    assert problem.fix.startswith(fix)
+    assert problem.fix == fix or problem.fix.startswith(f"{fix}, ")
 
 
 def test_missing_keys_are_named(path: Path) -> None:
@@ -197,6 +205,50 @@ def test_overrides_alone_make_a_configuration() -> None:
     assert loaded.name == "run"
 
 
+def test_a_section_inside_a_section_has_origins_of_its_own(path: Path) -> None:
+    text = TEXT + "  image:\n    folder: photos\n    min_pixels: 64\n"
+    loaded = load(path, text, "data.image.max_pixels=4096", "data.image.folder=2024")
+    image = loaded.config.data.image
+    assert (image.folder, image.min_pixels, image.max_pixels) == ("2024", 64, 4096)
+    origin = {key.rpartition(".")[2]: place for key, place in loaded.origin.items() if key.startswith("data.image.")}
+    given = {"folder": "command line", "min_pixels": f"{path}:7", "max_pixels": "command line"}
+    assert origin == given | dict.fromkeys(("allow_outside", "cache_features", "cache_gib"), "default")
+
+
+@pytest.mark.parametrize("override", [{"data.image": {"min_pixels": 9}}, {"data": {"image": {"min_pixels": 9}}}])
+def test_a_section_that_is_replaced_has_no_origins_of_before(path: Path, override: dict[str, Any]) -> None:
+    path.write_text(TEXT + "  image:\n    folder: photos\n    min_pixels: 64\n")
+    loaded = load_config(path, override)
+    assert (loaded.config.data.image.folder, loaded.config.data.image.min_pixels) == (None, 9)
+    assert loaded.origin["data.image.min_pixels"] == "argument"
+    assert loaded.origin["data.image.folder"] == "default"
+
+
+def test_only_what_a_mapping_gives_is_an_argument() -> None:
+    values = {**MAPPING, "data": {"train": "rows.json", "image": {"max_pixels": 9}}}
+    origin = load_config(values).origin
+    assert {key for key, place in origin.items() if place == "argument"} == {
+        "model.name",
+        "data.train",
+        "data.image.max_pixels",
+    }
+
+
+def test_wrong_value_inside_a_section_of_a_section_has_its_line(path: Path) -> None:
+    (problem,) = problems_of(path, TEXT + "  image:\n    folder: photos\n    cache_features: maybe\n")
+    assert problem.what.startswith("data.image.cache_features got 'maybe': ")
+    assert problem.where == f"{path} line 7, key data.image.cache_features"
+    (problem,) = problems_of(path, TEXT, "data.image=5")
+    assert problem.where == "command line, key data.image"
+    (problem,) = problems_of(path, TEXT, "data.image.min_pixels.x=5", "data.image.min_pixels=0")
+    assert problem.where == "command line, key data.image.min_pixels"
+
+
+def test_path_that_cannot_be_one_inside_a_section_of_a_section(path: Path) -> None:
+    (problem,) = problems_of(path, TEXT, f"data.image.folder={'x' * 300}")
+    assert problem.where == "command line, key data.image.folder"
+
+
 @pytest.mark.parametrize(
     "stopping", ["", "training:\n  early_stopping:\n    patience: 2\n    metric: loss\n    min_delta: 0\n"]
 )
@@ -204,10 +256,11 @@ def test_every_schema_key_has_an_origin(path: Path, stopping: str) -> None:
     origin = load(path, TEXT + stopping).origin
     wanted = schema_keys()
     if not stopping:  # the section is null: it has an origin, its fields have none
-        wanted = [*dict.fromkeys(k.rpartition(".")[0] if k.count(".") == 2 else k for k in wanted)]
+        null = "training.early_stopping"
+        wanted = [*dict.fromkeys(null if k.startswith(f"{null}.") else k for k in wanted)]
     assert list(origin) == wanted
     assert {key for key, place in origin.items() if place != "default"} == {"model.name", "data.train"} | {
-        key for key in wanted if stopping and key.startswith("training.early_stopping.")
+        f"training.early_stopping.{name}" for name in ("metric", "patience", "min_delta") if stopping
     }
     assert origin["data.train"] == f"{path}:4"
 
@@ -242,6 +295,7 @@ FULL: dict[str, Any] = {
         "columns": {"prompt": "Frage: ü"},
         "stop_tokens": ["<|end|>", "yes", "~"],
         "num_workers": 0,
+        "image": {"folder": "~/a b", "max_pixels": 65536, "cache_features": False},
     },
     "lora": {"target_modules": ["q", "v"], "alpha": 1e-05},
     "training": {"learning_rate": 1e-20, "lr_scheduler_type": "cosine", "early_stopping": {"metric": "loss"}},

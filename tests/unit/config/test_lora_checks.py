@@ -18,6 +18,7 @@ CHOSEN: dict[str, Any] = {
     "eva_rows": 8,
     "dropout": 0.1,
     "target_modules": "attention",
+    "vision": "projector",
     "layers_to_transform": [0],
     "rank_pattern": {"q_proj": 2},
     "alpha_pattern": {"q_proj": 2.0},

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ _BOUNDS = ("shortest_edge", "longest_edge")
 _DECIDING = ("patch_size", "image_seq_len", "num_additional_image_tokens", "vision_feature_select_strategy")
 # Width and height of the pictures that a model is probed with.
 _PROBED = ((64, 64), (112, 56))
+# Sizes whose tokens an adapter's contract promises.
+_PROMISED = ((64, 64), (640, 480), (1920, 1080))
 # Of pixels as (row, pictures, channels, height, width).
 _PIXEL_AXES_OF_ROWS = 5
 
@@ -96,7 +99,7 @@ class PictureProcessor:
             )
         self.marker = marker
         self.token = int(self._tokenizer.convert_tokens_to_ids(marker))
-        self._check_bounds()
+        self._set_bounds()
 
     @property
     def _tokenizer(self) -> Any:
@@ -106,33 +109,37 @@ class PictureProcessor:
     def _images(self) -> Any:
         return getattr(self.processor, "image_processor")  # noqa: B009 - likewise
 
-    def _check_bounds(self) -> None:
+    def _set_bounds(self) -> None:
+        """Give the processor the bounds on pixels, so that it is saved with them."""
         given = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         chosen = [name for name, value in given.items() if value is not None]
-        size = dict(getattr(self._images, "size", None) or {})
-        if chosen and not set(size) >= set(_BOUNDS):
+        size = {name: value for name, value in dict(self._images.size or {}).items() if value is not None}
+        if not chosen:
+            return
+        if not set(size) >= set(_BOUNDS):
             raise ConfigError(
                 f"data.image.{chosen[0]} has no meaning for {type(self._images).__name__}, which makes every picture "
                 f"{', '.join(f'{k} {v}' for k, v in size.items())}",
                 where=f"key data.image.{chosen[0]}",
                 fix="remove it",
             )
-        low, high = self._bounds().get("size", dict.fromkeys(_BOUNDS, 0)).values()
+        low, high = self.min_pixels or int(size[_BOUNDS[0]]), self.max_pixels or int(size[_BOUNDS[1]])
         if low > high:
             raise ConfigError(
                 f"pictures of at least {low} and at most {high} pixels: there are none",
                 where="keys data.image.min_pixels, data.image.max_pixels",
                 fix="raise max_pixels, or lower min_pixels",
             )
+        self._images.size = dict(zip(_BOUNDS, (low, high), strict=True))
 
-    def _bounds(self) -> dict[str, dict[str, int]]:
-        if self.min_pixels is None and self.max_pixels is None:
-            return {}
-        own = self._images.size
-        low, high = (int(own[name]) for name in _BOUNDS)
-        return {
-            "size": {"shortest_edge": self.min_pixels or low, "longest_edge": self.max_pixels or high},
-        }
+    def save(self, folder: Path) -> None:
+        """Write the processor's files, bounds on pixels included, so that others load it from there."""
+        self.processor.save_pretrained(str(folder))
+
+    def promise(self) -> dict[str, Any]:
+        """Return what an adapter's contract says of pictures: the marker, and how many tokens some sizes become."""
+        sizes = {f"{width}x{height}": len(self.expand(width, height).ids) for width, height in _PROMISED}
+        return {"marker": self.marker, "token": self.token, "tokens": sizes, "sha256": self.fingerprint}
 
     def expand(self, width: int, height: int) -> Expansion:
         """Return the tokens that stand for a picture of this size.
@@ -155,7 +162,6 @@ class PictureProcessor:
                 images=[[blank]],
                 add_special_tokens=False,
                 return_tensors="pt",
-                **self._bounds(),
             )
         except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
             raise DataError(
@@ -212,13 +218,11 @@ class PictureProcessor:
             Image.fromarray(noise.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in _PROBED
         ]
         text = f"a b {self.marker} c {self.marker} d e"
-        own: Any = self.processor(
-            text=[text], images=[shown], add_special_tokens=False, return_tensors="pt", **self._bounds()
-        )
+        own: Any = self.processor(text=[text], images=[shown], add_special_tokens=False, return_tensors="pt")
         files = [ImageFile("", f"{place:064x}", *size, 0, 0) for place, size in enumerate(_PROBED)]
         ids, placed = self.place(self._tokenizer(text, add_special_tokens=False)["input_ids"], files)
         branch = Branch(np.asarray(ids, dtype=np.int32), np.asarray(ids[:1], dtype=np.int32), placed)
-        return PictureProbe(branch, self._joined([self._pixels(each) for each in shown]), dict(own))
+        return PictureProbe(branch, self.join([self._pixels(each) for each in shown]), dict(own))
 
     def feature_count(self, file: ImageFile) -> int:
         """Return how many features a picture has."""
@@ -235,15 +239,20 @@ class PictureProcessor:
         Raises:
             DataError: a file is not what it was, or cannot be decoded.
         """
-        return self._joined([self._pixels(decode(file)) for file in files])
+        return self.join([self._pixels(decode(file)) for file in files])
 
-    def _joined(self, made: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def join(self, made: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the tensors of several pictures, or groups of them, as those of all, in order.
+
+        Args:
+            made: at least one, each as `read` returns it.
+        """
         # Some families have an axis for the row before the one of pictures.
         axis = 1 if made[0]["pixel_values"].dim() == _PIXEL_AXES_OF_ROWS else 0
         return {name: torch.cat([each[name] for each in made], dim=axis) for name in made[0]}
 
     def _pixels(self, picture: Image.Image) -> dict[str, Tensor]:
-        found = self._images(images=[[picture]], return_tensors="pt", **self._bounds())
+        found = self._images(images=[[picture]], return_tensors="pt")
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     @property
@@ -251,5 +260,5 @@ class PictureProcessor:
         """SHA-256 over everything that decides on tokens and pixels."""
         held = json.loads(self._images.to_json_string())
         own = [getattr(self.processor, name, None) for name in _DECIDING]
-        whole = [type(self.processor).__name__, held, self._bounds(), self.marker, self.token, own]
+        whole = [type(self.processor).__name__, held, self.marker, self.token, own]
         return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()

@@ -43,6 +43,7 @@ def build_contract(prompter: Prompter) -> dict[str, Any]:
         "stop_token_ids": list(prompter.stop.ids),
         "stop_tokens": list(prompter.stop.texts),
         "golden": [{"prompt": text, "ids": _golden_ids(prompter, text)} for text in _GOLDEN_PROMPTS],
+        **({} if prompter.pictures is None else {"pictures": prompter.pictures.promise()}),
         "versions": _versions(),
     }
 
@@ -94,6 +95,28 @@ def check_contract(prompter: Prompter, contract: Mapping[str, Any], *, where: st
         if ids != entry.get("ids"):
             _break(_golden_difference(prompter, entry["prompt"], ids, entry.get("ids")), where)
     _check_tokenizer(prompter.tokenizer, contract, where)
+
+
+def check_pictures(prompter: Prompter, contract: Mapping[str, Any], *, where: str) -> None:
+    """Check that pictures become the tokens and pixels that a contract promises; nothing for a model of text.
+
+    Args:
+        prompter: with the processor that will be used.
+        contract: as `build_contract` made it.
+        where: the contract's file, for messages.
+
+    Raises:
+        PromptContractError: they do not.
+    """
+    trained = contract.get("pictures")
+    if prompter.pictures is None or trained is None:  # without a processor a prompt with a picture is refused
+        return
+    if not isinstance(trained, Mapping):
+        _break(f"what it says of pictures is damaged: {str(trained)[:60]}", where)
+    now = prompter.pictures.promise()
+    for name, value in now.items():
+        if trained.get(name) != value:
+            _break(_two_sides(f"pictures: {name} differs", str(trained.get(name))[:80], str(value)[:80]), where)
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, contract: Mapping[str, Any], where: str) -> None:

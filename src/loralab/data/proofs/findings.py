@@ -177,6 +177,21 @@ KINDS: dict[str, Kind] = {
         "the prompt's tokens differ from those that serving sends",
         f"{_OTHER_TEMPLATE}; tokens made elsewhere: render prompts with the tokenizer's own chat template",
     ),
+    "picture_changed": Kind(
+        "error",
+        "a picture is no longer the file whose tokens are stored",
+        "put back the file that was there, or run again, which looks at every changed picture anew",
+    ),
+    "picture_missing": Kind(
+        "error",
+        "the pictures before an answer are not those of the row",
+        "remove the folder of data.cache_dir and run again; if it stays, please report it",
+    ),
+    "picture_differs": Kind(
+        "error",
+        "a picture's tokens are not those that the model's own processor makes of it",
+        "use the processor of the model that is trained; if it is, please report it with the row's picture",
+    ),
     "wrong_role": Kind(
         "error",
         "the turn of another role carries loss",

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from loralab.data.example import Branch, Conversation, Document, Example, Message, Preformatted, Tokens
+from loralab.data.images.folding import fold_pictures
 from loralab.data.prompts.decoding import Decoder
 from loralab.data.prompts.prompter import Prompter, Tools
 from loralab.data.proofs.findings import Finding, Seen
+from loralab.data.proofs.picture_proofs import PictureProver
 from loralab.data.proofs.turn_proofs import TrainedTurn, TurnProof
 from loralab.data.proofs.untemplated_proofs import UntemplatedProver
 from loralab.data.tokens.tokenize import TokenizeSettings
@@ -29,6 +31,7 @@ class StoredRow:
         units: branches of each stored unit, in order.
         twin: conversation that the row also holds beside tokens made elsewhere, or None.
         longest: length of the longest row of the source, in tokens.
+        lost: why a picture of the row cannot be read any more, or None.
     """
 
     source: str
@@ -37,6 +40,7 @@ class StoredRow:
     units: tuple[tuple[Branch, ...], ...]
     twin: Conversation | None = None
     longest: int = 0
+    lost: str | None = None
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -60,7 +64,13 @@ class Prover:
         self._own = own
         self._decoder = Decoder(prompter.tokenizer, prompter.stop.ids[0])
         self._untemplated = UntemplatedProver(prompter, settings, self._decoder, own=own)
+        self._pictures = PictureProver(prompter)
         self.spans = 0
+
+    @property
+    def pictures(self) -> int:
+        """How many different pictures the model's processor has read."""
+        return self._pictures.proven
 
     def prove(self, rows: Sequence[StoredRow]) -> list[Finding]:
         """Return what is wrong or worth a look in some rows; a few hundred at a time are fastest."""
@@ -69,6 +79,9 @@ class Prover:
         twins: list[TrainedTurn] = []
         for number, row in enumerate(rows):
             self.spans += len(row.branches)
+            if row.lost is not None:
+                seen.append((number, ("picture_changed", row.lost)))
+                continue
             if isinstance(row.example, Conversation):
                 found, made = self._cases(number, row, row.example)
                 cases += made
@@ -79,6 +92,7 @@ class Prover:
             twins += made
             seen += found
         seen += self._prove_turns(cases, self._prompter)
+        seen += [(case.number, each) for case in cases for each in self._pictures.prove(case)]
         seen += self._prove_turns(twins, self._own or self._prompter, template=self._own is not None)
         return [
             Finding(kind, rows[number].source, rows[number].row, what)
@@ -107,10 +121,14 @@ class Prover:
                 return [(number, ("turn_missing", what))], []
             seen = [(number, ("turns_cut", what))]
         pairs = zip(turns, row.branches, strict=False)
-        return seen, [
-            TrainedTurn(number, conversation, turn, branch.prompt_ids.tolist(), branch.answer_ids.tolist())
-            for turn, branch in pairs
-        ]
+        return seen, [self._case(number, conversation, turn, branch) for turn, branch in pairs]
+
+    def _case(self, number: int, conversation: Conversation, turn: int, branch: Branch) -> TrainedTurn:
+        stored, images, pictures = branch.prompt_ids.tolist(), tuple(branch.images), self._prompter.pictures
+        # What a template and its serving call write of a picture is one marker.
+        prompt = fold_pictures(stored, images, pictures.token) if pictures is not None and images else stored
+        answer = branch.answer_ids.tolist()
+        return TrainedTurn(number, conversation, turn, prompt, answer, stored=stored, images=images)
 
     def _is_cut(self, conversation: Conversation, missing: Sequence[int]) -> bool:
         """Return whether the prompt of the first missing turn leaves no room for an answer."""
@@ -118,10 +136,17 @@ class Prover:
             return False
         first, tools = missing[0], conversation.tools
         if conversation.messages[first].role == "assistant":
-            return len(self._prompter.serve(conversation.messages[:first], tools)) >= self._settings.max_length
+            before = conversation.messages[:first]
+            return self._with_pictures(self._prompter.serve(before, tools), before) >= self._settings.max_length
         # Nobody prompts other roles: what stands before their content is no call, but a part of the rendering.
-        whole = self._prompter.render(conversation.messages[: first + 1], add_generation_prompt=False, tools=tools)
-        return len(self._prompter.encode([whole])[0]) >= self._settings.max_length
+        messages = conversation.messages[: first + 1]
+        whole = self._prompter.render(messages, add_generation_prompt=False, tools=tools)
+        return self._with_pictures(self._prompter.encode([whole])[0], messages) >= self._settings.max_length
+
+    def _with_pictures(self, ids: list[int], messages: Sequence[Message]) -> int:
+        """Return the length of a rendered prompt with all tokens of its pictures."""
+        files = [part.file for message in messages for part in message.images if part.file is not None]
+        return len(self._prompter.place(ids, files)[0])
 
     def _twin_cases(self, number: int, row: StoredRow) -> tuple[list[tuple[int, Seen]], list[TrainedTurn]]:
         """Pair the spans of a row that was tokenized elsewhere with the answers of the conversation beside it."""

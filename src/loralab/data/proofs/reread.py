@@ -77,9 +77,13 @@ def _stored_row(
     unparsed: UnparsedRow, worker: RowTokenizer, units: tuple[tuple[Branch, ...], ...], longest: int
 ) -> StoredRow:
     row = parse_row(unparsed)
-    example = worker.images.open_all(build_example(worker.format, row.fields, worker.columns))
+    example, lost = build_example(worker.format, row.fields, worker.columns), None
+    try:
+        example = worker.images.open_all(example)
+    except RowError as error:  # it could be read when the row was stored
+        lost = str(error)
     twin = find_twin(row.fields) if isinstance(example, Tokens) else None
-    return StoredRow(row.source, row.number, example, units, twin=twin, longest=longest)
+    return StoredRow(row.source, row.number, example, units, twin=twin, longest=longest, lost=lost)
 
 
 def find_twin(fields: Fields) -> Conversation | None:

@@ -5,10 +5,10 @@ the serving call and the template's rendering of the whole conversation.
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from loralab.data.example import Conversation, Message
+from loralab.data.example import Conversation, Message, PlacedImage
 from loralab.data.prompts.decoding import REPLACEMENT, Decoder
 from loralab.data.prompts.prompter import Prompter
 from loralab.data.proofs.findings import Seen, show_text
@@ -23,13 +23,15 @@ class TrainedTurn:
         number: of the row, among those that are proven together.
         conversation: the row's, with the system message that is put before it.
         turn: place of the turn in it.
-        prompt: stored ids that carry no loss.
+        prompt: stored ids that carry no loss, with one marker for each picture.
         answer: stored ids that carry loss.
         made_here: whether the tokens are this program's, not somebody else's.
         served: ids that serving sends before the turn, or None where nobody does.
         before: messages that the prompt is made of.
         whole: the conversation up to the turn as the template renders it, or "" without a template.
         encoding: the ids and offsets of `whole`, or None where the tokenizer gives none.
+        stored: the prompt with all tokens of its pictures; `prompt` where it has none.
+        images: pictures in it, in order.
     """
 
     number: int
@@ -42,6 +44,13 @@ class TrainedTurn:
     before: tuple[Message, ...] = ()
     whole: str = ""
     encoding: Any = None
+    stored: list[int] = field(default_factory=list)
+    images: tuple[PlacedImage, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer, those of pictures counted."""
+        return len(self.prompt) + len(self.answer) + sum(image.length - 1 for image in self.images)
 
     @property
     def message(self) -> Message:
@@ -138,7 +147,7 @@ class TurnProof:
             if message.role == "system" and not self._in_prompt(message.content):
                 yield "system_missing", f"the template writes nothing of {show_text(message.content)}"
         asked = next((message for message in reversed(case.before) if message.role == "user"), None)
-        if asked is not None and not self._in_prompt(asked.content):
+        if asked is not None and not all(map(self._in_prompt, asked.texts)):
             yield "question_missing", f"the question {show_text(asked.content)} is not in it"
         for tool in case.conversation.tools if case.served is not None else ():
             function = tool.get("function", tool)
@@ -226,8 +235,7 @@ class TurnProof:
 
     @property
     def _is_cut(self) -> bool:
-        length = len(self.case.prompt) + len(self.case.answer)
-        return length == self.settings.max_length and not self._is_ended and self.case.made_here
+        return self.case.length == self.settings.max_length and not self._is_ended and self.case.made_here
 
     def _prove_cut(self) -> Iterator[Seen]:
         """Prove a span that fills `max_length`: it must be the beginning of what the template renders."""
