@@ -14,13 +14,16 @@ PYTEST := TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q
 PARALLEL := -n $(JOBS)
 CODE := src tests $(wildcard scripts benchmarks)
 
-.PHONY: help demo test test-all check fix bench clean
+.PHONY: help demo demo-vision test test-all check fix bench clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## the whole pipeline on an embedded model and data set, offline
 	$(BIN)/loralab demo
+
+demo-vision: $(STAMP) ## the same with questions about pictures
+	$(BIN)/loralab demo --vision --output runs/demo-vision
 
 test: $(STAMP) ## all tests but the slow ones and those that need a GPU
 	OMP_NUM_THREADS=1 $(PYTEST) $(PARALLEL) -m "not slow and not gpu"

@@ -11,21 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
 
 from vision_base import END, IMAGE, IMAGE_TOKENS, MERGE, PATCH, VISION_END, VISION_START, new_processor
 from vision_prose import MARK, plain, say_all, sayings, sentence
+from vision_sight import Sight, cell_labels, features
 from vision_world import SIDE, Scene, draw, make_scene
 
 BATCH, TEXT_LENGTH = 64, 48
-PEAK_RATE, FLOOR_RATE, WARMUP_STEPS, WEIGHT_DECAY, CLIP = 2.5e-3, 2e-5, 150, 0.02, 1.0
+PEAK_RATE, SIGHT_PEAK_RATE, FLOOR_RATE, WARMUP_STEPS, WEIGHT_DECAY, CLIP = 2e-3, 1.5e-3, 2e-5, 60, 0.02, 1.0
+# The second stage keeps the first one's task, so that the tower goes on learning from it.
+SIGHT_WEIGHT = 0.3
 # Words that the picture does not settle teach only style.
 PLAIN_WEIGHT = 0.25
 # At first mostly whole lists: every word of them is settled, so the vision tower learns fastest from them.
-LIST_SHARE_EARLY, LIST_SHARE_LATE, EARLY_PART = 0.7, 0.15, 0.12
-LINES_SHARE, DIGEST_DOCUMENTS, REPORT_EVERY, SAVE_EVERY = 0.5, 2000, 100, 500
-GRID = SIDE // PATCH
+LIST_SHARE_EARLY, LIST_SHARE_LATE, EARLY_PART = 0.6, 0.15, 0.12
+LINES_SHARE, DIGEST_DOCUMENTS, REPORT_EVERY, SAVE_EVERY = 0.5, 2000, 50, 250
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,13 @@ class Plan:
 
     Attributes:
         steps: how many.
+        sight_steps: how many of the first stage, which teaches the tower alone.
         seed: of the pictures and the prose.
         probe_seed: of the held-out pictures.
     """
 
     steps: int
+    sight_steps: int
     seed: int
     probe_seed: int
 
@@ -132,18 +137,11 @@ def positions(rows: int, length: int) -> torch.Tensor:
     return one[:, None].expand(3, rows, length)
 
 
-def logits(model: Qwen2VLForConditionalGeneration, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The model's logits (B, T, V) for a picture and text a row."""
-    rows, length = ids.shape
-    out = model(
-        input_ids=ids,
-        pixel_values=pixels,
-        image_grid_thw=torch.tensor([[1, GRID, GRID]] * rows),
-        position_ids=positions(rows, length),
-        mm_token_type_ids=(ids == model.config.image_token_id).long(),
-        use_cache=False,
-    )
-    return out.logits
+def logits(model: Qwen2VLForConditionalGeneration, seen: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The model's logits (B, T, V) for image tokens and text, one picture a row."""
+    words = model.get_input_embeddings()(ids)
+    joined = torch.cat([words[:, :1], seen.to(words.dtype), words[:, 1 + IMAGE_TOKENS :]], dim=1)
+    return model(inputs_embeds=joined, position_ids=positions(*ids.shape), use_cache=False).logits
 
 
 def list_share(step: int, plan: Plan) -> float:
@@ -169,66 +167,112 @@ def pretraining_digest(tokenizer: PreTrainedTokenizerFast, plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def rate_at(step: int, plan: Plan) -> float:
+def rate_at(step: int, steps: int, peak: float) -> float:
     """Learning rate of a step: linear warm-up, then a cosine down to the floor."""
     if step < WARMUP_STEPS:
-        return PEAK_RATE * (step + 1) / WARMUP_STEPS
-    part = (step - WARMUP_STEPS) / max(1, plan.steps - WARMUP_STEPS)
-    return FLOOR_RATE + (PEAK_RATE - FLOOR_RATE) * 0.5 * (1 + math.cos(math.pi * part))
+        return peak * (step + 1) / WARMUP_STEPS
+    part = (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
+    return FLOOR_RATE + (peak - FLOOR_RATE) * 0.5 * (1 + math.cos(math.pi * part))
 
 
-def loss_of(model: Qwen2VLForConditionalGeneration, batch: Batch) -> torch.Tensor:
+def word_loss(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Weighted mean loss of the next tokens."""
-    # bfloat16 halves the time on CPUs that have it; the weights stay float32.
-    with torch.autocast("cpu", torch.bfloat16):
-        scores = logits(model, batch.pixels, batch.ids)
     kept = batch.weights[:, 1:] > 0
     each = functional.cross_entropy(scores[:, :-1][kept].float(), batch.ids[:, 1:][kept], reduction="none")
     weights = batch.weights[:, 1:][kept]
     return (each * weights).sum() / weights.sum()
 
 
+class Teacher:
+    """Trains a model through both stages and keeps a checkpoint."""
+
+    def __init__(self, model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, plan: Plan) -> None:
+        """Takes the model, which it changes in place, its tokenizer and the plan."""
+        self.model, self.tokenizer, self.plan = model, tokenizer, plan
+        self.encoder, self.sight = Encoder(tokenizer), Sight()
+        # On CPUs the fused kernel's backward takes longer than plain matrix products at this size.
+        model.set_attn_implementation("eager")
+
+    def look(self, step: int) -> tuple[torch.Tensor, list[float]]:
+        """The first stage's loss at a step, and the shares of kinds, colours and sizes told right."""
+        rng = random.Random(f"{self.plan.seed}:sight:{step}")
+        scenes = [make_scene(rng) for _ in range(BATCH)]
+        labels = torch.tensor([cell_labels(scene) for scene in scenes])
+        # bfloat16 halves the time on CPUs that have it; the weights stay float32.
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = features(self.model, self.encoder.pixels(scenes))
+            return self.sight.judge(seen, labels)
+
+    def read(self, step: int) -> tuple[torch.Tensor, list[float]]:
+        """The second stage's loss at a step, and the shares of kinds, colours and sizes told right."""
+        pairs = pairs_of(step, self.plan, BATCH)
+        labels = torch.tensor([cell_labels(scene) for scene, _ in pairs])
+        batch = self.encoder.batch(pairs)
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = features(self.model, batch.pixels)
+            scores = logits(self.model, seen, batch.ids)
+            sight, right = self.sight.judge(seen, labels)
+        return word_loss(scores, batch) + SIGHT_WEIGHT * sight, right
+
+    def run(self, stage: str, peak: float, scratch: Path) -> None:
+        """Runs one stage, from its checkpoint if there is one.
+
+        Args:
+            stage: "look" or "read".
+            peak: Highest learning rate.
+            scratch: Folder of the checkpoint.
+        """
+        loss_at, steps, saved = {
+            "look": (self.look, self.plan.sight_steps, scratch / "look.pt"),
+            "read": (self.read, self.plan.steps, scratch / "read.pt"),
+        }[stage]
+        both = nn.ModuleDict({"model": self.model, "sight": self.sight})
+        optimizer = torch.optim.AdamW(both.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+        first = 0
+        if saved.is_file():
+            state = torch.load(saved, weights_only=True)
+            both.load_state_dict(state["weights"])
+            optimizer.load_state_dict(state["optimizer"])
+            first = state["step"]
+        begun, recent = time.monotonic(), []
+        for step in range(first, steps):
+            both.train()
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step, steps, peak)
+            loss, right = loss_at(step)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(both.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            recent = [*recent, [loss.item(), *right]][-REPORT_EVERY:]
+            done = step + 1
+            if done % REPORT_EVERY == 0 or done == steps:
+                shown = " ".join(f"{sum(column) / len(column):.3f}" for column in zip(*recent, strict=True))
+                spent = f"{time.monotonic() - begun:.0f} s"
+                print(f"{stage} {done}/{steps} loss, kind, color, size {shown} {spent}", flush=True)
+            if done % SAVE_EVERY == 0 or done == steps:
+                scratch.mkdir(parents=True, exist_ok=True)
+                state = {"weights": both.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+                torch.save(state, saved)
+                if stage == "read":
+                    found = probe(self.model, self.tokenizer, self.plan.probe_seed, 256)
+                    print("probe", " ".join(f"{k} {r / n:.1%}" for k, (r, n) in sorted(found.items())), flush=True)
+
+
 def pretrain(
     model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, plan: Plan, scratch: Path
 ) -> None:
-    """Trains the model in place; goes on from the scratch folder's checkpoint if there is one.
+    """Trains the model in place; goes on from the scratch folder's checkpoints if there are any.
 
     Args:
         model: The model, changed in place.
         tokenizer: Its tokenizer.
         plan: Steps and seeds.
-        scratch: Folder of the checkpoint.
+        scratch: Folder of the checkpoints.
     """
-    encoder, saved = Encoder(tokenizer), scratch / "checkpoint.pt"
-    # On CPUs the fused kernel's backward takes longer than plain matrix products at this size.
-    model.set_attn_implementation("eager")
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
-    first = 0
-    if saved.is_file():
-        state = torch.load(saved, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    begun, losses = time.monotonic(), []
-    for step in range(first, plan.steps):
-        model.train()
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, plan)
-        loss = loss_of(model, encoder.batch(pairs_of(step, plan, BATCH)))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        done = step + 1
-        if done % REPORT_EVERY == 0 or done == plan.steps:
-            recent = sum(losses[-REPORT_EVERY:]) / len(losses[-REPORT_EVERY:])
-            print(f"step {done}/{plan.steps} loss {recent:.4f} {time.monotonic() - begun:.0f} s", flush=True)
-        if done % SAVE_EVERY == 0:
-            found = probe(model, tokenizer, plan.probe_seed, 256)
-            print("probe", " ".join(f"{k} {r / n:.1%}" for k, (r, n) in sorted(found.items())), flush=True)
-            scratch.mkdir(parents=True, exist_ok=True)
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}, saved)
+    teacher = Teacher(model, tokenizer, plan)
+    teacher.run("look", SIGHT_PEAK_RATE, scratch)
+    teacher.run("read", PEAK_RATE, scratch)
 
 
 @torch.no_grad()
@@ -252,7 +296,7 @@ def probe(
     while count > 0:
         scenes = [make_scene(rng) for _ in range(BATCH)]
         batch = encoder.batch([(scene, _settled(rng, scene)) for scene in scenes])
-        best = logits(model, batch.pixels, batch.ids).argmax(-1)
+        best = logits(model, features(model, batch.pixels), batch.ids).argmax(-1)
         for row, place, mark in batch.marks:
             right, asked = found[mark]
             found[mark] = right + int(best[row, place - 1] == batch.ids[row, place]), asked + 1
@@ -281,9 +325,9 @@ def captions(
     rng = random.Random(f"captions:{seed}")
     encoder, scenes = Encoder(tokenizer), [make_scene(rng) for _ in range(count)]
     model.eval()
-    pixels = encoder.pixels(scenes)
+    seen = features(model, encoder.pixels(scenes))
     ids = torch.tensor([encoder.prefix] * count)
     for _ in range(TEXT_LENGTH):
-        ids = torch.cat([ids, logits(model, pixels, ids)[:, -1].argmax(-1, keepdim=True)], dim=1)
+        ids = torch.cat([ids, logits(model, seen, ids)[:, -1].argmax(-1, keepdim=True)], dim=1)
     texts = tokenizer.batch_decode(ids[:, len(encoder.prefix) :])
     return [(plain(say_all(scene)), text.split(END)[0]) for scene, text in zip(scenes, texts, strict=True)]

@@ -34,7 +34,7 @@ COUNT_SHARES = {1: 0.4, 2: 0.2, 3: 0.2, 4: 0.2}
 # A share of the lone shapes is of any size, cut off at the edge too; between these sides no size is told.
 ANY_SIZE_SHARE, ANY_SIDES, UNTOLD_SIDES = 0.6, (8, 34), (16, 20)
 JITTER, BACKGROUND, NOISE_SHARE, NOISE = 10, (222, 255), 0.4, 5.0
-TURNED_SHARE, FEW_LOOKS_SHARE = 0.3, 0.5
+TURNED_SHARE, FEW_LOOKS_SHARE = 0.15, 0.5
 GAP = 2
 
 

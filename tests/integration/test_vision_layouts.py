@@ -141,8 +141,8 @@ def test_every_layout_gives_the_models_own_loss_and_gradients(family, vision, se
     examples = list(prepared(tmp_path, pictures).splits["train"])
     reader = reader_of(model, pictures)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert any("merger" in n or "projector" in n for n in trained) is (vision != "none")
-    assert any("blocks" in n or "vision_tower" in n for n in trained) is (vision == "all")
+    assert any("merger" in n or "projector" in n or "connector" in n for n in trained) is (vision != "none")
+    assert any("blocks" in n or "vision_tower" in n or "vision_model" in n for n in trained) is (vision == "all")
     own, own_gradients = own_loss_and_gradients(model, pictures, examples)
     assert own_gradients.keys() == trained
     model.language_model.set_attn_implementation("sdpa")

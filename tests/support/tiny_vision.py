@@ -8,6 +8,10 @@ from PIL import Image, ImageDraw
 from tokenizers import AddedToken
 from transformers import (
     CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -26,8 +30,8 @@ from transformers.models.clip import CLIPImageProcessor
 
 from support.tiny import build_tokenizer
 
-VisionFamily = Literal["qwen2_vl", "qwen2_5_vl", "llava"]
-VISION_FAMILIES: tuple[VisionFamily, ...] = ("qwen2_vl", "qwen2_5_vl", "llava")
+VisionFamily = Literal["qwen2_vl", "qwen2_5_vl", "llava", "idefics3"]
+VISION_FAMILIES: tuple[VisionFamily, ...] = ("qwen2_vl", "qwen2_5_vl", "llava", "idefics3")
 _SPREAD = 0.15
 _MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _QWEN_TEMPLATE = (
@@ -45,6 +49,16 @@ _LLAVA_TEMPLATE = (
     "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+# As SmolVLM's own, but that a generation prompt is written where it is asked for.
+_IDEFICS_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %} {{ part['text'] }}{% else %}<image>{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+_IDEFICS_MARKS = (
+    *("<|im_start|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"),
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
 )
 _TEXT = {
     "hidden_size": 48,
@@ -113,6 +127,8 @@ def build_vision_model(family: VisionFamily, *, seed: int = 0):
             chat_template=_LLAVA_TEMPLATE,
         )
         return _spread(LlavaForConditionalGeneration(config)), processor
+    if family == "idefics3":
+        return _build_idefics3()
     tokenizer = _tokenizer(_MARKS, _QWEN_TEMPLATE)
     bounds = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
     shape = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
@@ -150,6 +166,30 @@ def build_vision_model(family: VisionFamily, *, seed: int = 0):
     )
     processor = Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=_QWEN_TEMPLATE)
     return _spread(Qwen2_5_VLForConditionalGeneration(config)), processor
+
+
+def _build_idefics3():
+    """Return a model whose pictures are cut into tiles of 32 x 32 pixels, beside the whole made as small."""
+    tokenizer = _tokenizer(_IDEFICS_MARKS, _IDEFICS_TEMPLATE)
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "initializer_range": _SPREAD,
+    }
+    config = Idefics3Config(
+        vision_config=vision,
+        text_config=LlamaConfig(vocab_size=len(tokenizer), **_TEXT),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        tie_word_embeddings=False,
+    )
+    images = Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=_IDEFICS_TEMPLATE)
+    return _spread(Idefics3ForConditionalGeneration(config)), processor
 
 
 def _spread(model: torch.nn.Module) -> torch.nn.Module:

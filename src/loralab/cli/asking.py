@@ -33,6 +33,10 @@ def generate(
     file: Annotated[
         Path | None, typer.Option("--file", help="File with one prompt per line.", callback=usable_path)
     ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option("--image", help="A picture that every prompt begins with; may be repeated.", metavar="FILE"),
+    ] = None,
     system: System = None,
     base: Annotated[bool, typer.Option("--base", help="Let the base model answer too.")] = False,
     model: BaseModel = None,
@@ -56,6 +60,7 @@ def generate(
         settings=GenerationSettings(temperature=temperature, top_p=top_p, seed=seed),
         system=system,
         with_base=base,
+        images=image or [],
         overrides=option_overrides(overrides, device=device, max_new_tokens=max_new_tokens),
         base_model=model,
         reporter=ConsoleReporter(),

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from loralab.console import ResultConsole
+from loralab.console import ResultConsole, printable
 
 # From here on figures are written in short.
 _LONG = 1e6
@@ -34,10 +34,28 @@ def print_evaluations(names: Sequence[str], results: Sequence[Mapping[str, Any]]
         for figure, difference in result.get("differences", {}).items():
             if figure != "perplexity":  # the loss says it
                 console.print(f"  {figure} {_difference(difference)}")
+        if result.get("groups"):
+            _print_groups(console, result["groups"])
     way = results[0].get("answered_by")
     if way is not None:
         rows = results[0]["answered_rows"]
         console.print(f"answers: {way}, {rows} rows" + (f". {results[0]['note']}" if "note" in results[0] else ""))
+
+
+def _print_groups(console: ResultConsole, groups: Mapping[str, Any]) -> None:
+    """Print the figures of each group, a line for each figure."""
+    table = Table(groups["by"], "answers", "", "base", "adapter", "adapter - base")
+    for name, group in groups["values"].items():
+        for number, (figure, found) in enumerate(group["metrics"].items()):
+            base, difference = group["base"]["metrics"].get(figure), group["differences"].get(figure)
+            table.add_row(
+                *((printable(name), f"{group['answers']:,}") if number == 0 else ("", "")),
+                figure,
+                _figure(None if base is None else base["value"]),
+                _figure(found["value"]),
+                "-" if difference is None else f"{_signed(difference['value'])}: {difference['verdict']}",
+            )
+    console.print(table)
 
 
 def _figures(results: Sequence[Mapping[str, Any]]) -> list[str]:

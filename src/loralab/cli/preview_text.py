@@ -16,6 +16,7 @@ from loralab.reports.preview_wording import (
     describe_epoch,
     describe_finding,
     describe_lists,
+    describe_pictures,
     describe_proofs,
     describe_row,
     describe_turn,
@@ -31,6 +32,7 @@ _BAR_WIDTH = 36
 _PROMPT = (Style(dim=True), Style(dim=True, italic=True))
 _ANSWER = (Style(color="green"), Style(color="bright_green", bold=True))
 _SPECIAL, _STOP = Style(color="cyan", dim=True), Style(color="magenta", bold=True, reverse=True)
+_PICTURE = Style(color="blue", bold=True)
 # Around what carries loss, where there are no colours.
 _BRACKETS, _ASCII_BRACKETS = ("\u27e6", "\u27e7"), ("[[", "]]")
 
@@ -82,7 +84,8 @@ def _render_tokens(tokens: Sequence[dict[str, Any]], *, coloured: bool, ascii_on
         if token["supervised"] != before and not coloured:
             text.append(begin if token["supervised"] else end)
         before = token["supervised"]
-        text.append(_visible(token["text"], ascii_only=ascii_only), style=_style(token, number))
+        shows = printable(token["text"]) if "picture" in token else _visible(token["text"], ascii_only=ascii_only)
+        text.append(shows, style=_style(token, number))
     if before and not coloured:
         text.append(end)
     if len(tokens) > left_out + len(shown):
@@ -93,6 +96,8 @@ def _render_tokens(tokens: Sequence[dict[str, Any]], *, coloured: bool, ascii_on
 def _style(token: dict[str, Any], number: int) -> Style:
     if token["stop"]:
         return _STOP
+    if "picture" in token:
+        return _PICTURE
     if token["special"] and not token["supervised"]:
         return _SPECIAL
     return (_ANSWER if token["supervised"] else _PROMPT)[number % 2]
@@ -121,6 +126,8 @@ def _print_report(console: Console, report: dict[str, Any]) -> None:
     _print_bars(console, f"{name}: rows by length in tokens", facts["length_histogram"], percent=False)
     title = f"{name}: rows by share of tokens that carry loss"
     _print_bars(console, title, facts["coverage_histogram"], percent=True)
+    for line in describe_pictures(report):
+        _say(console, printable(line))
     for line in describe_lists(report):
         _say(console, printable(line))
     for line in describe_epoch(report["epoch"]):

@@ -45,8 +45,9 @@ def preview(
     result = run_preview(loaded, request, reporter=reporter, adapter=adapter)
     if html is not None:
         from loralab.reports.preview_page import write_preview
+        from loralab.workflows.thumbnails import preview_pictures
 
-        reporter.say(f"wrote {write_preview(html, result)}")
+        reporter.say(f"wrote {write_preview(html, result, preview_pictures(result))}")
     if as_json:
         print_json(result)
     else:

@@ -17,11 +17,12 @@ def demo(
         Path,
         typer.Option("--output", help="Run folder; replaced when it holds an earlier demo.", callback=usable_path),
     ] = Path("runs/demo"),
+    vision: Annotated[bool, typer.Option("--vision", help="Questions about pictures, not about text.")] = False,
 ) -> None:
     """Run the whole pipeline on an embedded model and data set, offline, in about a minute."""
     from loralab.workflows.demo import run_demo
 
-    folder, lines = run_demo(output, reporter=ConsoleReporter())
+    folder, lines = run_demo(output, reporter=ConsoleReporter(), vision=vision)
     for line in lines:
         print(line)
     print(f"report: {folder.report.absolute()}")

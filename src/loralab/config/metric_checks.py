@@ -12,7 +12,7 @@ from loralab.config.schema import Config, EvaluationConfig, TrainingConfig
 from loralab.lookup import suggest
 
 # Settings that act only where a metric needs answers.
-ANSWER_KEYS = ("answer_by", "labels", "metric_rows")
+ANSWER_KEYS = ("answer_by", "labels", "group_by", "metric_rows")
 
 
 def watched_metric(training: TrainingConfig) -> str:

@@ -5,34 +5,11 @@ schema and the reference come. Does not own rules that span sections (`checks.py
 reading of files (`load.py`). No torch here: help and configuration errors must be quick.
 """
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationInfo, field_validator
+from pydantic import Field, StrictInt, StrictStr
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-
-
-class Section(BaseModel):
-    """A frozen group of fields; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse true and false where a number is wanted; Python would take them for 1 and 0."""
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
-            raise ValueError("input should not be true or false")
-        return value
-
-    def chosen(self, name: str) -> bool:
-        """Return whether the field `name` differs from its default."""
-        return bool(getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True))
+from loralab.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 class ModelConfig(Section):
@@ -363,6 +340,12 @@ class EvaluationConfig(Section):
     )
     labels: list[str] | None = Field(
         None, description="Closed answers that are scored, such as [yes, no]; null takes those that the data has."
+    )
+    group_by: str | None = Field(
+        None,
+        description="Column of the rows whose values group the metrics of answers in the final evaluation; answer_type "
+        "where there is no such column: yes/no, number or other, by the reference.",
+        min_length=1,
     )
     metric_rows: PositiveInt = Field(
         200,

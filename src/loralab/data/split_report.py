@@ -13,6 +13,7 @@ import numpy as np
 from loralab.config.schema import DataConfig
 from loralab.data.reading.sources import Source
 from loralab.data.splits import Indices
+from loralab.data.tokens.packing import Integers
 from loralab.data.tokens.store import TokenStore
 from loralab.data.tokens.tokenize import NOTES
 from loralab.errors import DataError
@@ -68,7 +69,41 @@ def report_split(
         "supervised_tokens": int(store.supervised().sum()) if len(store) else 0,
         "total_tokens": int(lengths.sum()) if len(store) else 0,
         "length_percentiles": {f"p{p}": int(np.percentile(lengths, p)) for p in _PERCENTILES},
+        **({"pictures": report_pictures(store)} if store.has_images else {}),
     }
+
+
+def report_pictures(store: TokenStore) -> dict[str, Any]:
+    """Return what is counted of a split's pictures.
+
+    Args:
+        store: the rows that were kept.
+
+    Returns:
+        `distinct` pictures, told by their bytes; `uses` of them in prompts and the `tokens` of all uses;
+        percentiles of a use's tokens, and of the distinct pictures' width, height and pixels; the `largest`.
+    """
+    files, tokens = store.images(), store.image_tokens()
+    if not files:
+        return {"distinct": 0, "uses": 0, "tokens": 0}
+    largest = max(files, key=lambda file: file.width * file.height)
+    sizes = {
+        "tokens": tokens,
+        "width": [file.width for file in files],
+        "height": [file.height for file in files],
+        "pixels": [file.width * file.height for file in files],
+    }
+    return {
+        "distinct": len(files),
+        "uses": len(tokens),
+        "tokens": int(tokens.sum()),
+        **{f"{name}_percentiles": _percentiles(values) for name, values in sizes.items()},
+        "largest": {"path": largest.path, "width": largest.width, "height": largest.height},
+    }
+
+
+def _percentiles(values: Sequence[int] | Integers) -> dict[str, int]:
+    return {f"p{p}": int(np.percentile(values, p)) for p in _PERCENTILES}
 
 
 def _list_rows(store: TokenStore, note: str, sources: Sequence[Source]) -> list[dict[str, Any]]:
@@ -104,7 +139,18 @@ def check_dropped(name: str, report: dict[str, Any], data: DataConfig) -> None:
 def describe_split(name: str, report: dict[str, Any]) -> str:
     """Return the line that a person reads on a split."""
     parts = [f"{name}: {report['rows_kept']:,} rows", f"{report['supervised_tokens']:,} supervised tokens"]
+    if "pictures" in report:
+        parts.append(describe_pictures(report["pictures"]))
     if report["dropped"]:
         parts.append("dropped " + ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()))
     parts += [text.format(count=report["notes"][note]) for note, text in _SPOKEN.items() if note in report["notes"]]
     return ", ".join(parts)
+
+
+def describe_pictures(pictures: dict[str, Any]) -> str:
+    """Return in a few words how many pictures a split has, and what they take."""
+    words = f"{pictures['distinct']:,} pictures used {pictures['uses']:,} times"
+    if not pictures["uses"]:
+        return "no pictures"
+    low, high = (pictures["tokens_percentiles"][name] for name in ("p0", "p100"))
+    return f"{words}, {low:,} to {high:,} tokens each" if low < high else f"{words}, {low:,} tokens each"

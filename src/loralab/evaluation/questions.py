@@ -4,6 +4,7 @@ Owns which rows can be asked. Owns no answers: those are `generate.py`'s, `score
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,13 @@ class _StoredQuestion(Question):
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
+    def with_unit(self, unit: int) -> "_StoredQuestion":
+        other = object.__new__(_StoredQuestion)
+        for name in ("row", "source", "reference", "images", "_branch", "_prompter"):
+            object.__setattr__(other, name, getattr(self, name))
+        object.__setattr__(other, "unit", unit)
+        return other
+
     @property
     def prompt_ids(self) -> tuple[int, ...]:
         return tuple(self._branch.prompt_ids.tolist())
@@ -51,9 +59,8 @@ class _StoredQuestion(Question):
     @property
     def prompt(self) -> str:
         # Not `decode`: a prompt may end with a stop token, that of the turn before.
-        return str(
-            self._prompter.tokenizer.decode(self._branch.prompt_ids.tolist(), clean_up_tokenization_spaces=False)
-        )
+        ids = self._prompter.fold(self._branch.prompt_ids.tolist(), self._branch.images)
+        return str(self._prompter.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def __reduce__(self) -> tuple[Any, ...]:
         asked = self.prompt_ids, self.reference_ids, self.prompt, self.reference, self.images
@@ -81,6 +88,11 @@ def questions_of(
                 raise _asks_nothing(len(branch.prompt_ids), example.row)
             found.append(_StoredQuestion(unit, example, branch, prompter))
     return found
+
+
+def with_unit(question: Question, unit: int) -> Question:
+    """Return the same question, its row under another number."""
+    return question.with_unit(unit) if isinstance(question, _StoredQuestion) else replace(question, unit=unit)
 
 
 def _asks_nothing(prompt: int, row: int) -> DataError:

@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from loralab.data.example import PlacedImage
 from loralab.data.prompts.prompter import Prompter
 from loralab.evaluation.generate import Answer, GenerationSettings, build_generation_config, read_answer
+from loralab.evaluation.prompt_pictures import PictureInputs
 from loralab.models.supervised import SupervisedPeftModel
 
 # How SentencePiece-like vocabularies write a token that is one byte of a character.
@@ -108,6 +110,7 @@ def stream_answer(
     model: SupervisedPeftModel,
     prompt: Sequence[int],
     *,
+    images: Sequence[PlacedImage] = (),
     prompter: Prompter,
     settings: GenerationSettings,
     write: Callable[[str], None],
@@ -120,6 +123,7 @@ def stream_answer(
     Args:
         model: base with adapter (call within `model.disable_adapter()` for the base).
         prompt: token ids of the prompt; it must leave room for the answer.
+        images: pictures in the prompt, in order.
         prompter: knows stop tokens and decoding.
         settings: how to generate.
         write: takes the text, piece by piece, without the stop token.
@@ -127,8 +131,13 @@ def stream_answer(
 
     Returns:
         The answer; one that was stopped on request has the text that was written.
+
+    Raises:
+        DataError: a picture cannot be decoded.
+        ModelError: there are pictures, and the model reads none.
     """
     ids = torch.as_tensor([list(prompt)], dtype=torch.int64, device=model.embedding.weight.device)
+    pictures = PictureInputs(model, prompter.pictures).read(ids, [images]) if images else {}
     streamer = _Streamer(prompter, write)
     was_training = model.training
     model.eval()
@@ -138,6 +147,7 @@ def stream_answer(
             out = generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
+                **pictures,
                 generation_config=build_generation_config(settings, prompter),
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([_OnRequest(should_stop)]),

@@ -11,6 +11,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from loralab.reports.html import render_page
+from loralab.reports.pictures import Address, PictureBook, images_in, no_pictures, shown_images
 from loralab.reports.wording import MISSING, format_number, format_perplexity
 
 TEMPLATE = "comparison.html.jinja"
@@ -35,19 +36,25 @@ _NAMES = {
 Piece = tuple[str, bool]
 
 
-def render_comparison(result: Mapping[str, Any]) -> str:
+def render_comparison(result: Mapping[str, Any], address: Address = no_pictures) -> str:
     """Return the page of a comparison.
 
     Args:
         result: the content of `comparison.json`.
+        address: gives the data URI of a picture by the hash of its file, or None.
     """
-    return render_page(TEMPLATE, comparison_context(result))
+    return render_page(TEMPLATE, comparison_context(result, address))
 
 
-def comparison_context(result: Mapping[str, Any]) -> dict[str, Any]:
+def shown_prompts(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the records that the page shows, in its order."""
+    return sorted(result["prompts"], key=lambda record: -_sortable(record["kl_divergence"]))[:_SHOWN_PROMPTS]
+
+
+def comparison_context(result: Mapping[str, Any], address: Address = no_pictures) -> dict[str, Any]:
     """Return the variables of the page's template."""
-    records = sorted(result["prompts"], key=lambda record: -_sortable(record["kl_divergence"]))
-    shown = records[:_SHOWN_PROMPTS]
+    shown = shown_prompts(result)
+    book = PictureBook(address, shown_images(shown))
     totals = result["totals"]
     tokens = "Tokens of the answer" if totals["last_prompt_token"] is not None else "Tokens of the text"
     return {
@@ -69,10 +76,11 @@ def comparison_context(result: Mapping[str, Any]) -> dict[str, Any]:
         "max_new_tokens": result["max_new_tokens"],
         "probe": _probe(result["probe"]),
         "prompts": [
-            _prompt(record, number) | {"beginning": own}
+            _prompt(record, number) | {"beginning": own, "images": book.show(images_in(record))}
             for number, (record, own) in enumerate(zip(shown, own_parts(_texts(shown)), strict=True), 1)
         ],
-        "more": len(records) - len(shown),
+        "held": book.held,
+        "more": len(result["prompts"]) - len(shown),
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from loralab.errors import RunFolderError
 from loralab.reports.facts import Facts, dig, dig_number, dig_table
+from loralab.reports.pictures import images_in
 from loralab.reports.wording import format_count, format_number
 from loralab.run import Json
 
@@ -131,6 +132,7 @@ def _example(record: Json, scores: tuple[float, float], *, sign: int) -> Json:
         "row": str(record.get("row") if record.get("row") is not None else ""),
         "prompt": clip(_text(record.get("prompt")), PROMPT_BEGINNING, PROMPT_END),
         "reference": clip(_text(record.get("reference")), ANSWER),
+        "images": images_in(record),
         "answers": [
             {
                 "name": name,

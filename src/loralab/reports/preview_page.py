@@ -3,15 +3,18 @@
 Owns what the page shows and the geometry of its charts. All of it comes from the preview's data.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loralab.errors import StorageError
 from loralab.reports.html import render_page
+from loralab.reports.pictures import PictureBook
 from loralab.reports.preview_wording import (
     describe_epoch,
     describe_lists,
+    describe_pictures,
     describe_proofs,
     describe_row,
     describe_turn,
@@ -26,18 +29,19 @@ _SHOWN_TOKENS = 20_000
 _CHART_WIDTH, _CHART_HEIGHT = 360, 110
 
 
-def write_preview(path: Path, result: Mapping[str, Any]) -> Path:
+def write_preview(path: Path, result: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> Path:
     """Write the page of a preview and return its path.
 
     Args:
         path: file to write.
         result: of the workflow.
+        pictures: data URIs of the rows' pictures, by the hash of their files.
 
     Raises:
         StorageError: it cannot be written.
     """
     try:
-        write_text(path, render_page(TEMPLATE, preview_context(result)))
+        write_text(path, render_page(TEMPLATE, preview_context(result, pictures or {})))
     except OSError as error:
         raise StorageError(
             f"cannot write the page: {error.strerror or error}", where=str(path), fix="name another file with --html"
@@ -45,15 +49,18 @@ def write_preview(path: Path, result: Mapping[str, Any]) -> Path:
     return path
 
 
-def preview_context(result: Mapping[str, Any]) -> dict[str, Any]:
+def preview_context(result: Mapping[str, Any], pictures: Mapping[str, str]) -> dict[str, Any]:
     """Return the variables of the page's template."""
     report = result["report"]
+    turns = [turn for row in result["rows"] for turn in row.get("turns", [])]
+    book = PictureBook(pictures.get, [image for turn in turns for image in _pictures(turn)])
     return {
         "title": result["name"],
         "failed": bool(result["proofs"]["errors"]),
         "verdict": describe_proofs(result["proofs"]),
         "findings": [_finding(group) for group in result["findings"]],
-        "rows": [_row(row) for row in result["rows"]],
+        "rows": [_row(row, book) for row in result["rows"]],
+        "held": book.held,
         "choices": [
             ("Format", report["format"]["value"], report["format"]["reason"]),
             ("Template", report["template"]["name"], report["template"]["reason"]),
@@ -64,6 +71,7 @@ def preview_context(result: Mapping[str, Any]) -> dict[str, Any]:
         "splits": list(report["splits"]),
         "counts": split_table(report["splits"]),
         "charts": [chart for name, facts in report["splits"].items() for chart in _charts(name, facts)],
+        "pictures": list(describe_pictures(report)),
         "lists": list(describe_lists(report)),
         "epoch": describe_epoch(report["epoch"]),
     }
@@ -82,7 +90,11 @@ def _finding(group: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+def _pictures(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [token["picture"] for token in turn["tokens"] if "picture" in token]
+
+
+def _row(row: Mapping[str, Any], book: PictureBook) -> dict[str, Any]:
     turns = row.get("turns", [])
     return {
         "heading": describe_row(row),
@@ -92,6 +104,7 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "heading": describe_turn(turn, number) if len(turns) > 1 else "",
                 "tokens": [_token(token, place) for place, token in enumerate(turn["tokens"][:_SHOWN_TOKENS])],
+                "images": book.show(_pictures(turn)),
                 "more": max(len(turn["tokens"]) - _SHOWN_TOKENS, 0),
             }
             for number, turn in enumerate(turns, 1)
@@ -100,11 +113,22 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _token(token: Mapping[str, Any], place: int) -> dict[str, str]:
+    if "picture" in token:
+        return {
+            "kind": "prompt special picture-token",
+            "title": f"{_runs(token['ids'])}, no loss",
+            "text": token["text"],
+        }
     kind = "answer" if token["supervised"] else "prompt"
     kinds = [kind, *(["odd"] if place % 2 else []), *(name for name in ("special", "stop") if token[name])]
     ids = " + ".join(map(str, token["ids"]))
     loss = "the stop token, carries loss" if token["stop"] else "carries loss" if token["supervised"] else "no loss"
     return {"kind": " ".join(kinds), "title": f"{ids}: {token['text']!r}, {loss}", "text": _visible(token["text"])}
+
+
+def _runs(ids: Sequence[int]) -> str:
+    """Return ids with how often each stands one behind the other."""
+    return " + ".join(f"{len(list(run))} x {token}" for token, run in itertools.groupby(ids))
 
 
 def _visible(text: str) -> str:

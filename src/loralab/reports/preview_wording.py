@@ -79,6 +79,26 @@ def describe_lists(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"{second}: {words} {first} has too ({count:,} of {overlap['rows']:,}){more}"
 
 
+def describe_pictures(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line on the pictures of each split that has any."""
+    for name, facts in report["splits"].items():
+        pictures = facts.get("pictures")
+        if not pictures or not pictures["uses"]:
+            continue
+        sizes = [_spread(pictures[f"{side}_percentiles"], side) for side in ("tokens", "width", "height")]
+        distinct, uses = _counted(pictures["distinct"], "picture"), _counted(pictures["uses"], "time")
+        largest = pictures["largest"]
+        yield (
+            f"{name}: {distinct}, used {uses}, {pictures['tokens']:,} tokens in all; {'; '.join(sizes)}; the largest "
+            f"is {largest['width']} x {largest['height']}: {largest['path']}"
+        )
+
+
+def _spread(percentiles: Mapping[str, int], name: str) -> str:
+    low, middle, high = (percentiles[place] for place in ("p0", "p50", "p100"))
+    return f"{name} {low:,}" if low == high else f"{name} {low:,} to {high:,} (median {middle:,})"
+
+
 def list_places(rows: Sequence[Mapping[str, Any]], count: int) -> str:
     """Return the first rows of a list as text, their source said once.
 
@@ -104,10 +124,12 @@ def describe_finding(entry: Mapping[str, Any]) -> str:
 def describe_proofs(proofs: Mapping[str, Any]) -> str:
     """Return the verdict over all proofs, and how much was proven."""
     part = "all" if proofs["rows"] == proofs["stored_rows"] else f"{proofs['rows']:,} of {proofs['stored_rows']:,}"
+    read = proofs.get("pictures", 0)
+    pictures = f"{_counted(read, 'picture')} read by the model's processor, " if read else ""
     verdict = f"{_counted(proofs['errors'], 'failed proof')}" if proofs["errors"] else "no proof failed"
     return (
         f"{verdict}, {_counted(proofs['warnings'], 'warning')}; {part} rows proven ({proofs['spans']:,} spans, "
-        f"{proofs['rows_per_second']:,} rows/s)"
+        f"{pictures}{proofs['rows_per_second']:,} rows/s)"
     )
 
 

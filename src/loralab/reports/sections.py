@@ -14,6 +14,7 @@ from loralab.reports.curve_sections import describe_plots, describe_reading
 from loralab.reports.examples import describe_examples
 from loralab.reports.facts import Facts, dig, dig_list, dig_number, dig_table, early_end
 from loralab.reports.metric_sections import describe_details, describe_metrics, measured_figures
+from loralab.reports.pictures import PictureBook, images_in, pictures_folder, shown_images, thumbnails_in
 from loralab.reports.provenance import describe_choices, describe_data, describe_machine, describe_settings
 from loralab.reports.usage import describe_usage
 from loralab.reports.verdict import assess
@@ -62,7 +63,13 @@ def report_context(facts: Facts, *, picture: Callable[[Path], str | None]) -> di
         facts: the run.
         picture: returns the address under which a picture file is shown, None where it is missing.
     """
+    examples, samples = describe_examples(facts), describe_samples(facts)
+    records = _pictured(examples, samples)
+    book = PictureBook(thumbnails_in(pictures_folder(facts.folder)), shown_images(records))
+    for record in records:
+        record["images"] = book.show(record["images"])
     return {
+        "held": book.held,
         "title": facts.name,
         "status": describe_status(facts),
         "overview": describe_overview(facts),
@@ -70,11 +77,11 @@ def report_context(facts: Facts, *, picture: Callable[[Path], str | None]) -> di
         "scores": describe_scores(facts),
         "metrics": describe_metrics(facts),
         "details": describe_details(facts),
-        "examples": describe_examples(facts),
+        "examples": examples,
         "comparison": describe_comparison(facts),
         "reading": describe_reading(facts),
         "plots": describe_plots(facts, picture),
-        "samples": describe_samples(facts),
+        "samples": samples,
         "data": describe_data(facts),
         "settings": describe_settings(facts),
         "choices": describe_choices(facts),
@@ -90,6 +97,17 @@ def report_context(facts: Facts, *, picture: Callable[[Path], str | None]) -> di
         "has_adapter": facts.folder.adapter.is_dir(),
         "version": str(facts.record.get("loralab_version") or ""),
     }
+
+
+def report_images(facts: Facts) -> list[Json]:
+    """Return what the records of the page say of the pictures that it shows."""
+    return shown_images(_pictured(describe_examples(facts), describe_samples(facts)))
+
+
+def _pictured(examples: Json | None, samples: Json | None) -> list[Json]:
+    """Return the records of the page that may have pictures."""
+    groups = [] if examples is None else examples["groups"]
+    return [*(row for group in groups for row in group["rows"]), *([] if samples is None else samples["rows"])]
 
 
 def describe_status(facts: Facts) -> Json:
@@ -182,6 +200,7 @@ def describe_samples(facts: Facts) -> Json | None:
         {
             "prompt": _text(row, "prompt"),
             "reference": _text(row, "reference"),
+            "images": images_in(row),
             "answers": [
                 {
                     "name": name,

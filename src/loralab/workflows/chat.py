@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from loralab.data.example import Message
+from loralab.data.example import ImageFile, Message
 from loralab.evaluation.generate import GenerationSettings, answer_room
 from loralab.evaluation.streaming import stream_answer
 from loralab.models.load import max_positions
@@ -16,11 +16,13 @@ from loralab.progress import Reporter
 from loralab.training.callbacks import StopRequest, catching_signals
 from loralab.workflows.dialogue import Chat, Reply
 from loralab.workflows.generate import check_sampling, check_system, resolve_system
+from loralab.workflows.given_pictures import PICTURE_SETTINGS, look_at_given
 from loralab.workflows.prompts import check_texts
 from loralab.workflows.session import PROMPT_SETTINGS, Session, open_session
 
 _READ = (
     *PROMPT_SETTINGS,
+    *PICTURE_SETTINGS,
     "evaluation.max_new_tokens",
 )
 # A conversation gives way to its next answer until this share of the positions is free for it.
@@ -93,7 +95,7 @@ class SessionAnswerer:
         if self._positions is None:
             return True
         reserved = min(self._wanted, self._positions // _ANSWER_SHARE)
-        return len(self._session.prompter.encode_prompt(messages)) + reserved <= self._positions
+        return len(self._session.prompter.encode_request(messages)[0]) + reserved <= self._positions
 
     def check_system(self, system: str) -> None:
         """Check that a system message is part of what is sent.
@@ -103,6 +105,15 @@ class SessionAnswerer:
         """
         check_system(self._session.prompter, system)
 
+    def look_at(self, path: str) -> ImageFile:
+        """Look at a picture for the next question.
+
+        Raises:
+            DataError: it is not there, or is no picture.
+            ModelError: the model reads no pictures.
+        """
+        return look_at_given([path], self._session.prompter, where="/image")[0]
+
     def answer(self, messages: Sequence[Message], *, base: bool, write: Callable[[str], None]) -> Reply:
         """Answer the last turn and write the text as it comes.
 
@@ -111,13 +122,14 @@ class SessionAnswerer:
             ModelError: the prompt leaves no position for an answer.
         """
         model, prompter = self._session.model, self._session.prompter
-        prompt = prompter.encode_prompt(messages)
+        prompt, images = prompter.encode_request(messages)
         room = answer_room(model, prompt, self._wanted, where="the last turn")
         catching = catching_signals(lambda _: None) if self._interactive else nullcontext(StopRequest())
         with catching as request, model.disable_adapter() if base else nullcontext():
             answer = stream_answer(
                 model,
                 prompt,
+                images=images,
                 prompter=prompter,
                 settings=replace(self._settings, max_new_tokens=room),
                 write=write,

@@ -25,12 +25,14 @@ from loralab.evaluation.perplexity import FloatArray
 from loralab.evaluation.questions import questions_of, spread
 from loralab.layout.planner import Planner
 from loralab.progress import Reporter
-from loralab.reports.comparison_page import render_comparison
+from loralab.reports.comparison_page import render_comparison, shown_prompts
+from loralab.reports.pictures import pictures_folder, shown_images, thumbnails_in
 from loralab.run import RunFolder, file_sha256, read_json, write_json, write_text
 from loralab.workflows.evaluate import OWN_ROWS, find_split
 from loralab.workflows.pictures import reading_pictures
 from loralab.workflows.session import Session, open_session
 from loralab.workflows.step_layout import resolve_planner
+from loralab.workflows.thumbnails import images_of, keep_thumbnails
 
 # What overrides can change here.
 _READ = (
@@ -300,6 +302,7 @@ def _record(question: Question, each: BranchDistances, base: Answer, adapter: An
         "source": question.source,
         "row": question.row,
         "prompt": question.prompt,
+        **images_of(question.images),
         "reference": question.reference,
         **_figures(each, asked=True),
         "base_output": base.text,
@@ -373,7 +376,9 @@ def _write(result: dict[str, Any], output: Path | None, folder: RunFolder | None
         return
     with _naming_folder(chosen.path):
         write_json(chosen.comparison, result)
-        write_text(chosen.comparison_page, render_comparison(result))
+        pictures = pictures_folder(chosen)
+        keep_thumbnails(pictures, shown_images(shown_prompts(result)))
+        write_text(chosen.comparison_page, render_comparison(result, thumbnails_in(pictures)))
     reporter.say(f"wrote {chosen.comparison} and {chosen.comparison_page.name}")
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from loralab.data.example import Message
+from loralab.data.example import ImageFile, Message
 from loralab.errors import ConfigError, LoralabError
 from loralab.lookup import suggest
-from loralab.workflows.prompts import check_text
+from loralab.workflows.prompts import check_text, user_turn
 
 BASE, ADAPTER = "base", "adapter"
 
@@ -54,11 +54,13 @@ class Exchange:
         question: the user turn.
         answer: the answer.
         speaker: `BASE` or `ADAPTER`, who gave it.
+        pictures: that stood before the user turn's text.
     """
 
     question: str
     answer: str
     speaker: str
+    pictures: tuple[ImageFile, ...] = ()
 
 
 class Answerer(Protocol):
@@ -69,6 +71,9 @@ class Answerer(Protocol):
 
     def check_system(self, system: str) -> None:
         """Raise `DataError` where the template cannot send a system message."""
+
+    def look_at(self, path: str) -> ImageFile:
+        """Look at a picture; raise `DataError` where it is none, `ModelError` where the model reads none."""
 
     def answer(self, messages: Sequence[Message], *, base: bool, write: Callable[[str], None]) -> Reply:
         """Answer the last turn and write the text as it comes; `base` leaves the adapter out."""
@@ -86,6 +91,7 @@ class Chat:
 
     Attributes:
         exchanges: turns and answers so far, the oldest first.
+        pictures: what the next question begins with.
         left_out: number of the oldest exchanges that the last prompt had no room for.
         done: whether the user has left.
     """
@@ -103,6 +109,7 @@ class Chat:
         self.base = base
         self.note = note
         self.exchanges: list[Exchange] = []
+        self.pictures: list[ImageFile] = []
         self.left_out = 0
         self.done = False
         self._answerer = answerer
@@ -143,7 +150,17 @@ class Chat:
             self._answerer.check_system(system)
         self.system = system
         self.exchanges.clear()
+        self.pictures.clear()
         self.left_out = 0
+
+    def show(self, path: str) -> None:
+        """Put a picture into the next question.
+
+        Raises:
+            DataError: it is not there, or is no picture.
+            ModelError: the model reads no pictures.
+        """
+        self.pictures.append(self._answerer.look_at(path))
 
     def _obey(self, turn: Turn) -> None:
         name, *rest = turn.text.split(maxsplit=1)
@@ -168,7 +185,8 @@ class Chat:
             self.note(reply.cut)
         elif not reply.text:
             self.note("an empty answer: the stop token came first")
-        self.exchanges.append(Exchange(text, reply.text, self.speaker))
+        self.exchanges.append(Exchange(text, reply.text, self.speaker, tuple(self.pictures)))
+        self.pictures.clear()
 
     def _fitting(self, text: str) -> list[Message]:
         """Return the messages of the next prompt, without the oldest exchanges where they do not fit."""
@@ -188,9 +206,9 @@ class Chat:
         turns = [
             message
             for exchange in self.exchanges[left_out:]
-            for message in (Message("user", exchange.question), Message("assistant", exchange.answer))
+            for message in (user_turn(exchange.question, exchange.pictures), Message("assistant", exchange.answer))
         ]
-        return [*before, *turns, Message("user", text)]
+        return [*before, *turns, user_turn(text, self.pictures)]
 
 
 def hold_chat(chat: Chat, read: Callable[[str], Turn | None], *, interactive: bool) -> None:
@@ -272,13 +290,26 @@ def _system(chat: Chat, text: str) -> None:
     chat.note(f"{what}; the conversation starts anew")
 
 
+def _image(chat: Chat, path: str) -> None:
+    if path == "-":
+        chat.note(f"taken out again: {len(chat.pictures)} pictures")
+        chat.pictures.clear()
+    elif path:
+        chat.show(path)
+    for picture in chat.pictures:
+        chat.note(f"in the next question: {picture.path} ({picture.width} x {picture.height})")
+    if not chat.pictures and not path:
+        chat.note("no picture in the next question")
+
+
 def _history(chat: Chat, _: str) -> None:
     if chat.system is not None:
         chat.note(f"system: {chat.system}")
     for number, exchange in enumerate(chat.exchanges):
         if number == chat.left_out and number:
             chat.note("(up to here left out of the last prompt)")
-        chat.note(f"user: {exchange.question}\n{exchange.speaker}: {exchange.answer}")
+        shown = "".join(f"[{picture.path}] " for picture in exchange.pictures)
+        chat.note(f"user: {shown}{exchange.question}\n{exchange.speaker}: {exchange.answer}")
     if not chat.exchanges:
         chat.note("nothing said yet")
 
@@ -307,6 +338,7 @@ COMMANDS: dict[str, Command] = {
     "/base": Command(lambda chat, _: _switch(chat, base=True), "let the base model answer, without the adapter"),
     "/adapter": Command(lambda chat, _: _switch(chat, base=False), "let the adapter answer"),
     "/system": Command(_system, "start anew under this system message (-: none); alone, show it", "[TEXT]"),
+    "/image": Command(_image, "put a picture into the next question (-: take all out); alone, show them", "[FILE]"),
     "/reset": Command(_reset, "forget the conversation"),
     "/undo": Command(_undo, "take the last exchange back"),
     "/history": Command(_history, "show the conversation"),

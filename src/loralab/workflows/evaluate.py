@@ -41,6 +41,7 @@ _READ = (
     "evaluation.metrics",
     "evaluation.answer_by",
     "evaluation.labels",
+    "evaluation.group_by",
     "evaluation.max_new_tokens",
 )
 # Settings of the run's own rows, which other data make meaningless.

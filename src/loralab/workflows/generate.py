@@ -11,10 +11,11 @@ from loralab.data.prompts.prompter import Prompter
 from loralab.errors import ConfigError, DataError, Problem
 from loralab.evaluation.generate import GenerationSettings, generate_answers
 from loralab.progress import Reporter
-from loralab.workflows.prompts import check_texts
+from loralab.workflows.given_pictures import PICTURE_SETTINGS, look_at_given
+from loralab.workflows.prompts import check_texts, user_turn
 from loralab.workflows.session import PROMPT_SETTINGS, Session, open_session
 
-_READ = (*PROMPT_SETTINGS, "evaluation.batch_size", "evaluation.max_new_tokens")
+_READ = (*PROMPT_SETTINGS, *PICTURE_SETTINGS, "evaluation.batch_size", "evaluation.max_new_tokens")
 
 
 def generate(
@@ -24,6 +25,7 @@ def generate(
     settings: GenerationSettings,
     system: str | None = None,
     with_base: bool = False,
+    images: Sequence[str] = (),
     overrides: Sequence[str] = (),
     base_model: str | None = None,
     reporter: Reporter,
@@ -37,13 +39,14 @@ def generate(
         system: system message put before every prompt; None takes the one of the prompt contract,
             if there is one, and an empty text none.
         with_base: whether the base answers too.
+        images: files of pictures that every prompt begins with.
         overrides: `section.key=value` on top of the run's configuration.
         base_model: base to use instead of the recorded one.
         reporter: told of progress.
 
     Returns:
-        For each prompt `prompt`, `prompt_text` (as the template renders it), `adapter` and,
-        with `with_base`, `base`: `text`, `stopped` and `tokens`.
+        For each prompt `prompt`, `images` where there are any, `prompt_text` (as the template renders it, one marker
+        for each picture), `adapter` and, with `with_base`, `base`: `text`, `stopped` and `tokens`.
 
     Raises:
         UserError: a setting or prompt cannot be used, or the adapter does not load.
@@ -55,13 +58,15 @@ def generate(
         settings = replace(settings, max_new_tokens=session.config.evaluation.max_new_tokens)
     chosen = resolve_system(session, system, reporter)
     before = [Message("system", chosen)] if chosen else []
-    conversations = [[*before, Message("user", prompt)] for prompt in prompts]
-    ids = [session.prompter.encode_prompt(messages) for messages in conversations]
+    shown = look_at_given(images, session.prompter, where="option --image")
+    conversations = [[*before, user_turn(prompt, shown)] for prompt in prompts]
+    requests = [session.prompter.encode_request(messages) for messages in conversations]
 
     def answer(label: str, who: str) -> list[dict[str, Any]]:
         answers = generate_answers(
             session.model,
-            ids,
+            [ids for ids, _ in requests],
+            images=[placed for _, placed in requests],
             prompter=session.prompter,
             settings=settings,
             batch_size=session.config.evaluation.batch_size,
@@ -75,7 +80,12 @@ def generate(
         return [asdict(each) for each in answers]
 
     results = [
-        {"prompt": prompt, "prompt_text": session.prompter.render(messages, add_generation_prompt=True), "adapter": a}
+        {
+            "prompt": prompt,
+            **({"images": list(images)} if images else {}),
+            "prompt_text": session.prompter.render(messages, add_generation_prompt=True),
+            "adapter": a,
+        }
         for prompt, messages, a in zip(prompts, conversations, answer("generate", ""), strict=True)
     ]
     if with_base:

@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loralab.errors import RunFolderError, StorageError
+from loralab.reports.pictures import pictures_folder
 from loralab.run import RunFolder, read_json
+from loralab.workflows.thumbnails import remove_thumbnails
 
 if sys.platform == "win32":
     import msvcrt
@@ -218,6 +220,7 @@ def clear_run(folder: RunFolder, *, keep_record: bool = False) -> None:
     """
     for path in (folder.checkpoints, folder.adapter, folder.plots):
         shutil.rmtree(path, ignore_errors=True)
+    remove_thumbnails(pictures_folder(folder))
     files = [folder.config, folder.data, folder.metrics, folder.evaluation, folder.predictions, folder.samples]
     files += [folder.report, folder.comparison, folder.comparison_page]
     for path in (*files, *folder.path.glob("evaluation-*.json")):

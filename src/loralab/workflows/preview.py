@@ -157,7 +157,8 @@ def _prove(
         reporter.progress("prove", done, wanted, detail=f"{done / max(time.monotonic() - started, 1e-3):,.0f} rows/s")
     reporter.finish("prove")
     rate = round(done / max(time.monotonic() - started, 1e-3))
-    return {"rows": done, "stored_rows": total, "spans": prover.spans, "rows_per_second": rate}
+    pictures = {} if data.prompter.pictures is None else {"pictures": prover.pictures}
+    return {"rows": done, "stored_rows": total, "spans": prover.spans, **pictures, "rows_per_second": rate}
 
 
 def _load_tokenizer(config: Config) -> PreTrainedTokenizerBase:

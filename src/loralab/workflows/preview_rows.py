@@ -4,13 +4,14 @@ Owns which rows are shown and their form as data; how they look is the terminal'
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from loralab.data.dataset import PreparedData
-from loralab.data.example import Branch, TokenizedExample
+from loralab.data.example import Branch, PlacedImage, TokenizedExample
 from loralab.data.pools import Pool
 from loralab.data.prompts.decoding import Decoder
 from loralab.data.reading.json_rows import parse_row
@@ -20,6 +21,7 @@ from loralab.data.tokens.pipeline import RowTokenizer
 from loralab.data.tokens.tokenize import NOTES
 from loralab.errors import DataError
 from loralab.lookup import suggest
+from loralab.workflows.thumbnails import image_facts
 
 # Of a row that was dropped, so much of each field is shown.
 _FIELD_CHARACTERS = 400
@@ -112,8 +114,9 @@ class RowViewer:
     def _view(self, split: str, place: int, example: TokenizedExample, source: str) -> dict[str, Any]:
         turns = []
         before: list[int] = []
+        root = self._pool(split).workers[example.source].images.root
         for branch in example.branches:
-            turn, before = self._turn(branch, before)
+            turn, before = self._turn(branch, before, root)
             turns.append(turn)
         return _facts(split, source, example.row) | {
             "status": "kept",
@@ -130,27 +133,53 @@ class RowViewer:
             self._notes[split] = {note: places for note in NOTES if len(places := store.noted(note))}
         return self._notes[split]
 
-    def _turn(self, branch: Branch, before: Sequence[int]) -> tuple[dict[str, Any], list[int]]:
+    def _turn(self, branch: Branch, before: Sequence[int], root: Path) -> tuple[dict[str, Any], list[int]]:
         """Return a branch as data; where it goes on from the one before, only what is new."""
         prompt, answer = branch.prompt_ids.tolist(), branch.answer_ids.tolist()
         seen = len(before) if before and prompt[: len(before)] == list(before) else 0
         tokens: list[dict[str, Any]] = []
-        for ids, supervised in ((prompt[seen:], False), (answer, True)):
-            for piece in self._decoder.pieces(ids):
-                start = tokens[-1]["end"] if tokens else 0
-                tokens.append(
-                    {
-                        "ids": list(piece.ids),
-                        "text": piece.text,
-                        "start": start,
-                        "end": start + len(piece.text),
-                        "supervised": supervised,
-                        "special": piece.ids[0] in self._special,
-                        "stop": supervised and piece.ids[0] in self._stops,
-                    }
-                )
+        last = seen
+        for image in branch.images:
+            if image.start < seen:
+                continue
+            tokens += [*self._tokens(prompt[last : image.start]), _picture_token(image, prompt, root)]
+            last = image.end
+        tokens += [*self._tokens(prompt[last:]), *self._tokens(answer, supervised=True)]
+        start = 0
+        for token in tokens:
+            token["start"], token["end"] = start, start + len(token["text"])
+            start = token["end"]
         facts = {"prompt_tokens": len(prompt), "answer_tokens": len(answer), "seen_tokens": seen}
         return facts | {"text": "".join(token["text"] for token in tokens), "tokens": tokens}, [*prompt, *answer]
+
+    def _tokens(self, ids: Sequence[int], *, supervised: bool = False) -> Iterator[dict[str, Any]]:
+        for piece in self._decoder.pieces(ids):
+            yield {
+                "ids": list(piece.ids),
+                "text": piece.text,
+                "start": 0,
+                "end": 0,
+                "supervised": supervised,
+                "special": piece.ids[0] in self._special,
+                "stop": supervised and piece.ids[0] in self._stops,
+            }
+
+
+def _picture_token(image: PlacedImage, prompt: Sequence[int], root: Path) -> dict[str, Any]:
+    """Return the tokens of a picture as one."""
+    file = image.file
+    path = Path(file.path)
+    name = str(path.relative_to(root)) if path.is_relative_to(root) else file.path
+    return {
+        "ids": list(prompt[image.start : image.end]),
+        "text": f"<picture {file.width}x{file.height}, {image.length:,} tokens: {name}>",
+        "start": 0,
+        "end": 0,
+        "supervised": False,
+        "special": True,
+        "stop": False,
+        "picture": {"name": name, **image_facts(file)},
+    }
 
 
 def _is_named(source: str, name: str) -> bool:

@@ -1,10 +1,11 @@
-"""Where the prompts of `generate` come from: options, a file, or standard input. No torch."""
+"""Where the prompts of `generate` come from (options, a file, or standard input), and what turn each makes. No torch."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from loralab.data.example import ImageFile, ImagePart, Message
 from loralab.errors import DataError
 
 
@@ -82,3 +83,11 @@ def check_text(text: str, *, where: str) -> None:
             where=f"{where}, character {error.start + 1}",
             fix="write it in UTF-8, or put it into a UTF-8 file for --file",
         ) from None
+
+
+def user_turn(text: str, pictures: Sequence[ImageFile]) -> Message:
+    """Return a user turn with pictures before its text."""
+    if not pictures:
+        return Message("user", text)
+    parts = [ImagePart(picture.path, picture) for picture in pictures]
+    return Message("user", text, parts=(*parts, text))

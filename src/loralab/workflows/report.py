@@ -3,11 +3,15 @@
 import errno
 
 from loralab.errors import StorageError
+from loralab.reports.facts import load_facts
 from loralab.reports.html import write_report
 from loralab.reports.methods import Methods, describe_methods
 from loralab.reports.model_card import write_model_card
+from loralab.reports.pictures import pictures_folder
 from loralab.reports.plots import write_plots
+from loralab.reports.sections import report_images
 from loralab.run import RunFolder
+from loralab.workflows.thumbnails import keep_thumbnails
 
 
 def build_report(folder: RunFolder) -> None:
@@ -18,6 +22,7 @@ def build_report(folder: RunFolder) -> None:
     """
     try:
         write_plots(folder)
+        keep_thumbnails(pictures_folder(folder), report_images(load_facts(folder)))
         write_report(folder)
         if folder.adapter.is_dir():
             write_model_card(folder)

@@ -23,7 +23,8 @@ from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
 from loralab.training.distributed import ALONE, Processes
 from loralab.workflows.task import Task
-from loralab.workflows.task_meter import Measured, TaskMeter, compare_sides
+from loralab.workflows.task_meter import Measured, TaskMeter, compare_groups, compare_sides
+from loralab.workflows.thumbnails import images_of
 
 # Text rows have no prompt of their own: their samples continue this many tokens.
 _TEXT_PROMPT_TOKENS = 32
@@ -87,6 +88,7 @@ class SplitEvaluation:
                 "prompt": question.prompt,
                 "reference": question.reference,
                 "answered_by": self.adapter.way,
+                **images_of(question.images),
             }
             for side, answered, figures in zip(("adapter", "base"), (mine, theirs), scores, strict=True):
                 record[side] = {"answer": answered.text} | (
@@ -157,6 +159,10 @@ def evaluate_split(
         content |= with_adapter.as_dict()
         content["base"] |= without.as_dict()
         content["differences"] = compare_sides(with_adapter, without, resamples=evaluation.bootstrap_samples)
+        if task.groups is not None:
+            content["groups"] = compare_groups(
+                task.groups, with_adapter, without, split=name, resamples=evaluation.bootstrap_samples
+            )
         if task.way == "teacher_forced":
             content["note"] = WHY_IT_FLATTERS
         for figure in filter(content["differences"].__contains__, task.headline):
@@ -184,7 +190,8 @@ def answer_samples(
     """Let base and adapter answer the first prompts of a split.
 
     Returns:
-        For each prompt `prompt`, `reference`, both outputs and whether each ended by a stop token.
+        For each prompt `prompt`, `images` where it has any, `reference`, both outputs and whether each ended by a
+        stop token.
 
     Raises:
         Interrupted: `should_stop` answered yes before a batch.
@@ -213,14 +220,15 @@ def answer_samples(
         base = answer("answer without")
     return [
         {
-            "prompt": prompter.decode(prompt),
+            "prompt": prompter.decode(prompter.fold(prompt, shown)),
+            **images_of(shown),
             "reference": prompter.decode(reference),
             "base_output": b.text,
             "adapter_output": a.text,
             "base_stopped": b.stopped,
             "adapter_stopped": a.stopped,
         }
-        for (prompt, reference), a, b in zip(pairs, adapter, base, strict=True)
+        for (prompt, reference), shown, a, b in zip(pairs, images, adapter, base, strict=True)
     ]
 
 

@@ -21,6 +21,7 @@ from loralab.evaluation.questions import answerable_rows, longest_prompt, questi
 from loralab.evaluation.score import LabelIds, check_room, label_ids
 from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
+from loralab.workflows.groups import Groups, resolve_groups
 
 # Of more different answers than this, scoring each is no closed question.
 _MOST_LABELS = 20
@@ -37,12 +38,14 @@ class Task:
         way: how answers come about, or None where no metric needs any.
         labels: token ids by label, for `score`.
         longest_prompt: tokens of the longest prompt that is measured.
+        groups: groups of rows that metrics of answers are measured on too, or None.
     """
 
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     way: Way | None = None
     labels: LabelIds = field(default_factory=dict)
     longest_prompt: int = 0
+    groups: Groups | None = None
 
     def check_room(self, model: SupervisedPeftModel) -> None:
         """Check that the model has positions for every prompt with the longest label behind it.
@@ -120,7 +123,12 @@ def resolve_task(
         labels = ids.value
         strange = _check_known(ids.value.texts.values(), [question.reference for each in asked for question in each])
         choices["labels"] = Resolved(", ".join(map(repr, labels)), f"{chosen.reason}; {ids.reason}{strange}")
-    task = Task(metrics, way, labels, max(map(longest_prompt, rows.values())))
+    groups = None
+    if config.evaluation.group_by is not None:
+        grouped = resolve_groups(config.evaluation.group_by, data, splits)
+        choices["group_by"] = Resolved(grouped.value.by, grouped.reason)
+        groups = grouped.value
+    task = Task(metrics, way, labels, max(map(longest_prompt, rows.values())), groups)
     for each in asked:
         _check_answerable(task, each)
     return task, choices

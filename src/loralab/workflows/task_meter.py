@@ -15,6 +15,7 @@ from loralab.data.prompts.prompter import Prompter
 from loralab.data.tokens.store import TokenStore
 from loralab.evaluation.answers import Answered, Evidence
 from loralab.evaluation.generate import GenerationSettings, answer_questions, tell_short_rooms
+from loralab.evaluation.groups import measure_groups
 from loralab.evaluation.metrics.measure import Measurement, compare, measure
 from loralab.evaluation.perplexity import SplitLoss
 from loralab.evaluation.questions import answerable_rows, questions_of, spread
@@ -25,6 +26,7 @@ from loralab.layout.planner import Planner
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
 from loralab.training.distributed import ALONE, Processes
+from loralab.workflows.groups import Groups
 from loralab.workflows.task import Task
 
 
@@ -177,6 +179,26 @@ class TaskMeter:
                     label=f"teacher-forced answers {label}",
                     **self._shared,
                 )
+
+
+def compare_groups(
+    groups: Groups, adapter: Measured, base: Measured, *, split: str, resamples: int
+) -> dict[str, Any]:
+    """Return what `evaluation.json` holds of the groups of rows, or nothing where no answers were measured.
+
+    Args:
+        groups: of the task.
+        adapter: the adapter's metrics.
+        base: the base's, of the same rows.
+        split: name of the split.
+        resamples: bootstrap resamples.
+    """
+    mine, theirs = (next((part for part in each.parts if part.evidence.answers), None) for each in (adapter, base))
+    if mine is None or theirs is None:
+        return {}
+    names = groups.names(split, [answer.question for answer in adapter.answers])
+    values = measure_groups(mine.metrics, mine.evidence, theirs.evidence, names, resamples=resamples)
+    return {"by": groups.by, "reason": groups.reason, "values": values}
 
 
 def compare_sides(adapter: Measured, base: Measured, *, resamples: int) -> dict[str, Any]:

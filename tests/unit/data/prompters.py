@@ -1,12 +1,17 @@
 """Prompters over the tiny tokenizer, and templates that only tests have."""
 
+from pathlib import Path
+
 from transformers import PreTrainedTokenizerFast
 
 from loralab.data.example import Conversation, Message
+from loralab.data.images.files import ImageFolder
 from loralab.data.prompts.prompter import Prompter
 from loralab.data.prompts.templates import TEMPLATES
 from support import tiny
 
+# Where the pictures of rows would lie that have none.
+NO_PICTURES = ImageFolder(Path("/nowhere"), False, Path("/nowhere/kept"))
 CHATML = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|stop|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"

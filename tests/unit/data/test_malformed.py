@@ -30,7 +30,7 @@ from loralab.errors import LoralabError
 from loralab.progress import Reporter
 from unit.data.malformed_files import edited_templates, malformed_files
 from unit.data.malformed_rows import GOOD_ROWS, TEXT, good_rows, malformed_rows
-from unit.data.prompters import CHATML, build_tokenizer
+from unit.data.prompters import CHATML, NO_PICTURES, build_tokenizer
 
 # What `data` may say about rows; every combination is a way through the code.
 SETTINGS = st.builds(
@@ -102,7 +102,7 @@ def prepare_and_prove(data: DataConfig, own: PreTrainedTokenizerFast) -> None:
 
 def check_row(case: tuple[str, dict[str, Any]], how: TokenizeSettings, on_bad_row: Any, prompter: Prompter) -> None:
     name, row = case
-    go_through(RowTokenizer(prompter, name, {}, how, on_bad_row), row)
+    go_through(RowTokenizer(prompter, name, {}, how, on_bad_row, NO_PICTURES), row)
 
 
 def check_file(case: tuple[str, bytes], form: str, template: str, on_bad_row: Any) -> None:
@@ -133,7 +133,7 @@ def check_template(text: str, case: tuple[str, dict[str, Any]], how: TokenizeSet
             check_error(error)
             return
     form, row = case
-    go_through(RowTokenizer(prompter, form, {}, how, "error"), row)
+    go_through(RowTokenizer(prompter, form, {}, how, "error", NO_PICTURES), row)
 
 
 FORMS = st.sampled_from(["auto", "auto", *FORMATS])

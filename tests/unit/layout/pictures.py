@@ -92,6 +92,11 @@ def _inside(leaf: Leaf, border: int) -> bool:
     return any(image.start < border < image.end for image in leaf.images)
 
 
+def axes_of(examples: Sequence[TokenizedExample]) -> int:
+    """Return how many axes positions can have: framed pictures, as some families have, have no rows and columns."""
+    return 3 if all(i.rows for example in examples for b in example.branches for i in b.images) else 1
+
+
 def expected_features(branch: Branch) -> dict[int, tuple[str, int]]:
     """Return for each place of a prompt that takes a feature: whose, and which of it."""
     found = {}

@@ -20,6 +20,7 @@ from unit.layout.examples import planners
 from unit.layout.pictures import (
     TOKEN,
     NumberedReader,
+    axes_of,
     expected_features,
     features_of,
     picture,
@@ -48,7 +49,8 @@ def features_in(row: PackedRow) -> dict[int, tuple[str, int]]:
 
 @given(data=st.data(), examples=EXAMPLES)
 def test_every_path_has_its_features_and_positions(data: st.DataObject, examples: list[TokenizedExample]) -> None:
-    row = lay_out(data.draw(shown_trees(examples)), axes=3, picture_token=TOKEN)
+    axes = axes_of(examples)
+    row = lay_out(data.draw(shown_trees(examples)), axes=axes, picture_token=TOKEN)
     features, ends = features_in(row), row.subtree_end.tolist()
     assert set(features) == set(np.flatnonzero(row.input_ids == TOKEN).tolist())
     found = take_apart(row)
@@ -60,7 +62,7 @@ def test_every_path_has_its_features_and_positions(data: st.DataObject, examples
         mine = (row.label_examples == number) & (row.label_branches == place)
         path = path_to(ends, int(row.label_positions[mine][-1]))
         assert {i: features[p] for i, p in enumerate(path) if p in features} == expected_features(branch)
-        np.testing.assert_array_equal(row.position_ids[:, path], token_positions(len(path), branch.images, axes=3))
+        np.testing.assert_array_equal(row.position_ids[:, path], token_positions(len(path), branch.images, axes=axes))
 
 
 @given(data=st.data(), examples=EXAMPLES)
@@ -121,10 +123,11 @@ def put_in(batch: MicroBatch) -> torch.Tensor:
     return cells
 
 
-@given(examples=EXAMPLES, planner=planners(), axes=st.sampled_from([1, 3]))
+@given(examples=EXAMPLES, planner=planners())
 def test_however_a_step_is_cut_every_label_sees_its_pictures(
-    examples: list[TokenizedExample], planner: Planner, axes: int
+    examples: list[TokenizedExample], planner: Planner
 ) -> None:
+    axes = axes_of(examples)
     reader = NumberedReader(axes=axes)
     step = replace(planner, pictures=reader)(examples)
     number_of = {picture(n).sha256: n for n in range(4)}

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from loralab.data.example import ImageFile, Message, PlacedImage
+from loralab.data.images.folding import fold_pictures
 from loralab.data.images.processor import PictureProcessor
 from loralab.data.prompts.encoding import TextEncoder
 from loralab.data.prompts.template_text import explain_render_error, missing_end
@@ -268,6 +269,10 @@ class Prompter:
                 fix="take a vision-language model, such as Qwen/Qwen2-VL-2B-Instruct",
             )
         return ids, ()
+
+    def fold(self, ids: list[int], images: Sequence[PlacedImage]) -> list[int]:
+        """Return a prompt's ids with one marker in the place of each picture's tokens, as they are shown to people."""
+        return fold_pictures(ids, images, self.pictures.token) if self.pictures is not None and images else ids
 
     def encode_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Return the ids of the serving call: the rendered messages and the generation prompt, without pictures."""

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from loralab.data.example import Branch, Conversation, Document, Example, Message, Preformatted, Tokens
-from loralab.data.images.folding import fold_pictures
 from loralab.data.prompts.decoding import Decoder
 from loralab.data.prompts.prompter import Prompter, Tools
 from loralab.data.proofs.findings import Finding, Seen
@@ -124,9 +123,8 @@ class Prover:
         return seen, [self._case(number, conversation, turn, branch) for turn, branch in pairs]
 
     def _case(self, number: int, conversation: Conversation, turn: int, branch: Branch) -> TrainedTurn:
-        stored, images, pictures = branch.prompt_ids.tolist(), tuple(branch.images), self._prompter.pictures
-        # What a template and its serving call write of a picture is one marker.
-        prompt = fold_pictures(stored, images, pictures.token) if pictures is not None and images else stored
+        stored, images = branch.prompt_ids.tolist(), tuple(branch.images)
+        prompt = self._prompter.fold(stored, images)  # what a template and its serving call write of a picture
         answer = branch.answer_ids.tolist()
         return TrainedTurn(number, conversation, turn, prompt, answer, stored=stored, images=images)
 

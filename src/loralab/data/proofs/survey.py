@@ -4,6 +4,7 @@ Owns what can be counted from the store's arrays, in blocks, with flat memory: n
 object. Texts are `answer_survey.py`'s, layouts the workflow's.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -12,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from loralab.data.example import PlacedImage
 from loralab.data.tokens.packing import Integers
 from loralab.data.tokens.store import TokenStore
 
@@ -55,10 +57,13 @@ def hash_split(store: TokenStore, *, stop_ids: Sequence[int]) -> SplitHashes:
     """
     rows, prompts, answers = [], [], []
     stopped = branches = 0
+    shown = _hash_pictures(store)
     for counts, table in store.branch_blocks():
         hashed = np.concatenate(
             [_hash_branches(store, part) for part in _parts(table)] or [np.zeros((0, 2), np.uint64)]
         )
+        if shown is not None:
+            hashed[:, 0] = _mix(hashed[:, 0] ^ shown[branches : branches + len(table)])
         first = np.cumsum(counts) - counts
         place = np.arange(len(table)) - np.repeat(first, counts)
         joined = _mix(hashed[:, 0] ^ _mix(hashed[:, 1] + _SALT)) * _powers(int(place.max(initial=0)) + 1)[place]
@@ -71,6 +76,24 @@ def hash_split(store: TokenStore, *, stop_ids: Sequence[int]) -> SplitHashes:
     empty = np.zeros(0, dtype=np.uint64)
     parts = [np.concatenate([empty, *each]) for each in (rows, prompts, answers)]
     return SplitHashes(parts[0], parts[1], parts[2], stopped, branches)
+
+
+def _hash_pictures(store: TokenStore) -> Hashes | None:
+    """Return a hash of each branch's pictures, 0 where it has none: pictures of one size have the same ids."""
+    if not store.has_images:
+        return None
+    found = [
+        int.from_bytes(hashlib.blake2b(b"".join(_sign(image) for image in branch.images), digest_size=8).digest())
+        if branch.images
+        else 0
+        for example in store
+        for branch in example.branches
+    ]
+    return np.asarray(found, dtype=np.uint64)
+
+
+def _sign(image: PlacedImage) -> bytes:
+    return image.start.to_bytes(8) + bytes.fromhex(image.file.sha256)
 
 
 def _parts(table: Integers) -> Iterator[Integers]:

@@ -95,6 +95,11 @@ class TokenStore(Sequence[TokenizedExample]):
         """Return how many times a picture stands in a prompt of these examples."""
         return len(self._image_rows())
 
+    def image_tokens(self) -> Integers:
+        """Return the tokens of each picture in a prompt of these examples, in order."""
+        lengths: Integers = self._arrays.images[self._image_rows(), 2].astype(np.int64)
+        return lengths
+
     def _image_rows(self) -> Integers:
         """Return which rows of the table of pictures belong to these examples, in their order."""
         if not self.has_images:

@@ -221,12 +221,15 @@ def test_bytes_are_kept_under_their_hash(folder: ImageFolder) -> None:
     assert decode(found).size == (6, 4)
 
 
-@pytest.mark.parametrize("left", [b"", b"half", "same size"])
-def test_what_a_crash_left_is_written_again(folder: ImageFolder, left: bytes | str) -> None:
-    data = encoded(noise(6, 4))
+@pytest.mark.parametrize("left", ["nothing", "half", "zeros", "another"])
+def test_what_a_crash_left_is_written_again(folder: ImageFolder, left: str) -> None:
+    data, another = encoded(noise(6, 4), "BMP"), encoded(noise(6, 4, seed=1), "BMP")
+    assert len(data) == len(another)
     path = Path(folder.open(data).path)
-    path.write_bytes(left if isinstance(left, bytes) else bytes(len(data)))
-    assert Path(folder.open(data).path).read_bytes() == data
+    path.write_bytes({"nothing": b"", "half": data[:40], "zeros": bytes(len(data)), "another": another}[left])
+    found = folder.open(data)
+    assert Path(found.path).read_bytes() == data
+    assert found.sha256 == hashlib.sha256(data).hexdigest()
 
 
 def test_bytes_that_are_no_picture_are_not_kept(folder: ImageFolder) -> None:

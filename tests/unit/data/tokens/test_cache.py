@@ -29,7 +29,7 @@ from loralab.data.tokens.tokenize import TokenizeSettings
 from loralab.errors import DataError, MaskError, StorageError, WorkerError
 from loralab.progress import Reporter
 from support import tiny
-from unit.data.prompters import CHATML, build_prompter
+from unit.data.prompters import CHATML, NO_PICTURES, build_prompter
 from unit.data.stores import plain
 
 ROWS = 40
@@ -67,7 +67,7 @@ def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def build_worker(template: str | None = None, *, on_bad_row: Any = "error", **chosen: Any) -> RowTokenizer:
     values: dict[str, Any] = {"train_on": "response", "max_length": 64, "truncation": "right", "long_text": "split"}
     prompter = build_prompter(*([template] if template else []))
-    return RowTokenizer(prompter, "alpaca", {}, TokenizeSettings(**values | chosen), on_bad_row)
+    return RowTokenizer(prompter, "alpaca", {}, TokenizeSettings(**values | chosen), on_bad_row, NO_PICTURES)
 
 
 def load(
@@ -174,7 +174,7 @@ def test_each_source_has_its_own_tokenizer(path: Path) -> None:
     text = tiny.write_rows(path.with_name("b.json"), [{"text": "red"}, {"text": ""}, {"text": "blue cat"}])
     sources = resolve_sources([str(path), str(text)], where="key data.train")
     worker = build_worker()
-    tokenizers = [worker, RowTokenizer(worker.prompter, "text", {}, worker.settings, "error")]
+    tokenizers = [worker, RowTokenizer(worker.prompter, "text", {}, worker.settings, "error", NO_PICTURES)]
     store, report = load(path, Reporter(), sources=sources, tokenizers=tokenizers)
     assert store.origins.tolist() == [[0, row] for row in range(1, ROWS + 1)] + [[1, 1], [1, 3]]
     assert report["dropped"] == [[ROWS + 1, 1, 2, "empty_text"]]

@@ -12,7 +12,7 @@ from loralab.data.tokens import identity
 from loralab.data.tokens.identity import code_version, describe_entry, entry_key
 from loralab.data.tokens.pipeline import RowTokenizer
 from loralab.data.tokens.tokenize import TokenizeSettings
-from unit.data.prompters import CHATML, build_prompter
+from unit.data.prompters import CHATML, NO_PICTURES, build_prompter
 
 FOLDER = Path(identity.__file__).parent.parent
 # What everybody would look for in the code's version, and what has no place there.
@@ -44,7 +44,7 @@ REPORTING = (
 
 def build_worker(template: str = CHATML, format_name: str = "alpaca", **columns: str) -> RowTokenizer:
     settings = TokenizeSettings("response", 64, "right", "split")
-    return RowTokenizer(build_prompter(template), format_name, columns, settings, "error")
+    return RowTokenizer(build_prompter(template), format_name, columns, settings, "error", NO_PICTURES)
 
 
 def source(fingerprint: str) -> Source:

@@ -18,7 +18,7 @@ from loralab.data.tokens.pipeline import RowPipeline, RowTokenizer, chunked
 from loralab.data.tokens.tokenize import TokenizeSettings
 from loralab.errors import DataError, MaskError, WorkerError
 from support import tiny
-from unit.data.prompters import build_prompter
+from unit.data.prompters import NO_PICTURES, build_prompter
 from unit.data.stores import unpack
 
 
@@ -26,7 +26,8 @@ def build(*, on_bad_row: str = "error", prompter: Prompter | None = None, **chos
     values: dict[str, Any] = {"train_on": "response", "max_length": 64, "truncation": "right", "long_text": "split"}
     values |= chosen
     prompter = prompter or build_prompter()
-    return RowTokenizer(prompter, "alpaca", {"output": "answer"}, TokenizeSettings(**values), on_bad_row)  # type: ignore[arg-type]
+    settings = TokenizeSettings(**values)
+    return RowTokenizer(prompter, "alpaca", {"output": "answer"}, settings, on_bad_row, NO_PICTURES)  # type: ignore[arg-type]
 
 
 def source_of(given: Any, name: str = "rows.json") -> Source:
@@ -73,7 +74,7 @@ def test_sources_have_tokenizers_of_their_own(workers: Any) -> None:
     texts = [Row({"text": f"red {number}"}, number, "t", None) for number in range(1, 6)]
     sources = [source_of(rows(9)), source_of(texts, "t"), source_of(rows(4), "again")]
     first = build()
-    text = RowTokenizer(first.prompter, "text", {}, first.settings, "error")
+    text = RowTokenizer(first.prompter, "text", {}, first.settings, "error", NO_PICTURES)
     pipeline = RowPipeline(sources, [first, text, first], workers=workers)
     found = [(source, unit[1]) for source, packed in pipeline.run() for unit in unpack(packed)]
     numbers = [(index, number) for index, count in enumerate((9, 5, 4)) for number in range(1, count + 1)]

@@ -1,0 +1,77 @@
+"""Small pictures for pages: made while a run's own pictures are there, and kept in its folder.
+
+Owns where they are kept, and what a record says of a picture. No torch.
+"""
+
+import base64
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loralab.data.example import ImageFile, PlacedImage
+from loralab.data.images.thumbnails import make_thumbnail
+from loralab.errors import DataError
+from loralab.reports.pictures import MOST_PICTURES, find_thumbnail
+
+
+def image_facts(file: ImageFile) -> dict[str, Any]:
+    """Return what a record says of a picture: path, size as seen, and the hash of its file."""
+    return {"path": file.path, "sha256": file.sha256, "width": file.width, "height": file.height}
+
+
+def images_of(images: Sequence[PlacedImage]) -> dict[str, Any]:
+    """Return what a record has of its prompt's pictures; nothing where there are none."""
+    return {"images": [image_facts(image.file) for image in images]} if images else {}
+
+
+def keep_thumbnails(folder: Path, images: Iterable[Mapping[str, Any]]) -> None:
+    """Write small copies of pictures that are not there yet; of a file that is gone or has changed there is none.
+
+    Args:
+        folder: for the copies; made where it is needed.
+        images: what records say of them.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    for image in images:
+        if find_thumbnail(folder, str(image["sha256"])) is not None:
+            continue
+        try:
+            data, suffix = make_thumbnail(_file(image))
+        except DataError:
+            continue  # the page names the picture and says that it is not there
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{image['sha256']}.{suffix}"
+        beside = path.with_suffix(".tmp")
+        beside.write_bytes(data)
+        beside.replace(path)
+
+
+def remove_thumbnails(folder: Path) -> None:
+    """Remove small copies of pictures, and nothing else that may lie in their folder."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if find_thumbnail(folder, path.stem) == path:
+            path.unlink()
+    with contextlib.suppress(OSError):  # something else lies there
+        folder.rmdir()
+
+
+def preview_pictures(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return the first pictures of a preview's rows as data URIs, by the hash of their files."""
+    found: dict[str, str] = {}
+    for row in result["rows"]:
+        for turn in row.get("turns", []):
+            for image in (token["picture"] for token in turn["tokens"] if "picture" in token):
+                if image["sha256"] in found or len(found) >= MOST_PICTURES:
+                    continue
+                data, suffix = make_thumbnail(_file(image))
+                found[image["sha256"]] = f"data:image/{suffix};base64,{base64.b64encode(data).decode('ascii')}"
+    return found
+
+
+def _file(image: Mapping[str, Any]) -> ImageFile:
+    return ImageFile(str(image["path"]), str(image["sha256"]), int(image["width"]), int(image["height"]), 0, 0)
