@@ -96,6 +96,7 @@ class Run:
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
+        images: Sequence[str | Path] = (),
     ) -> list[str]:
         """Answer prompts with the adapter.
 
@@ -104,13 +105,15 @@ class Run:
             max_new_tokens: longest answer, in tokens; None takes the run's own limit.
             temperature: 0 takes the most likely token.
             seed: of sampling.
+            images: files of pictures that every prompt begins with.
 
         Returns:
             One answer per prompt, without its stop token.
         """
         chosen = [prompts] if isinstance(prompts, str) else list(prompts)
         settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        results = generate_workflow(self.path, chosen, settings=settings, reporter=Reporter())
+        shown = [str(image) for image in images]
+        results = generate_workflow(self.path, chosen, settings=settings, images=shown, reporter=Reporter())
         return [result["adapter"]["text"] for result in results]
 
 

@@ -186,7 +186,7 @@ def test_document_4_hyperparameters(tmp_path: Path) -> None:
         training = config.training
         assert (training.learning_rate, training.lr_scheduler_type, training.weight_decay) == (5e-6, "linear", 0.01)
         assert (training.num_train_epochs, training.gradient_accumulation_steps) == (3, 16)
-        assert (training.optim, training.sampling, config.data.train_on) == ("adamw_torch", "grouped", "response")
+        assert (training.optim, training.sampling, config.data.train_on) == ("adamw_torch_fused", "grouped", "response")
 
 
 def test_document_2_hyperparameters(tmp_path: Path) -> None:

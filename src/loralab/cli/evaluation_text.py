@@ -34,12 +34,24 @@ def print_evaluations(names: Sequence[str], results: Sequence[Mapping[str, Any]]
         for figure, difference in result.get("differences", {}).items():
             if figure != "perplexity":  # the loss says it
                 console.print(f"  {figure} {_difference(difference)}")
+        if "blank_images" in result:
+            _print_blind(console, result["blank_images"])
         if result.get("groups"):
             _print_groups(console, result["groups"])
     way = results[0].get("answered_by")
     if way is not None:
         rows = results[0]["answered_rows"]
         console.print(f"answers: {way}, {rows} rows" + (f". {results[0]['note']}" if "note" in results[0] else ""))
+
+
+def _print_blind(console: ResultConsole, blind: Mapping[str, Any]) -> None:
+    """Print what the adapter gains by seeing the pictures."""
+    console.print("adapter - adapter with every picture grey", style="bold")
+    console.print(f"  {_loss_difference(blind['difference'])}")
+    for figure, difference in blind.get("differences", {}).items():
+        if figure != "perplexity":
+            value = f"{figure} {_figure(blind['metrics'][figure]['value'])} with grey pictures"
+            console.print(f"  {value}, {_difference(difference, ('with its pictures', 'with grey ones'))}")
 
 
 def _print_groups(console: ResultConsole, groups: Mapping[str, Any]) -> None:
@@ -79,14 +91,14 @@ def _loss_difference(difference: Mapping[str, Any]) -> str:
     return f"{text}: {difference['verdict']}"
 
 
-def _difference(difference: Mapping[str, Any]) -> str:
+def _difference(difference: Mapping[str, Any], sides: tuple[str, str] = ("with the adapter", "without")) -> str:
     text = _signed(difference["value"])
     if difference["low"] is not None:
         text += f", {_interval(difference)}"
     test = difference.get("mcnemar")
     if test is not None:
         text += (
-            f", right only with the adapter {test['only_adapter']}, only without {test['only_base']}, p {test['p']:.2g}"
+            f", right only {sides[0]} {test['only_adapter']}, only {sides[1]} {test['only_base']}, p {test['p']:.2g}"
         )
     return f"{text}: {difference['verdict']}"
 

@@ -52,6 +52,10 @@ def evaluate(
             callback=usable_path,
         ),
     ] = None,
+    blank_images: Annotated[
+        bool,
+        typer.Option("--blank-images", help="Measure the adapter once more with every picture grey: does it look?"),
+    ] = False,
     batch_size: BatchSize = None,
     max_length: MaxLength = None,
     device: Device = None,
@@ -80,6 +84,7 @@ def evaluate(
         data=data,
         data_split=split,
         predictions=predictions,
+        blank_images=blank_images,
         reporter=ConsoleReporter(),
     )
     if as_json:

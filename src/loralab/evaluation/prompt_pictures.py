@@ -22,7 +22,7 @@ from loralab.models.supervised import SupervisedPeftModel
 # Pixels of pictures that were decoded are kept up to so many bytes.
 _KEPT_BYTES = 256 * 2**20
 # What some families want to know of each token: 1 where it stands for a picture, else 0.
-_TOKEN_KINDS = "mm_token_type_ids"
+_KINDS = "mm_token_type_ids"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class PictureInputs:
     def __init__(self, model: SupervisedPeftModel, pictures: PictureProcessor | None) -> None:
         self._pictures = pictures
         self._device = model.embedding.weight.device
-        self._tells_kinds = _TOKEN_KINDS in inspect.signature(type(model.language_model).forward).parameters
+        self._tells_kinds = _KINDS in inspect.signature(type(model.language_model).forward).parameters
         self._decoded: OrderedDict[ImageFile, dict[str, Tensor]] = OrderedDict()
         self._bytes = 0
 
@@ -78,16 +78,15 @@ class PictureInputs:
                 where=files[0].path,
                 fix="take an adapter of a vision-language model, or leave the picture out",
             )
-        found = self._pictures.join([self._tensors(file) for file in files])
+        found = self._pictures.join([self._tensors(file, self._pictures) for file in files])
         if self._tells_kinds:
-            found[_TOKEN_KINDS] = (ids == self._pictures.token).to(torch.int64)
+            found[_KINDS] = (ids == self._pictures.token).to(torch.int64)
         return {name: value.to(self._device) for name, value in found.items()}
 
-    def _tensors(self, file: ImageFile) -> dict[str, Tensor]:
+    def _tensors(self, file: ImageFile, pictures: PictureProcessor) -> dict[str, Tensor]:
         known = self._decoded.get(file)
         if known is None:
-            assert self._pictures is not None  # `read` has looked
-            known = self._decoded[file] = dict(self._pictures.read([file]))
+            known = self._decoded[file] = pictures.read([file])
             self._bytes += _size(known)
             while self._bytes > _KEPT_BYTES and len(self._decoded) > 1:
                 self._bytes -= _size(self._decoded.popitem(last=False)[1])

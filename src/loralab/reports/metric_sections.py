@@ -35,7 +35,7 @@ def describe_metrics(facts: Facts) -> Json | None:
     if not names:
         return None
     differences = dig_table(facts.evaluation, "differences")
-    rows = [_row(name, sides, dig_table(differences, name)) for name in names]
+    rows = [figure_row(name, sides, dig_table(differences, name)) for name in names]
     levels = [level for side in sides.values() for name in side if (level := dig_number(side, name, "level"))]
     return {
         "rows": rows,
@@ -63,7 +63,14 @@ def measured_figures(facts: Facts) -> set[str]:
     return {*dig_table(facts.evaluation, "metrics"), *dig_table(facts.evaluation, "base", "metrics")}
 
 
-def _row(name: str, sides: dict[str, Json], difference: Json) -> Json:
+def figure_row(name: str, sides: dict[str, Json], difference: Json) -> Json:
+    """Return a figure of both sides, and what may be said of the difference.
+
+    Args:
+        name: of the figure.
+        sides: figures of "base" and "adapter", by name.
+        difference: of this figure.
+    """
     owner = owner_of(name)
     figures = {side: dig_table(found, name) for side, found in sides.items()}
     better = next((str(each["better"]) for each in figures.values() if each.get("better")), "")
@@ -130,7 +137,7 @@ def describe_details(facts: Facts) -> list[Json]:
     tables = {"base": dig_table(facts.evaluation, "base", "details"), "adapter": dig_table(facts.evaluation, "details")}
     found = []
     for metric in dict.fromkeys([*tables["adapter"], *tables["base"]]):
-        matrices = [(title, _matrix(dig_table(tables[side], metric))) for side, title in SIDES]
+        matrices = [(title, describe_matrix(dig_table(tables[side], metric))) for side, title in SIDES]
         bins = [(title, _bins(dig_list(tables[side], metric, "bins"))) for side, title in SIDES]
         found.append(
             {
@@ -142,7 +149,12 @@ def describe_details(facts: Facts) -> list[Json]:
     return [each for each in found if each["matrices"] or each["bins"]]
 
 
-def _matrix(details: Json) -> Json | None:
+def describe_matrix(details: Json) -> Json | None:
+    """Return a confusion matrix with the share of each row in each cell, or None where there is none.
+
+    Args:
+        details: `classes`, `columns` and the counts as `confusion_matrix`.
+    """
     classes, columns = (dig_list(details, key) for key in ("classes", "columns"))
     counts = dig_list(details, "confusion_matrix")
     whole = bool(counts) and len(counts) == len(classes) and all(_is_row(row, len(columns)) for row in counts)

@@ -14,11 +14,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from loralab.config.lora_checks import FACTS
 from loralab.reports.facts import Facts, dig, dig_table, load_facts
+from loralab.reports.group_sections import describe_groups
 from loralab.reports.metric_sections import describe_metrics
 from loralab.reports.paths import is_absolute, path_name
 from loralab.reports.provenance import describe_data
 from loralab.reports.sections import describe_overview, describe_scores
-from loralab.reports.usage import describe_usage
+from loralab.reports.usage import describe_usage, reads_pictures
 from loralab.reports.verdict import assess
 from loralab.reports.wording import format_value
 from loralab.run import Json, RunFolder, write_text
@@ -56,7 +57,7 @@ def write_model_card(folder: RunFolder) -> Path:
     """
     facts = load_facts(folder)
     hub_id = find_hub_id(facts)
-    front_matter = yaml.safe_dump(_front_matter(hub_id), sort_keys=False, allow_unicode=True)
+    front_matter = yaml.safe_dump(_front_matter(facts, hub_id), sort_keys=False, allow_unicode=True)
     body = _environment().get_template(TEMPLATE).render(_card_context(facts, hub_id))
     path = folder.adapter / "README.md"
     text = f"---\n{front_matter}---\n\n{body}"
@@ -75,9 +76,10 @@ def find_hub_id(facts: Facts) -> str | None:
     return name if HUB_ID.fullmatch(name) and not is_folder else None
 
 
-def _front_matter(hub_id: str | None) -> Json:
+def _front_matter(facts: Facts, hub_id: str | None) -> Json:
     base = {"base_model": hub_id, "base_model_relation": "adapter"} if hub_id else {}
-    return {**base, "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "loralab"]}
+    task = "image-text-to-text" if reads_pictures(facts) else "text-generation"
+    return {**base, "library_name": "peft", "pipeline_tag": task, "tags": ["lora", "loralab"]}
 
 
 def _card_context(facts: Facts, hub_id: str | None) -> dict[str, Any]:
@@ -96,6 +98,8 @@ def _card_context(facts: Facts, hub_id: str | None) -> dict[str, Any]:
         "metrics": _without_paths(describe_metrics(facts)),
         "data": data,
         "hyperparameters": _without_paths(list(_hyperparameters(facts))),
+        "reads_pictures": reads_pictures(facts),
+        "groups": _without_paths(describe_groups(facts)),
         "usage": describe_usage(
             facts,
             base=base if hub_id else f"path/to/{base}",

@@ -34,6 +34,7 @@ COUNTED = {
     "total_tokens": "Tokens",
     "supervised_tokens": "Supervised tokens",
 }
+PICTURES = {"distinct": "Different pictures", "uses": "Pictures in prompts", "tokens": "Tokens of pictures"}
 # What rows may have been through, besides the two that are counted above.
 NOTED = {
     "turns_dropped": "Oldest turns left out",
@@ -99,6 +100,9 @@ def _count_rows(splits: list[Json]) -> list[Json]:
             for reason in reasons:
                 dropped = [dig_number(s, "dropped", reason) or 0 for s in splits]
                 rows.append(line(f"Dropped: {reason}", list(dropped), read, part=True))
+    for key, name in PICTURES.items():
+        if any(dig_number(split, "pictures", key) for split in splits):
+            rows.append(line(name, [dig_number(s, "pictures", key) or 0 for s in splits], none))
     for note, name in NOTED.items():
         counts: list[float | None] = [dig_number(split, "notes", note) or 0 for split in splits]
         if any(counts):

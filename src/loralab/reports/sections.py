@@ -13,6 +13,7 @@ from loralab.reports.comparison_section import describe_comparison
 from loralab.reports.curve_sections import describe_plots, describe_reading
 from loralab.reports.examples import describe_examples
 from loralab.reports.facts import Facts, dig, dig_list, dig_number, dig_table, early_end
+from loralab.reports.group_sections import describe_blank, describe_groups
 from loralab.reports.metric_sections import describe_details, describe_metrics, measured_figures
 from loralab.reports.pictures import PictureBook, images_in, pictures_folder, shown_images, thumbnails_in
 from loralab.reports.provenance import describe_choices, describe_data, describe_machine, describe_settings
@@ -76,6 +77,8 @@ def report_context(facts: Facts, *, picture: Callable[[Path], str | None]) -> di
         "verdict": assess(facts),
         "scores": describe_scores(facts),
         "metrics": describe_metrics(facts),
+        "groups": describe_groups(facts),
+        "blank": describe_blank(facts),
         "details": describe_details(facts),
         "examples": examples,
         "comparison": describe_comparison(facts),

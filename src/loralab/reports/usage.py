@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from loralab.reports.facts import Facts, dig, dig_list
 
 DEFAULT_NEW_TOKENS = 128
+_TEXT, _VISION = "peft_program.jinja", "peft_vision_program.jinja"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def describe_usage(facts: Facts, *, base: str, revision: str | None, run: str, a
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    program = environment.get_template("peft_program.jinja").render(
+    program = environment.get_template(_VISION if reads_pictures(facts) else _TEXT).render(
         base=_literal(base),
         adapter=_literal(adapter),
         revision=_literal(revision),
@@ -55,7 +56,13 @@ def describe_usage(facts: Facts, *, base: str, revision: str | None, run: str, a
         max_new_tokens=_new_tokens(facts),
         new_tokens=dig(facts.record, "resolved", "new_tokens", "value"),
     )
-    return Usage(command=f"loralab generate {shlex.quote(run)} --prompt 'Your question'", program=program)
+    picture = " --image picture.png" if reads_pictures(facts) else ""
+    return Usage(command=f"loralab generate {shlex.quote(run)}{picture} --prompt 'Your question'", program=program)
+
+
+def reads_pictures(facts: Facts) -> bool:
+    """Return whether the run's model reads pictures."""
+    return dig(facts.record, "resolved", "pictures", "value") is not None
 
 
 def _literal(value: object) -> str | None:

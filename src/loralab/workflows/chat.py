@@ -16,7 +16,7 @@ from loralab.progress import Reporter
 from loralab.training.callbacks import StopRequest, catching_signals
 from loralab.workflows.dialogue import Chat, Reply
 from loralab.workflows.generate import check_sampling, check_system, resolve_system
-from loralab.workflows.given_pictures import PICTURE_SETTINGS, look_at_given
+from loralab.workflows.given_pictures import PICTURE_SETTINGS, check_sight, look_at_given
 from loralab.workflows.prompts import check_texts
 from loralab.workflows.session import PROMPT_SETTINGS, Session, open_session
 
@@ -112,7 +112,8 @@ class SessionAnswerer:
             DataError: it is not there, or is no picture.
             ModelError: the model reads no pictures.
         """
-        return look_at_given([path], self._session.prompter, where="/image")[0]
+        check_sight(self._session.prompter, where="/image")
+        return look_at_given([path], where="/image")[0]
 
     def answer(self, messages: Sequence[Message], *, base: bool, write: Callable[[str], None]) -> Reply:
         """Answer the last turn and write the text as it comes.

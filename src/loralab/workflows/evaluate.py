@@ -16,6 +16,7 @@ from loralab.errors import ConfigError, DataError
 from loralab.models.load import check_length, max_positions
 from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json, write_json
+from loralab.workflows.blank_pictures import check_blanking
 from loralab.workflows.pictures import reading_pictures
 from loralab.workflows.predictions import write_lines, write_predictions
 from loralab.workflows.session import (
@@ -72,6 +73,7 @@ def evaluate(
     data: str | None = None,
     data_split: str | None = None,
     predictions: Path | None = None,
+    blank_images: bool = False,
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Evaluate an adapter: on its run's own split, or on other data.
@@ -83,6 +85,7 @@ def evaluate(
         data: file, folder or Hub id to evaluate on.
         data_split: name of the split of `data`; of a plain file, which has none, all rows count.
         predictions: file that gets every prompt with both sides' answers, one JSON object a line.
+        blank_images: whether the adapter is measured once more with every picture grey.
         reporter: told of progress.
 
     Returns:
@@ -98,6 +101,7 @@ def evaluate(
         data=data,
         data_split=data_split,
         predictions=predictions,
+        blank_images=blank_images,
         reporter=reporter,
     )[0]
 
@@ -111,6 +115,7 @@ class _Request:
     data: str | None
     data_split: str | None
     predictions: Path | None
+    blank_images: bool
 
     @property
     def split_chosen(self) -> bool:
@@ -131,6 +136,7 @@ def evaluate_adapters(
     data: str | None = None,
     data_split: str | None = None,
     predictions: Path | None = None,
+    blank_images: bool = False,
     reporter: Reporter,
 ) -> list[dict[str, Any]]:
     """Evaluate several adapters on the same data, each against its base; arguments as in `evaluate`.
@@ -141,7 +147,7 @@ def evaluate_adapters(
     Raises:
         UserError: as `evaluate`; or adapters that would be measured on other rows, or in another way.
     """
-    request = _Request(overrides, base_model, data, data_split, predictions)
+    request = _Request(overrides, base_model, data, data_split, predictions, blank_images)
     if len(paths) > 1 and data is None:
         raise ConfigError(
             f"{len(paths)} adapters, and no data that all of them are measured on",
@@ -221,6 +227,8 @@ def _evaluate_one(
         ignores=() if data is None else OWN_ROWS,
     )
     found = find_split(session, data, request.data_split, reporter)
+    if request.blank_images:
+        check_blanking(found.split, found.name)
     config = without_foreign_code(session.config, overrides, reporter)
     task, chosen = resolve_task(config, found.data, splits={found.name: found.split})
     _check_task(task, before, path, request)
@@ -243,6 +251,7 @@ def _evaluate_one(
         max_length=found.max_length,
         device=session.device,
         reporter=reporter,
+        blank_images=request.blank_images,
     )
     # `evaluation.json` is what the run itself measured; what was measured otherwise does not replace it.
     if session.target.folder is not None and request.kept and config is session.config:

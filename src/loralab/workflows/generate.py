@@ -11,11 +11,12 @@ from loralab.data.prompts.prompter import Prompter
 from loralab.errors import ConfigError, DataError, Problem
 from loralab.evaluation.generate import GenerationSettings, generate_answers
 from loralab.progress import Reporter
-from loralab.workflows.given_pictures import PICTURE_SETTINGS, look_at_given
+from loralab.workflows.given_pictures import PICTURE_SETTINGS, check_sight, look_at_given
 from loralab.workflows.prompts import check_texts, user_turn
 from loralab.workflows.session import PROMPT_SETTINGS, Session, open_session
 
 _READ = (*PROMPT_SETTINGS, *PICTURE_SETTINGS, "evaluation.batch_size", "evaluation.max_new_tokens")
+_IMAGE = "option --image"
 
 
 def generate(
@@ -53,12 +54,14 @@ def generate(
     """
     check_sampling(settings)
     check_texts(prompts, system)
+    shown = look_at_given(images, where=_IMAGE)
     session = open_session(path, overrides=overrides, base_model=base_model, reporter=reporter, reads=_READ)
+    if shown:
+        check_sight(session.prompter, where=_IMAGE)
     if settings.max_new_tokens is None:
         settings = replace(settings, max_new_tokens=session.config.evaluation.max_new_tokens)
     chosen = resolve_system(session, system, reporter)
     before = [Message("system", chosen)] if chosen else []
-    shown = look_at_given(images, session.prompter, where="option --image")
     conversations = [[*before, user_turn(prompt, shown)] for prompt in prompts]
     requests = [session.prompter.encode_request(messages) for messages in conversations]
 

@@ -18,26 +18,36 @@ PICTURE_SETTINGS = ("data.image.min_pixels", "data.image.max_pixels")
 _FIX = "name a picture file, such as PNG or JPEG"
 
 
-def look_at_given(paths: Sequence[str], prompter: Prompter, *, where: str) -> tuple[ImageFile, ...]:
+def look_at_given(paths: Sequence[str], *, where: str) -> tuple[ImageFile, ...]:
     """Look at pictures that a user has named.
 
     Args:
         paths: from the current folder, or absolute.
-        prompter: knows whether the model reads pictures.
         where: what an error names.
 
     Raises:
         DataError: a file is not there, or is no picture.
-        ModelError: the model reads no pictures.
     """
-    if paths and prompter.pictures is None:
+    here = Path.cwd()
+    return tuple(_look(path, ImageFolder(here, allow_outside=True, kept=here), where) for path in paths)
+
+
+def check_sight(prompter: Prompter, *, where: str) -> None:
+    """Check that a model reads pictures.
+
+    Args:
+        prompter: of the model.
+        where: what an error names.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if prompter.pictures is None:
         raise ModelError(
-            f"a picture, {paths[0]!r}, but this model reads none",
+            "a picture, but this model reads none",
             where=where,
             fix="leave it out, or ask an adapter of a vision-language model",
         )
-    here = Path.cwd()
-    return tuple(_look(path, ImageFolder(here, allow_outside=True, kept=here), where) for path in paths)
 
 
 def _look(path: str, folder: ImageFolder, where: str) -> ImageFile:

@@ -25,8 +25,7 @@ NO_VALUE = "(no value)"
 _MOST_GROUPS = 100
 _LONGEST = 80
 _NUMBER_WORDS = frozenset(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty".split()
+    ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 )
 
 # Source and number of a row, as questions have them.

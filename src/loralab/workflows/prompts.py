@@ -1,4 +1,4 @@
-"""Where the prompts of `generate` come from (options, a file, or standard input), and what turn each makes. No torch."""
+"""Prompts of `generate`: where they come from (options, a file, standard input), and what turn each makes. No torch."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

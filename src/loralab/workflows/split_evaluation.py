@@ -22,6 +22,7 @@ from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.progress import Reporter
 from loralab.training.distributed import ALONE, Processes
+from loralab.workflows.blank_pictures import describe_blind, without_sight
 from loralab.workflows.task import Task
 from loralab.workflows.task_meter import Measured, TaskMeter, compare_groups, compare_sides
 from loralab.workflows.thumbnails import images_of
@@ -114,8 +115,11 @@ def evaluate_split(
     reporter: Reporter,
     should_stop: Callable[[], bool] = lambda: False,
     processes: Processes = ALONE,
+    blank_images: bool = False,
 ) -> SplitEvaluation:
     """Measure adapter and base on the same examples and compare them in pairs.
+
+    With `blank_images`, the adapter is measured once more, with every picture grey.
 
     Raises:
         Interrupted: `should_stop` answered yes before a batch.
@@ -134,7 +138,7 @@ def evaluate_split(
         processes=processes,
     )
 
-    def measure(who: str) -> tuple[SplitLoss, Measured | None]:
+    def measure(who: str, asking: Prompter = prompter, planner: Planner = planner) -> tuple[SplitLoss, Measured | None]:
         losses = measure_loss(
             model,
             split,
@@ -146,7 +150,8 @@ def evaluate_split(
             should_stop=should_stop,
             processes=processes,
         )
-        return losses, meter.measure(losses, planner, label=f"of the {who}") if task.metrics else None
+        found = meter.measure(losses, planner, label=f"of the {who}", prompter=asking) if task.metrics else None
+        return losses, found
 
     (adapter, with_adapter), (base, without) = measure("adapter"), _without_adapter(model, measure)
     reporter.say(
@@ -168,6 +173,9 @@ def evaluate_split(
         for figure in filter(content["differences"].__contains__, task.headline):
             values = f"{without.values[figure]:.4f} -> {with_adapter.values[figure]:.4f}"
             reporter.say(f"{name}: {figure} {values}: {content['differences'][figure]['verdict']}")
+    if blank_images:
+        blind = measure("adapter with grey pictures", *without_sight(prompter, planner))
+        content["blank_images"] = describe_blind((adapter, with_adapter), blind, resamples=evaluation.bootstrap_samples)
     return SplitEvaluation(content, with_adapter, without)
 
 

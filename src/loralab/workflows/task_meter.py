@@ -115,7 +115,15 @@ class TaskMeter:
         sized = "perplexity" in task.metrics and self._first
         self._sizes = measure_volumes(split, prompter, reporter=reporter) if sized else None
 
-    def measure(self, losses: SplitLoss, planner: Planner, *, label: str, intervals: bool = True) -> Measured:
+    def measure(
+        self,
+        losses: SplitLoss,
+        planner: Planner,
+        *,
+        label: str,
+        intervals: bool = True,
+        prompter: Prompter | None = None,
+    ) -> Measured:
         """Measure the model as it is now.
 
         Args:
@@ -123,6 +131,7 @@ class TaskMeter:
             planner: lays out what is not generated.
             label: who answers, for progress.
             intervals: whether intervals are wanted: they cost resampling.
+            prompter: another one, to which the same pictures are others; None takes the meter's own.
 
         Raises:
             Interrupted: the run is to stop.
@@ -130,7 +139,7 @@ class TaskMeter:
         Of several processes the first alone has figures; all have the answers.
         """
         resamples = self._evaluation.bootstrap_samples if intervals else 0
-        parts, answers = [], self._answer(planner, label)
+        parts, answers = [], self._answer(planner, prompter or self._prompter, label)
         if not self._first:  # a user's function may give each process other scores
             return Measured((), answers, self._task.way, self._rows, self._left_out)
         if self._task.of_losses:
@@ -142,7 +151,7 @@ class TaskMeter:
             parts.append(measure(self._task.of_answers, evidence, resamples=resamples))
         return Measured(tuple(parts), answers, self._task.way, self._rows, self._left_out)
 
-    def _answer(self, planner: Planner, label: str) -> Sequence[Answered]:
+    def _answer(self, planner: Planner, prompter: Prompter, label: str) -> Sequence[Answered]:
         size = self._evaluation.batch_size
         match self._task.way:
             case None:
@@ -151,7 +160,7 @@ class TaskMeter:
                 return answer_questions(
                     self._model,
                     self._questions,
-                    prompter=self._prompter,
+                    prompter=prompter,
                     settings=self._generation,
                     batch_size=size,
                     label=f"answers {label}",
@@ -172,7 +181,7 @@ class TaskMeter:
                 return force_answers(
                     self._model,
                     self._questions,
-                    prompter=self._prompter,
+                    prompter=prompter,
                     planner=planner,
                     batch_size=size,
                     device=self._device,
@@ -181,9 +190,7 @@ class TaskMeter:
                 )
 
 
-def compare_groups(
-    groups: Groups, adapter: Measured, base: Measured, *, split: str, resamples: int
-) -> dict[str, Any]:
+def compare_groups(groups: Groups, adapter: Measured, base: Measured, *, split: str, resamples: int) -> dict[str, Any]:
     """Return what `evaluation.json` holds of the groups of rows, or nothing where no answers were measured.
 
     Args:
