@@ -59,7 +59,7 @@ SHAPE = Shape(
     vocabulary=VOCABULARY,
 )
 # Wide enough that losses depend on what is read: a wrong picture or position then shows in the first loss.
-_SPREAD = 0.04
+_SPREAD = 0.08
 
 
 @dataclass(frozen=True)

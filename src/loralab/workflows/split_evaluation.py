@@ -87,6 +87,7 @@ class SplitEvaluation:
                 "row": question.row,
                 "source": question.source,
                 "prompt": question.prompt,
+                **({"images": [image.file.path for image in question.images]} if question.images else {}),
                 "reference": question.reference,
                 "answered_by": self.adapter.way,
                 **images_of(question.images),
@@ -158,25 +159,29 @@ def evaluate_split(
         f"{name}: loss {base.loss:.4f} -> {adapter.loss:.4f}, "
         f"perplexity {base.perplexity:.2f} -> {adapter.perplexity:.2f}"
     )
+    resamples = evaluation.bootstrap_samples
     content = {**adapter.as_dict(), **shared, "base": {**base.as_dict(), **shared}}
-    content["difference"] = compare_losses(adapter, base, resamples=evaluation.bootstrap_samples)
+    content["difference"] = compare_losses(adapter, base, resamples=resamples)
     if with_adapter is not None and without is not None:
-        content |= with_adapter.as_dict()
         content["base"] |= without.as_dict()
-        content["differences"] = compare_sides(with_adapter, without, resamples=evaluation.bootstrap_samples)
-        if task.groups is not None:
-            content["groups"] = compare_groups(
-                task.groups, with_adapter, without, split=name, resamples=evaluation.bootstrap_samples
-            )
-        if task.way == "teacher_forced":
-            content["note"] = WHY_IT_FLATTERS
+        content |= _compare_answers(task, with_adapter, without, split=name, resamples=resamples)
         for figure in filter(content["differences"].__contains__, task.headline):
             values = f"{without.values[figure]:.4f} -> {with_adapter.values[figure]:.4f}"
             reporter.say(f"{name}: {figure} {values}: {content['differences'][figure]['verdict']}")
     if blank_images:
         blind = measure("adapter with grey pictures", *without_sight(prompter, planner))
-        content["blank_images"] = describe_blind((adapter, with_adapter), blind, resamples=evaluation.bootstrap_samples)
+        content["blank_images"] = describe_blind((adapter, with_adapter), blind, resamples=resamples)
     return SplitEvaluation(content, with_adapter, without)
+
+
+def _compare_answers(task: Task, adapter: Measured, base: Measured, *, split: str, resamples: int) -> dict[str, Any]:
+    """Return what `evaluation.json` holds of the adapter's task metrics, against the base's."""
+    content = {**adapter.as_dict(), "differences": compare_sides(adapter, base, resamples=resamples)}
+    if task.groups is not None:
+        content["groups"] = compare_groups(task.groups, adapter, base, split=split, resamples=resamples)
+    if task.way == "teacher_forced":
+        content["note"] = WHY_IT_FLATTERS
+    return content
 
 
 def _without_adapter(
