@@ -180,6 +180,7 @@ def _read_run(folder: Path, rows: Prepared) -> dict[str, Any]:
         "losses": [line["loss"] for line in lines],
         "labels": data["supervised_tokens"],
         "laid_out": record["layout_tokens"]["laid_out"],
+        "trained_parameters": record["model"]["trainable_parameters"],
         "encoding_seconds": kept and kept["seconds"],
         "versions": {name: record["versions"][name] for name in ("loralab", "transformers", "peft", "torch")},
         "notes": [

@@ -30,37 +30,35 @@ from vision_rows import write_rows
 
 DEMO = Path(__file__).resolve().parents[1] / "src" / "loralab" / "demo" / "vision"
 TEXT_SEED, ROW_SEED, MODEL_SEED, PROBE_SEED = 101, 211, 307, 401
-STEPS, SIGHT_STEPS = 2800, 1500
 # One thread: layers this small gain little from a second, and lose much when the machine is shared.
 THREADS = 1
 MAX_WEIGHT_BYTES = 4_000_000
 DIGEST_KEY = "pretraining_start_sha256"
 
 
-def build(folder: Path, steps: int, seed: int, scratch: Path) -> None:
+def build(folder: Path, seed: int, scratch: Path | None) -> None:
     """Trains the base and writes it into a folder.
 
     Args:
         folder: The base's folder.
-        steps: How many steps to train; 0 writes random weights.
         seed: Added to the seeds of weights and pictures.
-        scratch: Folder for checkpoints; an interrupted run goes on from there.
+        scratch: Folder for checkpoints, from which an interrupted run goes on; None leaves the weights random.
     """
     torch.set_num_threads(THREADS)
     begun = time.monotonic()
     tokenizer = new_tokenizer(TEXT_SEED)
     model = new_model(tokenizer, MODEL_SEED + seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
-    plan = Plan(steps, SIGHT_STEPS, TEXT_SEED + seed, PROBE_SEED)
-    if steps:
+    plan = Plan(TEXT_SEED + seed, PROBE_SEED)
+    if scratch:
         pretrain(model, tokenizer, plan, scratch)
     digest = pretraining_digest(tokenizer, plan)
-    write_base(folder, model, tokenizer, {DIGEST_KEY: digest, "seed": str(seed), "steps": str(steps)})
+    write_base(folder, model, tokenizer, {DIGEST_KEY: digest, "seed": str(seed)})
     size = (folder / "model.safetensors").stat().st_size
     print(f"weights {size:,} bytes, {time.monotonic() - begun:.0f} s in all")
     if size > MAX_WEIGHT_BYTES:
         raise SystemExit(f"the weights take {size:,} bytes, more than {MAX_WEIGHT_BYTES:,}")
-    if steps:
+    if scratch:
         for kind, (right, asked) in sorted(probe(model, tokenizer, PROBE_SEED + 1, 2000).items()):
             print(f"probe {kind}: {right}/{asked} = {right / asked:.1%}")
         for true, said in captions(model, tokenizer, PROBE_SEED + 2, 10):
@@ -100,7 +98,7 @@ def check() -> list[str]:
     tokenizer = new_tokenizer(TEXT_SEED)
     with safe_open(base / "model.safetensors", "pt") as stored:
         notes = stored.metadata()
-    plan = Plan(int(notes["steps"]), SIGHT_STEPS, TEXT_SEED + int(notes["seed"]), PROBE_SEED)
+    plan = Plan(TEXT_SEED + int(notes["seed"]), PROBE_SEED)
     if notes[DIGEST_KEY] != pretraining_digest(tokenizer, plan):
         problems.append("the pictures and prose are not those that the model was trained on")
     with tempfile.TemporaryDirectory() as scratch:
@@ -118,7 +116,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="verify instead of building")
     parser.add_argument("--rows", action="store_true", help="only draw the pictures and write the rows")
     parser.add_argument("--out", type=Path, default=DEMO / "base", help="folder of the base")
-    parser.add_argument("--steps", type=int, default=STEPS, help="training steps; 0 writes random weights")
+    parser.add_argument("--untrained", action="store_true", help="write a base with random weights")
     parser.add_argument("--seed", type=int, default=0, help="added to the seeds of weights and pictures")
     parser.add_argument("--scratch", type=Path, help="folder that keeps checkpoints; a temporary one by default")
     options = parser.parse_args()
@@ -132,7 +130,7 @@ def main() -> int:
         write_rows(DEMO, ROW_SEED)
         return 0
     with tempfile.TemporaryDirectory() as temporary:
-        build(options.out, options.steps, options.seed, options.scratch or Path(temporary))
+        build(options.out, options.seed, None if options.untrained else options.scratch or Path(temporary))
     if options.out == DEMO / "base":
         write_rows(DEMO, ROW_SEED)
     return 0

@@ -16,19 +16,61 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
 
 from vision_base import END, IMAGE, IMAGE_TOKENS, MERGE, PATCH, VISION_END, VISION_START, new_processor
-from vision_prose import MARK, plain, say_all, sayings, sentence
+from vision_prose import CLAIMS, MARK, PROSE, Lesson, plain, say_all, sayings, sentence
 from vision_sight import Sight, cell_labels, features
 from vision_world import SIDE, Scene, draw, make_scene
 
 BATCH, TEXT_LENGTH = 64, 48
-PEAK_RATE, SIGHT_PEAK_RATE, FLOOR_RATE, WARMUP_STEPS, WEIGHT_DECAY, CLIP = 2e-3, 1.5e-3, 2e-5, 60, 0.02, 1.0
+FLOOR_RATE, WARMUP_STEPS, WEIGHT_DECAY, CLIP = 2e-5, 60, 0.02, 1.0
 # The second stage keeps the first one's task, so that the tower goes on learning from it.
 SIGHT_WEIGHT = 0.3
 # Words that the picture does not settle teach only style.
 PLAIN_WEIGHT = 0.25
-# At first mostly whole lists: every word of them is settled, so the vision tower learns fastest from them.
-LIST_SHARE_EARLY, LIST_SHARE_LATE, EARLY_PART = 0.6, 0.15, 0.12
 LINES_SHARE, DIGEST_DOCUMENTS, REPORT_EVERY, SAVE_EVERY = 0.5, 2000, 50, 250
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the teaching.
+
+    Attributes:
+        name: of its checkpoint, and in the log.
+        steps: how many.
+        decay_over: steps over which the learning rate would come down to its floor.
+        peak: highest learning rate.
+        lesson: which sentences; None for the stage that teaches the tower alone.
+        lists: share of the documents that begin with the list of all shapes: at first, and later.
+        lists_until: step at which "later" begins.
+        salt: behind the plan's seed, so that no stage sees the pictures of another.
+    """
+
+    name: str
+    steps: int
+    decay_over: int
+    peak: float
+    lesson: Lesson | None = None
+    lists: tuple[float, float] = (0.0, 0.0)
+    lists_until: int = 0
+    salt: str = ""
+
+    def list_share(self, step: int) -> float:
+        """How often a document of a step begins with the list of all shapes."""
+        return self.lists[0] if step < self.lists_until else self.lists[1]
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step: linear warm-up, then a cosine down to the floor."""
+        if step < WARMUP_STEPS:
+            return self.peak * (step + 1) / WARMUP_STEPS
+        part = (step - WARMUP_STEPS) / (self.decay_over - WARMUP_STEPS)
+        return FLOOR_RATE + (self.peak - FLOOR_RATE) * 0.5 * (1 + math.cos(math.pi * part))
+
+
+# All words of a list are settled, so the second stage begins with many of them.
+STAGES = (
+    Stage("look", 1500, 1500, 1.5e-3, salt=":sight"),
+    Stage("read", 1000, 2800, 2e-3, PROSE, (0.6, 0.15), 336),
+    Stage("claims", 1200, 1200, 1.5e-3, CLAIMS, (0.1, 0.1), salt=":claims"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,16 +78,14 @@ class Plan:
     """What a pretraining run is told.
 
     Attributes:
-        steps: how many.
-        sight_steps: how many of the first stage, which teaches the tower alone.
         seed: of the pictures and the prose.
         probe_seed: of the held-out pictures.
+        stages: in order.
     """
 
-    steps: int
-    sight_steps: int
     seed: int
     probe_seed: int
+    stages: tuple[Stage, ...] = STAGES
 
 
 @dataclass(frozen=True)
@@ -68,16 +108,17 @@ class Batch:
 Pair = tuple[Scene, str]
 
 
-def document(rng: random.Random, scene: Scene, list_share: float) -> str:
+def document(rng: random.Random, scene: Scene, list_share: float, lesson: Lesson) -> str:
     """Some true sentences on a scene, with marks: prose, or lines in lower case.
 
     Args:
         rng: The random source.
         scene: What they are about.
         list_share: How often the list of all shapes comes first.
+        lesson: How often each kind of sentence comes.
     """
     lines = rng.random() < LINES_SHARE
-    said = sayings(rng, scene)
+    said = sayings(rng, scene, lesson)
     parts = [say_all(scene)] if rng.random() < list_share else []
     parts += [next(said) for _ in range(rng.choice((1, 4, 5, 6)) - len(parts))]
     return "\n".join(parts) if lines else " ".join(map(sentence, parts))
@@ -109,7 +150,7 @@ class Encoder:
         return self.pictures([draw(scene) for scene in scenes], return_tensors="pt")["pixel_values"]
 
     def batch(self, pairs: list[Pair]) -> Batch:
-        """Scenes and documents as one batch; whole sentences are not kept at the cut."""
+        """Scenes and documents as one batch; what is longer than a row is cut off."""
         texts, spans = zip(*(unmark(text) for _, text in pairs), strict=True)
         read = self.tokenizer(list(texts), return_offsets_mapping=True)
         start, rows = len(self.prefix), []
@@ -144,35 +185,28 @@ def logits(model: Qwen2VLForConditionalGeneration, seen: torch.Tensor, ids: torc
     return model(inputs_embeds=joined, position_ids=positions(*ids.shape), use_cache=False).logits
 
 
-def list_share(step: int, plan: Plan) -> float:
-    """How often a document of a step begins with the list of all shapes."""
-    return LIST_SHARE_EARLY if step < EARLY_PART * plan.steps else LIST_SHARE_LATE
-
-
-def pairs_of(step: int, plan: Plan, count: int) -> list[Pair]:
+def pairs_of(step: int, seed: str, stage: Stage, count: int) -> list[Pair]:
     """The scenes and documents of a step, the same at every run."""
-    rng = random.Random(f"{plan.seed}:{step}")
+    rng = random.Random(f"{seed}:{step}")
     scenes = [make_scene(rng) for _ in range(count)]
-    return [(scene, document(rng, scene, list_share(step, plan))) for scene in scenes]
+    return [(scene, document(rng, scene, stage.list_share(step), stage.lesson or ())) for scene in scenes]
 
 
 def pretraining_digest(tokenizer: PreTrainedTokenizerFast, plan: Plan) -> str:
-    """SHA-256 over the first documents, their token ids and their pictures' pixels."""
+    """SHA-256 over the first documents of each stage, their token ids and their pictures' pixels."""
     digest = hashlib.sha256()
-    for step in range(DIGEST_DOCUMENTS // BATCH):
-        for scene, text in pairs_of(step, plan, BATCH):
-            words = plain(text)
-            digest.update(words.encode() + repr(tokenizer(words)["input_ids"]).encode())
-            digest.update(draw(scene).tobytes())
+    for stage in plan.stages:
+        for step in range(DIGEST_DOCUMENTS // BATCH if stage.lesson else 0):
+            for scene, text in pairs_of(step, seed_of(stage, plan), stage, BATCH):
+                words = plain(text)
+                digest.update(words.encode() + repr(tokenizer(words)["input_ids"]).encode())
+                digest.update(draw(scene).tobytes())
     return digest.hexdigest()
 
 
-def rate_at(step: int, steps: int, peak: float) -> float:
-    """Learning rate of a step: linear warm-up, then a cosine down to the floor."""
-    if step < WARMUP_STEPS:
-        return peak * (step + 1) / WARMUP_STEPS
-    part = (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
-    return FLOOR_RATE + (peak - FLOOR_RATE) * 0.5 * (1 + math.cos(math.pi * part))
+def seed_of(stage: Stage, plan: Plan) -> str:
+    """The seed of a stage's pictures and prose."""
+    return f"{plan.seed}{stage.salt}"
 
 
 def word_loss(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -193,9 +227,9 @@ class Teacher:
         # On CPUs the fused kernel's backward takes longer than plain matrix products at this size.
         model.set_attn_implementation("eager")
 
-    def look(self, step: int) -> tuple[torch.Tensor, list[float]]:
+    def look(self, stage: Stage, step: int) -> tuple[torch.Tensor, list[float]]:
         """The first stage's loss at a step, and the shares of kinds, colours and sizes told right."""
-        rng = random.Random(f"{self.plan.seed}:sight:{step}")
+        rng = random.Random(f"{seed_of(stage, self.plan)}:{step}")
         scenes = [make_scene(rng) for _ in range(BATCH)]
         labels = torch.tensor([cell_labels(scene) for scene in scenes])
         # bfloat16 halves the time on CPUs that have it; the weights stay float32.
@@ -203,9 +237,9 @@ class Teacher:
             seen = features(self.model, self.encoder.pixels(scenes))
             return self.sight.judge(seen, labels)
 
-    def read(self, step: int) -> tuple[torch.Tensor, list[float]]:
-        """The second stage's loss at a step, and the shares of kinds, colours and sizes told right."""
-        pairs = pairs_of(step, self.plan, BATCH)
+    def read(self, stage: Stage, step: int) -> tuple[torch.Tensor, list[float]]:
+        """A later stage's loss at a step, and the shares of kinds, colours and sizes told right."""
+        pairs = pairs_of(step, seed_of(stage, self.plan), stage, BATCH)
         labels = torch.tensor([cell_labels(scene) for scene, _ in pairs])
         batch = self.encoder.batch(pairs)
         with torch.autocast("cpu", torch.bfloat16):
@@ -214,18 +248,14 @@ class Teacher:
             sight, right = self.sight.judge(seen, labels)
         return word_loss(scores, batch) + SIGHT_WEIGHT * sight, right
 
-    def run(self, stage: str, peak: float, scratch: Path) -> None:
+    def run(self, stage: Stage, scratch: Path) -> None:
         """Runs one stage, from its checkpoint if there is one.
 
         Args:
-            stage: "look" or "read".
-            peak: Highest learning rate.
+            stage: Which.
             scratch: Folder of the checkpoint.
         """
-        loss_at, steps, saved = {
-            "look": (self.look, self.plan.sight_steps, scratch / "look.pt"),
-            "read": (self.read, self.plan.steps, scratch / "read.pt"),
-        }[stage]
+        saved = scratch / f"{stage.name}.pt"
         both = nn.ModuleDict({"model": self.model, "sight": self.sight})
         optimizer = torch.optim.AdamW(both.parameters(), betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
         first = 0
@@ -235,27 +265,27 @@ class Teacher:
             optimizer.load_state_dict(state["optimizer"])
             first = state["step"]
         begun, recent = time.monotonic(), []
-        for step in range(first, steps):
+        for step in range(first, stage.steps):
             both.train()
             for group in optimizer.param_groups:
-                group["lr"] = rate_at(step, steps, peak)
-            loss, right = loss_at(step)
+                group["lr"] = stage.rate_at(step)
+            loss, right = self.read(stage, step) if stage.lesson else self.look(stage, step)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(both.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
             recent = [*recent, [loss.item(), *right]][-REPORT_EVERY:]
             done = step + 1
-            if done % REPORT_EVERY == 0 or done == steps:
+            if done % REPORT_EVERY == 0 or done == stage.steps:
                 shown = " ".join(f"{sum(column) / len(column):.3f}" for column in zip(*recent, strict=True))
                 spent = f"{time.monotonic() - begun:.0f} s"
-                print(f"{stage} {done}/{steps} loss, kind, color, size {shown} {spent}", flush=True)
-            if done % SAVE_EVERY == 0 or done == steps:
+                print(f"{stage.name} {done}/{stage.steps} loss, kind, color, size {shown} {spent}", flush=True)
+            if done % SAVE_EVERY == 0 or done == stage.steps:
                 scratch.mkdir(parents=True, exist_ok=True)
                 state = {"weights": both.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
                 torch.save(state, saved)
-                if stage == "read":
-                    found = probe(self.model, self.tokenizer, self.plan.probe_seed, 256)
+                if stage.lesson:
+                    found = probe(self.model, self.tokenizer, self.plan.probe_seed, 512)
                     print("probe", " ".join(f"{k} {r / n:.1%}" for k, (r, n) in sorted(found.items())), flush=True)
 
 
@@ -267,12 +297,12 @@ def pretrain(
     Args:
         model: The model, changed in place.
         tokenizer: Its tokenizer.
-        plan: Steps and seeds.
+        plan: Stages and seeds.
         scratch: Folder of the checkpoints.
     """
     teacher = Teacher(model, tokenizer, plan)
-    teacher.run("look", SIGHT_PEAK_RATE, scratch)
-    teacher.run("read", PEAK_RATE, scratch)
+    for stage in plan.stages:
+        teacher.run(stage, scratch)
 
 
 @torch.no_grad()

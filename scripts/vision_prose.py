@@ -103,11 +103,17 @@ def unseen_look(rng: random.Random, scene: Scene) -> Look:
             return changed
 
 
-def claim(rng: random.Random, scene: Scene) -> tuple[str, bool]:
-    """A sentence that says of a look that it is there or not, and whether that is so."""
+def claim(rng: random.Random, scene: Scene, denials: float) -> tuple[str, bool]:
+    """A sentence that says of a look that it is there or not, and whether that is so.
+
+    Args:
+        rng: The random source.
+        scene: What it is about.
+        denials: Share of the sentences that say "not there".
+    """
     there = rng.random() < 0.5
     look = seen_look(rng, scene) if there else unseen_look(rng, scene)
-    says_there = rng.random() < 0.5
+    says_there = rng.random() < 1 - denials
     words = look.words()
     text = rng.choice(PRESENT).format(a=_a(words)) if says_there else rng.choice(ABSENT).format(words)
     return text, there == says_there
@@ -128,9 +134,9 @@ def say_absent(rng: random.Random, scene: Scene) -> str:
     return rng.choice(("", "no, ")) + rng.choice(ABSENT).format(unseen_look(rng, scene).words())
 
 
-def say_verdict(rng: random.Random, scene: Scene) -> str:
+def say_verdict(rng: random.Random, scene: Scene, denials: float = 0.5) -> str:
     """A claim and whether it is true."""
-    text, true = claim(rng, scene)
+    text, true = claim(rng, scene, denials)
     frame, words = rng.choice(VERDICTS)
     return frame.format(text, words[0 if true else 1])
 
@@ -256,7 +262,9 @@ def _tag(rng: random.Random, scene: Scene) -> str:
 
 
 SayMaker = Callable[[random.Random, Scene], "str | None"]
-SAYINGS: tuple[tuple[float, SayMaker], ...] = (
+Lesson = tuple[tuple[float, SayMaker], ...]
+# Of all a little: how things are said.
+PROSE: Lesson = (
     (0.08, say_there),
     (0.07, say_absent),
     (0.22, say_verdict),
@@ -269,13 +277,34 @@ SAYINGS: tuple[tuple[float, SayMaker], ...] = (
     (0.05, say_note),
     (0.03, _tag),
 )
+# More of what is slow to learn.  With as many denials as not, neither what is there nor the "not"
+# tells anything of the verdict alone, and nothing is learnt for long; so most claims are plain ones.
+CLAIMS: Lesson = (
+    (0.05, say_there),
+    (0.06, say_absent),
+    (0.38, lambda rng, scene: say_verdict(rng, scene, 0.3)),
+    (0.18, say_number),
+    (0.09, say_color),
+    (0.09, say_kind),
+    (0.06, say_size),
+    (0.01, say_relation),
+    (0.03, lambda rng, scene: say_all(scene)),
+    (0.03, say_note),
+    (0.02, _tag),
+)
 
 
-def sayings(rng: random.Random, scene: Scene) -> Iterator[str]:
-    """Yields true sentences on a scene, with marks, without end."""
-    weights = [weight for weight, _ in SAYINGS]
+def sayings(rng: random.Random, scene: Scene, lesson: Lesson = PROSE) -> Iterator[str]:
+    """Yields true sentences on a scene, with marks, without end.
+
+    Args:
+        rng: The random source.
+        scene: What they are about.
+        lesson: How often each kind of sentence comes.
+    """
+    weights = [weight for weight, _ in lesson]
     while True:
-        said = rng.choices(SAYINGS, weights)[0][1](rng, scene)
+        said = rng.choices(lesson, weights)[0][1](rng, scene)
         if said is not None:
             yield said
 

@@ -14,7 +14,7 @@ from vision_prose import NUMBERS, Look, naming, seen_look, unseen_look
 from vision_world import COUNT_SHARES, Scene, draw, make_scene
 
 # File name, and how many pictures its rows are about; no picture is in both.
-PARTS = (("train", 120), ("test", 30))
+PARTS = (("train", 120), ("held_out", 30))
 PICTURES = "pictures"
 QUESTIONS = {
     "yes_no": ("Is there {a}?", "Does the picture contain {a}?", "Is {a} present?", "Do you see {a}?"),
@@ -86,7 +86,7 @@ def write_rows(folder: Path, seed: int) -> None:
     """Draws the demo's pictures and writes its rows.
 
     Args:
-        folder: Gets ``train.jsonl``, ``test.jsonl`` and the folder of pictures.
+        folder: Gets ``train.jsonl``, ``held_out.jsonl`` and the folder of pictures.
         seed: Of pictures and questions; another one than that of the base's.
     """
     rng = random.Random(seed)

@@ -47,7 +47,7 @@ LIGHT = {
     "reports": TORCH_STACK,
 }
 # Import name: distribution name, where they differ; pydantic_core is a part of pydantic with its own import name.
-DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "pydantic_core": "pydantic"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "pydantic_core": "pydantic"}
 
 
 def test_every_part_has_a_layer() -> None:

@@ -1,7 +1,7 @@
 """The commands that measure an adapter and show what was measured: `eval`, `report`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -65,13 +65,12 @@ def evaluate(
     if adapter and run is not None and "=" in str(run):
         run, overrides = None, [str(run), *(overrides or [])]  # with --adapter, RUN's place holds an override
     targets = _targets(run, [check_path(path, where="option --adapter") for path in adapter or []])
-    own_split = split if data is None else None  # of other data, `split` names one of its own
     chosen = option_overrides(
         overrides,
         batch_size=batch_size,
         max_length=max_length,
         device=device,
-        split=own_split,
+        split=split if data is None else None,  # of other data, it names one of its own
         metrics=_as_list(metrics),
         answer_by=answer_by,
     )
@@ -87,6 +86,10 @@ def evaluate(
         blank_images=blank_images,
         reporter=ConsoleReporter(),
     )
+    _show(targets, results, as_json=as_json)
+
+
+def _show(targets: list[Path], results: list[dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
         named = [{"run": str(path), **result} for path, result in zip(targets, results, strict=True)]
         print_json(results[0] if len(results) == 1 else {"adapters": named})

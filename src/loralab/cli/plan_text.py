@@ -19,6 +19,7 @@ _PARTS = {
     "activations": "activations",
     "logits": "logits of a chunk",
     "dequantization": "dequantized weight",
+    "vision": "pictures",
     "kept_by_allocator": "freed, kept by the C library",
     "runtime": "threads and kernels",
     "data": "tokenizer and rows",

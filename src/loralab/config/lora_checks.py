@@ -39,8 +39,8 @@ FACTS: dict[str, VariantFacts] = {
     "lora_plus": VariantFacts(_LORA | {"loraplus_lr_ratio"}),
     "pissa": VariantFacts(_LORA),
     "olora": VariantFacts(_LORA),
-    # EVA deals out ranks by itself, among the layers that it saw.
-    "eva": VariantFacts((_LORA - _PATTERNS) | {"eva_rho", "eva_rows"}),
+    # EVA deals out ranks by itself, among the layers that it saw: those of text.
+    "eva": VariantFacts((_LORA - _PATTERNS - {"vision"}) | {"eva_rho", "eva_rows"}),
     "loftq": VariantFacts(_LORA, frozenset({"nf4", "fp4"}), "it makes up for what 4-bit quantization changed"),
     "vera": VariantFacts(_PLACES | {"r", "dropout"}),
     "loha": VariantFacts(_LYCORIS, frozenset({"none", "int8"}), _PACKED),

@@ -87,7 +87,7 @@ def report_pictures(store: TokenStore) -> dict[str, Any]:
     if not files:
         return {"distinct": 0, "uses": 0, "tokens": 0}
     largest = max(files, key=lambda file: file.width * file.height)
-    sizes = {
+    sizes: dict[str, Sequence[int] | Integers] = {
         "tokens": tokens,
         "width": [file.width for file in files],
         "height": [file.height for file in files],

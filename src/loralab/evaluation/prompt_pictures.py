@@ -52,9 +52,7 @@ class PictureInputs:
     """
 
     def __init__(self, model: SupervisedPeftModel, pictures: PictureProcessor | None) -> None:
-        self._pictures = pictures
-        self._device = model.embedding.weight.device
-        self._tells_kinds = _KINDS in inspect.signature(type(model.language_model).forward).parameters
+        self._model, self._pictures = model, pictures
         self._decoded: OrderedDict[ImageFile, dict[str, Tensor]] = OrderedDict()
         self._bytes = 0
 
@@ -79,9 +77,10 @@ class PictureInputs:
                 fix="take an adapter of a vision-language model, or leave the picture out",
             )
         found = self._pictures.join([self._tensors(file, self._pictures) for file in files])
-        if self._tells_kinds:
+        if _KINDS in inspect.signature(type(self._model.language_model).forward).parameters:
             found[_KINDS] = (ids == self._pictures.token).to(torch.int64)
-        return {name: value.to(self._device) for name, value in found.items()}
+        device = self._model.embedding.weight.device
+        return {name: value.to(device) for name, value in found.items()}
 
     def _tensors(self, file: ImageFile, pictures: PictureProcessor) -> dict[str, Tensor]:
         known = self._decoded.get(file)

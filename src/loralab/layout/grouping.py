@@ -33,9 +33,10 @@ def find_prefix_groups(examples: Iterable[TokenizedExample], *, largest: int) ->
     Returns:
         Positions in the split; each in exactly one group, groups and positions in a fixed order.
     """
-    prompts = [_prompt_keys(example.branches[0]) for example in examples]
+    branches = [example.branches[0] for example in examples]
+    prompts = [_prompt_keys(branch) for branch in branches]
     order = sorted(range(len(prompts)), key=lambda index: prompts[index].astype(">u8").tobytes())
-    shared = [_common(prompts[a], prompts[b]) for a, b in itertools.pairwise(order)]
+    shared = [_link(branches[a], prompts[a], prompts[b]) for a, b in itertools.pairwise(order)]
     groups: list[list[int]] = []
     pending = [(0, len(order))]
     while pending:
@@ -62,6 +63,13 @@ def _cut_below(links: Sequence[int], *, too_large: bool) -> int | None:
 def _prompt_keys(branch: Branch) -> Keys:
     # Of text, the stored ids themselves: all prompts of a split may be long together.
     return token_keys(branch.prompt_ids.astype(np.int64), branch.images) if branch.images else branch.prompt_ids
+
+
+def _link(branch: Branch, first: Keys, second: Keys) -> int:
+    """Return the common beginning of two prompts; a picture in it counts as a document, however few its tokens are."""
+    common = _common(first, second)
+    shows = bool(branch.images) and common >= branch.images[0].end
+    return max(common, MIN_SHARED_TOKENS) if shows else common
 
 
 def _common(first: Keys, second: Keys) -> int:

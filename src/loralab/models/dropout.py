@@ -63,6 +63,15 @@ class DropoutKeys:
         finally:
             self.tokens = whole
 
+    @contextmanager
+    def numbered(self, rows: int, device: torch.device) -> Iterator[None]:
+        """Let the keys be those of some rows that are no tokens: what a layer is probed with."""
+        self.tokens = torch.arange(rows, device=device)
+        try:
+            yield
+        finally:
+            self.tokens = None
+
 
 def token_keys(seed: int, step: int, prefixes: Tensor) -> Tensor:
     """Return one key per token.
@@ -104,6 +113,15 @@ class PictureKeys(DropoutKeys):
         places = torch.cat([torch.arange(count, device=device) for count in each])
         whose = self.pictures.repeat_interleave(torch.tensor(each, device=device))
         return _mix(whose + places * _GOLDEN)
+
+    @contextmanager
+    def numbered(self, rows: int, device: torch.device) -> Iterator[None]:
+        """Let the keys be those of one picture of so many rows."""
+        self.pictures, self.counts = torch.zeros(1, dtype=torch.long, device=device), (rows,)
+        try:
+            yield
+        finally:
+            self.pictures, self.counts = None, ()
 
 
 class KeyedDropout(nn.Module):

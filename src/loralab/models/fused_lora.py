@@ -11,6 +11,7 @@ own float32.
 Whatever is not that plain case (merged, disabled, several adapters, a variant) goes PEFT's own way, call by call.
 """
 
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
@@ -186,16 +187,14 @@ def _difference(layer: Any, dtype: torch.dtype) -> float:
     before = b.detach().clone()
     with torch.no_grad():
         b.copy_(fixed_numbers(b.shape, b.device) / max(layer.in_features, 1) ** 0.5)
-    if isinstance(dropout, KeyedDropout):
-        dropout.keys.tokens = torch.arange(_PROBE_ROWS, device=b.device)
+    keyed = dropout.keys.numbered(_PROBE_ROWS, b.device) if isinstance(dropout, KeyedDropout) else nullcontext()
     try:
-        ours, theirs = (_probe(layer, forward, (a, b), dtype) for forward in (_forward, type(layer).forward))
+        with keyed:
+            ours, theirs = (_probe(layer, forward, (a, b), dtype) for forward in (_forward, type(layer).forward))
         return largest_difference(ours, theirs)
     finally:
         with torch.no_grad():
             b.copy_(before)
-        if isinstance(dropout, KeyedDropout):
-            dropout.keys.tokens = None
 
 
 def _probe(layer: Any, forward: Any, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[Tensor]:

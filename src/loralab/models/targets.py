@@ -130,7 +130,26 @@ def adapted_layers(lora: LoraConfig, base: PreTrainedModel, targets: Sequence[st
             where=", ".join(f"key lora.{key}" for key in ("target_modules", *causes)),
             fix=f"layers that are left: {', '.join(_last_parts(left)) or '(none)'}",
         )
+    _check_vision_acts(lora, base, chosen)
     return chosen
+
+
+def _check_vision_acts(lora: LoraConfig, base: PreTrainedModel, chosen: Sequence[str]) -> None:
+    """Check that an adapter sits on layers that read pictures, where `lora.vision` asks for it.
+
+    Raises:
+        ConfigError: other settings leave none of them.
+    """
+    family = vision_family(base.config)
+    if lora.vision == "none" or family is None or any(is_vision_layer(name, family) for name in chosen):
+        return
+    causes = [key for key in ("target_modules", "layers_to_transform", "modules_to_save") if lora.chosen(key)]
+    raise ConfigError(
+        f"lora.vision is {lora.vision!r}, but {', '.join(f'lora.{key}' for key in causes)} leaves no layer that reads "
+        "pictures",
+        where=", ".join(f"key lora.{key}" for key in ("vision", *causes)),
+        fix="remove lora.vision, or the other keys",
+    )
 
 
 def _check_pattern(key: str, pattern: Mapping[str, Any], layers: Sequence[str]) -> None:

@@ -41,7 +41,7 @@ def write_preview(path: Path, result: Mapping[str, Any], pictures: Mapping[str, 
         StorageError: it cannot be written.
     """
     try:
-        write_text(path, render_page(TEMPLATE, preview_context(result, pictures or {})))
+        write_text(path, render_page(TEMPLATE, preview_context(result, pictures)))
     except OSError as error:
         raise StorageError(
             f"cannot write the page: {error.strerror or error}", where=str(path), fix="name another file with --html"
@@ -49,11 +49,11 @@ def write_preview(path: Path, result: Mapping[str, Any], pictures: Mapping[str, 
     return path
 
 
-def preview_context(result: Mapping[str, Any], pictures: Mapping[str, str]) -> dict[str, Any]:
+def preview_context(result: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return the variables of the page's template."""
     report = result["report"]
     turns = [turn for row in result["rows"] for turn in row.get("turns", [])]
-    book = PictureBook(pictures.get, [image for turn in turns for image in _pictures(turn)])
+    book = PictureBook((pictures or {}).get, [image for turn in turns for image in _pictures(turn)])
     return {
         "title": result["name"],
         "failed": bool(result["proofs"]["errors"]),

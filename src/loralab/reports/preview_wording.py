@@ -85,12 +85,13 @@ def describe_pictures(report: Mapping[str, Any]) -> Iterator[str]:
         pictures = facts.get("pictures")
         if not pictures or not pictures["uses"]:
             continue
-        sizes = [_spread(pictures[f"{side}_percentiles"], side) for side in ("tokens", "width", "height")]
+        sizes = [_spread(pictures[f"{side}_percentiles"], side) for side in ("width", "height")]
+        each = _spread(pictures["tokens_percentiles"], "each")
         distinct, uses = _counted(pictures["distinct"], "picture"), _counted(pictures["uses"], "time")
         largest = pictures["largest"]
         yield (
-            f"{name}: {distinct}, used {uses}, {pictures['tokens']:,} tokens in all; {'; '.join(sizes)}; the largest "
-            f"is {largest['width']} x {largest['height']}: {largest['path']}"
+            f"{name}: {distinct}, used {uses}, {pictures['tokens']:,} tokens in all, {each}; {'; '.join(sizes)}; "
+            f"the largest is {largest['width']} x {largest['height']}: {largest['path']}"
         )
 
 

@@ -292,7 +292,8 @@ def _system(chat: Chat, text: str) -> None:
 
 def _image(chat: Chat, path: str) -> None:
     if path == "-":
-        chat.note(f"taken out again: {len(chat.pictures)} pictures")
+        count = len(chat.pictures)
+        chat.note(f"taken out again: {count} {'picture' if count == 1 else 'pictures'}")
         chat.pictures.clear()
     elif path:
         chat.show(path)

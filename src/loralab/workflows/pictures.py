@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loralab.config.paths import local_path
 from loralab.config.schema import Config
 from loralab.data.example import TokenizedExample
 from loralab.data.images.processor import PictureProbe, PictureProcessor
@@ -60,6 +61,24 @@ def open_pictures(config: Config, *, folder: Path | None = None) -> PictureProce
         trust_remote_code=config.model.trust_remote_code,
     )
     return PictureProcessor(processor, image.min_pixels, image.max_pixels)
+
+
+def open_tokenizers_pictures(config: Config) -> PictureProcessor | None:
+    """Load what a model's processor makes of pictures, for work that needs no model.
+
+    A local folder may hold a tokenizer alone, and then reads no pictures.
+
+    Args:
+        config: the configuration.
+
+    Raises:
+        ConfigError: as in `open_pictures`.
+        ModelError: likewise.
+    """
+    folder = local_path(config.model.name)
+    if folder is not None and folder.is_dir() and not (folder / "config.json").is_file():
+        return None
+    return open_pictures(config)
 
 
 def reading_pictures(planner: Planner, prompter: Prompter, model: SupervisedPeftModel) -> Planner:

@@ -26,7 +26,7 @@ from loralab.models.load import load_tokenizer
 from loralab.models.trainable_tokens import settle_tokens
 from loralab.progress import Reporter
 from loralab.run import replace_folder
-from loralab.workflows.pictures import open_pictures
+from loralab.workflows.pictures import open_tokenizers_pictures
 
 DATA_FILE = "data.json"
 _FEATURES = datasets.Features(
@@ -61,7 +61,7 @@ def prepare(loaded: LoadedConfig, output: Path | None, *, overwrite: bool, repor
     _refuse_weights(loaded.config.data)
     tokenizer = load_tokenizer(loaded.config.model)
     settle_tokens(loaded.config.lora, tokenizer)  # new tokens stand in the rows
-    pictures = open_pictures(loaded.config)
+    pictures = open_tokenizers_pictures(loaded.config)
     data = prepare_data(loaded.config.data, tokenizer, reporter=reporter, pictures=pictures)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ from loralab.models.trainable_tokens import settle_tokens
 from loralab.progress import Reporter
 from loralab.run import read_json
 from loralab.training.arguments import count_steps
-from loralab.workflows.pictures import open_pictures
+from loralab.workflows.pictures import open_tokenizers_pictures
 from loralab.workflows.preview_rows import RowViewer
 from loralab.workflows.step_layout import build_sampler
 
@@ -80,7 +80,7 @@ def preview(
     config = loaded.config
     # Too many dropped rows are something to look at: `check_preview` refuses them, after they were shown.
     section = config.data.model_copy(update={"max_dropped_fraction": 1.0})
-    pictures = open_pictures(config)
+    pictures = open_tokenizers_pictures(config)
     data = prepare_data(section, _load_tokenizer(config), reporter=reporter, pictures=pictures)
     viewer = RowViewer(data)
     if request.named:

@@ -87,7 +87,6 @@ class SplitEvaluation:
                 "row": question.row,
                 "source": question.source,
                 "prompt": question.prompt,
-                **({"images": [image.file.path for image in question.images]} if question.images else {}),
                 "reference": question.reference,
                 "answered_by": self.adapter.way,
                 **images_of(question.images),
@@ -155,19 +154,14 @@ def evaluate_split(
         return losses, found
 
     (adapter, with_adapter), (base, without) = measure("adapter"), _without_adapter(model, measure)
-    reporter.say(
-        f"{name}: loss {base.loss:.4f} -> {adapter.loss:.4f}, "
-        f"perplexity {base.perplexity:.2f} -> {adapter.perplexity:.2f}"
-    )
+    reporter.say(f"{name}: {_describe_losses(base, adapter)}")
     resamples = evaluation.bootstrap_samples
     content = {**adapter.as_dict(), **shared, "base": {**base.as_dict(), **shared}}
     content["difference"] = compare_losses(adapter, base, resamples=resamples)
     if with_adapter is not None and without is not None:
         content["base"] |= without.as_dict()
         content |= _compare_answers(task, with_adapter, without, split=name, resamples=resamples)
-        for figure in filter(content["differences"].__contains__, task.headline):
-            values = f"{without.values[figure]:.4f} -> {with_adapter.values[figure]:.4f}"
-            reporter.say(f"{name}: {figure} {values}: {content['differences'][figure]['verdict']}")
+        _tell_headline(task, with_adapter, without, content, say=reporter.say)
     if blank_images:
         blind = measure("adapter with grey pictures", *without_sight(prompter, planner))
         content["blank_images"] = describe_blind((adapter, with_adapter), blind, resamples=resamples)
@@ -182,6 +176,20 @@ def _compare_answers(task: Task, adapter: Measured, base: Measured, *, split: st
     if task.way == "teacher_forced":
         content["note"] = WHY_IT_FLATTERS
     return content
+
+
+def _describe_losses(base: SplitLoss, adapter: SplitLoss) -> str:
+    perplexities = f"perplexity {base.perplexity:.2f} -> {adapter.perplexity:.2f}"
+    return f"loss {base.loss:.4f} -> {adapter.loss:.4f}, {perplexities}"
+
+
+def _tell_headline(
+    task: Task, adapter: Measured, base: Measured, content: Mapping[str, Any], *, say: Callable[[str], None]
+) -> None:
+    differences = content["differences"]
+    for figure in filter(differences.__contains__, task.headline):
+        values = f"{base.values[figure]:.4f} -> {adapter.values[figure]:.4f}"
+        say(f"{content['split']}: {figure} {values}: {differences[figure]['verdict']}")
 
 
 def _without_adapter(

@@ -38,10 +38,10 @@ def keep_thumbnails(folder: Path, images: Iterable[Mapping[str, Any]]) -> None:
     for image in images:
         if find_thumbnail(folder, str(image["sha256"])) is not None:
             continue
-        try:
-            data, suffix = make_thumbnail(_file(image))
-        except DataError:
-            continue  # the page names the picture and says that it is not there
+        made = _make(image)
+        if made is None:
+            continue
+        data, suffix = made
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{image['sha256']}.{suffix}"
         beside = path.with_suffix(".tmp")
@@ -68,10 +68,19 @@ def preview_pictures(result: Mapping[str, Any]) -> dict[str, str]:
             for image in (token["picture"] for token in turn["tokens"] if "picture" in token):
                 if image["sha256"] in found or len(found) >= MOST_PICTURES:
                     continue
-                data, suffix = make_thumbnail(_file(image))
-                found[image["sha256"]] = f"data:image/{suffix};base64,{base64.b64encode(data).decode('ascii')}"
+                made = _make(image)
+                if made is not None:
+                    address = base64.b64encode(made[0]).decode("ascii")
+                    found[image["sha256"]] = f"data:image/{made[1]};base64,{address}"
     return found
 
 
-def _file(image: Mapping[str, Any]) -> ImageFile:
-    return ImageFile(str(image["path"]), str(image["sha256"]), int(image["width"]), int(image["height"]), 0, 0)
+def _make(image: Mapping[str, Any]) -> tuple[bytes, str] | None:
+    """Return the small copy of a picture; None where its file is gone or has changed, which the page then says."""
+    path, sha256, width, height = (image[name] for name in ("path", "sha256", "width", "height"))
+    if not Path(path).is_file():  # nor a pipe, which would be waited for
+        return None
+    try:
+        return make_thumbnail(ImageFile(path, sha256, width, height, 0, 0))
+    except DataError:
+        return None

@@ -66,6 +66,7 @@ def test_a_key_that_a_variant_cannot_use_is_refused(variant: str, key: str) -> N
         ("vera", "rank_pattern"),
         ("loha", "dropout"),
         ("eva", "rank_pattern"),
+        ("eva", "vision"),
         ("dora", "eva_rows"),
     ],
 )

@@ -1,10 +1,10 @@
 """Answers: greedy is the argmax, stops stop, and padding changes nothing."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from loralab.config.schema import LoraConfig
 from loralab.errors import DataError, ModelError
@@ -75,13 +75,22 @@ def test_greedy_is_the_argmax_whatever_the_batch(family: str, batch_size: int) -
     assert len({each.text for each in answers}) > 1
 
 
+class Unread:
+    """In place of a language model whose forward nobody calls."""
+
+    config = LlamaConfig(max_position_embeddings=256)
+
+    def forward(self, input_ids: torch.Tensor) -> None:
+        raise NotImplementedError
+
+
 class Scripted(torch.nn.Module):
     """In place of a model's generate: returns what it was given and a fixed continuation."""
 
     def __init__(self, *tails: list[int]) -> None:
         super().__init__()
         self.embedding = torch.nn.Embedding(2, 2)
-        self.language_model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=256))
+        self.language_model = Unread()
         self.tails = torch.tensor(tails)
         self.calls: list[dict[str, Any]] = []
 

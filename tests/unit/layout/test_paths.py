@@ -33,9 +33,7 @@ def test_keys_are_ids_outside_pictures() -> None:
 @given(first=SHAS, second=SHAS, length=st.integers(1, 40))
 def test_pictures_of_one_size_differ_from_their_first_token_on(first: str, second: str, length: int) -> None:
     ids = np.full(length, TOKEN, dtype=np.int64)
-    one, two = (
-        token_keys(ids, [PlacedImage(ImageFile("/x", sha, 8, 8, 1, 1), 0, length)]) for sha in (first, second)
-    )
+    one, two = (token_keys(ids, [PlacedImage(ImageFile("/x", sha, 8, 8, 1, 1), 0, length)]) for sha in (first, second))
     assert bool((one == two).all()) is (first[:16] == second[:16])
     assert bool((one == two).any()) is (first[:16] == second[:16])
     # No token id is as large, and as bytes they sort as numbers do.

@@ -1,5 +1,6 @@
 """Pictures in rows: each feature at its place on every path, each picture once where it is shared."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -85,7 +86,7 @@ def test_a_shared_picture_stands_once() -> None:
         shown_example(([1, (2,), 3, 7], [8])),
     ]
     leaves = sorted(build_leaves(examples), key=lambda leaf: leaf.sort_key)
-    shared = [0, *(shared_length(a, b) for a, b in zip(leaves, leaves[1:], strict=False))]
+    shared = [0, *(shared_length(a, b) for a, b in itertools.pairwise(leaves))]
     row = lay_out([Tree(leaves, shared)], axes=3, picture_token=TOKEN)
     assert [shown.file for shown in row.pictures] == [picture(2)]
     assert row.pictures[0].positions.tolist() == [1, 2, 3, 4]

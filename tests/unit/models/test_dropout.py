@@ -15,7 +15,7 @@ from loralab.errors import ModelError
 from loralab.layout.planner import Planner
 from loralab.models import dropout
 from loralab.models.adapters import build_adapter
-from loralab.models.dropout import DropMask, DropoutKeys, KeyedDropout, token_keys
+from loralab.models.dropout import DropMask, DropoutKeys, KeyedDropout, PictureKeys, token_keys
 from loralab.models.fused_lora import fuse_lora
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.training.loss import model_inputs
@@ -157,7 +157,7 @@ def test_off_while_evaluating_and_without_probability() -> None:
 
 @pytest.mark.parametrize("keys", [None, torch.zeros(5, dtype=torch.long)])
 def test_rows_without_keys_are_refused(keys: Tensor | None) -> None:
-    with pytest.raises(ModelError, match="a layer with LoRA dropout sees 6 tokens"):
+    with pytest.raises(ModelError, match="a layer with LoRA dropout sees 6 rows"):
         KeyedDropout(0.5, layer=7, keys=DropoutKeys(keys))(torch.ones(2, 3, 4))
 
 
@@ -241,3 +241,54 @@ def test_evaluation_drops_nothing() -> None:
     (batch,) = Planner(10_000)(sharing_rows(0, vocabulary=VOCABULARY)).micro_batches
     found, expected = (model(**model_inputs(batch), dropout_key=(1, 2)).losses for model in (dropping, plain))
     assert torch.equal(found, expected)
+
+
+def picture_keys(*pictures: tuple[int, int]) -> PictureKeys:
+    """Return the keys of pictures, each with its key and its number of features."""
+    return PictureKeys(pictures=torch.tensor([key for key, _ in pictures]), counts=tuple(n for _, n in pictures))
+
+
+@pytest.mark.parametrize("patches", [1, 4])
+def test_keys_in_a_picture_depend_on_no_other_picture(patches: int) -> None:
+    """Whatever is encoded beside it, and before the patches are merged into features or behind."""
+    first, second, third = (11, 2), (12, 3), (13, 1)
+    alone = picture_keys(second).of_rows(3 * patches)
+    for beside, start in ([first, second, third], 2), ([second, first], 0), ([third, second], 1):
+        total = sum(count for _, count in beside)
+        found = picture_keys(*beside).of_rows(total * patches)
+        assert found is not None
+        assert alone is not None
+        assert torch.equal(found[start * patches : (start + 3) * patches], alone)
+    assert alone is not None
+    assert len(alone.unique()) == 3 * patches
+    other = picture_keys(third).of_rows(patches)
+    assert other is not None
+    assert not set(alone.tolist()) & set(other.tolist())
+
+
+def test_rows_that_are_no_pictures_have_no_keys() -> None:
+    keys = picture_keys((11, 2), (12, 3))
+    assert keys.of_rows(5) is not None
+    assert keys.of_rows(7) is None  # no whole number of rows for each feature
+    assert PictureKeys().of_rows(5) is None
+    assert PictureKeys(tokens=torch.arange(5)).of_rows(5) is None  # keys of tokens are no keys of patches
+    with pytest.raises(ModelError, match="sees 7 rows"):
+        KeyedDropout(0.5, layer=0, keys=keys)(torch.ones(7, 4))
+
+
+def test_a_class_token_in_front_of_the_patches_gets_a_key_too() -> None:
+    """LLaVA's tower has one row more for each picture than there are features."""
+    keys = picture_keys((11, 4), (12, 4))
+    found, alone = keys.of_rows(10), picture_keys((12, 4)).of_rows(5)
+    assert found is not None
+    assert alone is not None
+    assert torch.equal(found[5:], alone)
+
+
+def test_masks_in_a_picture_are_the_same_however_many_are_encoded() -> None:
+    inputs = torch.ones(5, 64)
+    both = KeyedDropout(0.3, layer=4, keys=picture_keys((11, 2), (12, 3)))(inputs)
+    for place, key, count in ((slice(0, 2), 11, 2), (slice(2, 5), 12, 3)):
+        alone = KeyedDropout(0.3, layer=4, keys=picture_keys((key, count)))(inputs[place])
+        assert torch.equal(both[place], alone)
+    assert 0.5 < float((both > 0).float().mean()) < 0.9

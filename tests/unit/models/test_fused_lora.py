@@ -16,6 +16,7 @@ from loralab.models.adapters import build_adapter
 from loralab.models.dropout import DropoutKeys, KeyedDropout
 from loralab.models.fused_lora import fuse_lora
 from support import quantized, tiny
+from support.tiny_vision import build_vision_model
 
 ROWS, WIDTH, OUT = 7, 12, 20
 
@@ -178,3 +179,13 @@ def test_quantized_layers_dequantize_and_keep_nothing(kind: str, tmp_path: Any) 
         ours = layer(inputs)
     assert max(kept) <= ROWS * max(width, 1)
     torch.testing.assert_close(ours, type(layer).forward(layer, inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
+def test_layers_that_read_pictures_are_fused_with_dropout_too(family: Any) -> None:
+    """Their keys are those of pictures, which a probe has to set."""
+    base, _ = build_vision_model(family)
+    model, _ = build_adapter(base, LoraConfig(r=2, dropout=0.1, vision="all"), seed=0)
+    fused = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    assert any("visual" in name or "vision_tower" in name for name in fused)
+    assert any("language_model" in name for name in fused)

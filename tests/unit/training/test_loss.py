@@ -29,7 +29,7 @@ class LabelLoss(nn.Module):
     def forward(
         self, *, labels: Tensor, dropout_key: tuple[int, int] | None, statistics: bool, **inputs: Any
     ) -> TokenLosses:
-        assert inputs["position_ids"].shape == inputs["input_ids"].shape
+        assert inputs["position_ids"].shape == (1, *inputs["input_ids"].shape)
         self.asked.append((dropout_key, statistics))
         losses = self.weight * labels.float()
         return TokenLosses(losses.detach(), losses.detach(), labels > 5) if statistics else TokenLosses(losses)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from loralab.data.example import Message
+from loralab.data.example import ImageFile, Message
 from loralab.errors import ConfigError, DataError
 from loralab.workflows.dialogue import COMMANDS, Chat, Reply, Turn, hold_chat
 
@@ -16,6 +16,7 @@ class Echo:
 
     def __init__(self, *, room: int | None = None) -> None:
         self.asked: list[tuple[str, ...]] = []
+        self.shown: list[tuple[tuple[str, ...], ...]] = []  # the pictures of each turn, answers among them
         self.room = room  # the longest conversation that fits, in messages
 
     def fits(self, messages: Sequence[Message]) -> bool:
@@ -25,8 +26,14 @@ class Echo:
         if system == "refused":
             raise DataError("the template refuses it", where="key data.template", fix="leave it")
 
+    def look_at(self, path: str) -> ImageFile:
+        if path == "missing":
+            raise DataError("no such file", where="/image", fix="name another")
+        return ImageFile(path, "0" * 64, 4, 3, 1, 1)
+
     def answer(self, messages: Sequence[Message], *, base: bool, write: Callable[[str], None]) -> Reply:
         self.asked.append(tuple(f"{message.role[0]}:{message.content}" for message in messages))
+        self.shown.append(tuple(tuple(str(image.source) for image in message.images) for message in messages))
         words = messages[-1].content.split()
         match words[0]:
             case "silence":
@@ -201,3 +208,30 @@ def test_input_that_is_no_text_is_forgiven_only_to_a_person() -> None:
     assert (talk.notes, talk.out) == (["a text does not end; close it"], "adapter one\n")
     with pytest.raises(DataError):
         Talk(error, interactive=False)
+
+
+def test_pictures_stand_in_the_next_question_and_stay_with_it() -> None:
+    talk = Talk("/image a.png", "/image b c.png", "one", "two", "/history")
+    assert talk.echo.shown == [(("a.png", "b c.png"),), (("a.png", "b c.png"), (), ())]
+    assert "in the next question: b c.png (4 x 3)" in talk.notes
+    assert "user: [a.png] [b c.png] one\nadapter: adapter one" in talk.notes
+    assert "user: two\nadapter: adapter two" in talk.notes
+
+
+def test_pictures_are_taken_out_and_a_fresh_start_has_none() -> None:
+    talk = Talk("/image a.png", "/image -", "one", "/image b.png", "/reset", "two", "/image", "/image b.png")
+    assert talk.echo.shown[0] == ((),)
+    assert talk.echo.shown[1] == ((),)
+    assert "taken out again: 1 picture" in talk.notes
+    assert "no picture in the next question" in talk.notes
+
+
+def test_pictures_of_a_question_that_was_stopped_wait_for_the_next() -> None:
+    talk = Talk("/image a.png", "broken off", "one")
+    assert talk.echo.shown == [(("a.png",),), (("a.png",),)]
+
+
+def test_a_picture_that_is_not_there_is_told_and_forgiven() -> None:
+    talk = Talk("/image missing", "one")
+    assert talk.notes[0] == "no such file; name another"
+    assert talk.echo.shown == [((),)]

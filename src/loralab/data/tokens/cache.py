@@ -174,7 +174,7 @@ def _tokenize(
 def _open_writer(partial: Path, label: str, reporter: Reporter) -> StoreWriter:
     """Return a writer behind the rows of an earlier run, unless pictures of theirs changed since."""
     writer = StoreWriter(partial)
-    changed = find_changed_picture(TokenStore(partial).image_files()) if writer.progress.rows else None
+    changed = find_changed_picture(TokenStore(partial).image_files()) if writer.progress.path_bytes else None
     if changed is None:
         return writer
     writer.close()

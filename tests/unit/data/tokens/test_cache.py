@@ -280,7 +280,7 @@ def test_a_run_that_is_killed_again_and_again_comes_to_its_end(
 ) -> None:
     draw = random.Random(workers)
     kills = 0
-    while killed(path, draw.randint(10, 30), workers=workers):
+    while killed(path, draw.randint(18, 38), workers=workers):
         kills += 1
         assert kills < 60
     assert kills > 2

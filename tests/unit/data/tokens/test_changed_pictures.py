@@ -1,7 +1,6 @@
 """Pictures behind cached rows: whoever changed or removed one gets the entry made again, and is told which."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +45,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _small_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "CHUNK_ROWS", 2)
     monkeypatch.setattr(cache, "COMMIT_SECONDS", 0.0)
-    yield
 
 
 def prepare(folder: Path, pictures: PictureProcessor | None, notes: Reporter, **chosen: Any) -> PreparedData:
@@ -158,7 +156,7 @@ def test_rows_of_another_picture_folder_are_another_entry(folder: Path, pictures
 
 def test_bounds_of_pixels_are_another_entry_and_other_data(folder: Path, pictures: PictureProcessor) -> None:
     first = said(folder, pictures)[1]
-    smaller = PictureProcessor(pictures.processor, max_pixels=1024)
+    smaller = PictureProcessor(build_vision_model("qwen2_vl")[1], max_pixels=1024)
     lines, second = said(folder, smaller)
     assert "differs in pictures" in lines[0]
     assert first.fingerprint != second.fingerprint

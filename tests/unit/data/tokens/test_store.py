@@ -31,6 +31,10 @@ UNITS: list[Placed] = [
 KEPT = [plain(TokenizedExample(row, source, tuple(unit.branches))) for source, row, unit in UNITS if not unit.dropped]
 
 
+# Without pictures the files of pictures are empty: `test_store_pictures.py` damages those.
+FILLED = [name for name in ARRAYS if name not in ("images.bin", "paths.bin")]
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> TokenStore:
     return write_units(tmp_path / "deep" / "store", UNITS)
@@ -104,7 +108,7 @@ def test_store_without_any_kept_unit_can_be_opened(tmp_path: Path) -> None:
     assert len(store.content_sha256()) == 64
 
 
-@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("name", FILLED)
 def test_changed_cut_or_missing_file_is_damage(store: TokenStore, name: str) -> None:
     path = store.folder / name
     content = path.read_bytes()
@@ -218,7 +222,7 @@ def test_writing_goes_on_at_the_last_commit(store: TokenStore, tmp_path: Path, c
     assert contents(tmp_path / "s") == contents(store.folder)
 
 
-@pytest.mark.parametrize("name", [*ARRAYS, PROGRESS])
+@pytest.mark.parametrize("name", [*FILLED, PROGRESS])
 @pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
 def test_damaged_beginning_is_written_again(store: TokenStore, tmp_path: Path, name: str, damage: str) -> None:
     writer = StoreWriter(tmp_path / "s")

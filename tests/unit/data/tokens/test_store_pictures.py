@@ -99,6 +99,37 @@ def test_writing_goes_on_at_the_last_commit(store: TokenStore, tmp_path: Path, c
     assert TokenStore(tmp_path / "s").content_sha256() == store.content_sha256()
 
 
+@pytest.mark.parametrize("name", ["images.bin", "paths.bin"])
+def test_changed_cut_or_missing_file_is_damage(store: TokenStore, name: str) -> None:
+    path = store.folder / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    assert find_damage(store.folder) == f"{name} has {len(content) - 1:,} bytes, {len(content):,} were written"
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    assert find_damage(store.folder) == f"{name} is not what was written"
+    path.unlink()
+    assert find_damage(store.folder) == f"{name}: No such file or directory"
+
+
+@pytest.mark.parametrize("name", ["images.bin", "paths.bin"])
+@pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
+def test_damaged_beginning_is_written_again(store: TokenStore, tmp_path: Path, name: str, damage: str) -> None:
+    writer = StoreWriter(tmp_path / "s")
+    for unit in UNITS:
+        writer.add(pack([unit])[0][1], unit[0])
+    writer.commit()
+    writer.close()
+    path = tmp_path / "s" / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(content[:-1] if damage == "cut" else bytes([content[0] ^ 1]) + content[1:])
+    again = StoreWriter(tmp_path / "s")
+    assert again.progress.rows == 0
+    assert again.restarted is not None
+    again.close()
+
+
 def test_equal_bytes_are_one_picture_and_several_files(tmp_path: Path) -> None:
     twin, newer = file(0, path="/twin.png"), file(0, path="/twin.png", content=9)
     units: list[Placed] = [(0, n, Unit([shown([1], each)])) for n, each in enumerate([file(0), twin, newer, twin], 1)]
