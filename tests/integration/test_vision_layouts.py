@@ -155,4 +155,3 @@ def test_every_layout_gives_the_models_own_loss_and_gradients(family, vision, se
         loss, gradients, _ = loss_and_gradients(model, planner, examples)
         assert loss == pytest.approx(own, rel=SAME), name
         assert largest_difference(gradients, own_gradients) <= SAME, name
-

@@ -1,4 +1,4 @@
-"""Whole runs on rows with pictures: cut and layout change nothing, a resume is the same run, and so are two processes."""
+"""Runs on rows with pictures: cut and layout change nothing, a resume is the same run, and so are two processes."""
 
 import json
 import shutil

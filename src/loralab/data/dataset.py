@@ -89,6 +89,8 @@ def prepare_data(
         MaskError: what would carry loss is not the answer.
     """
     pools = resolve_pools(data, split, fixed=_OF_PROMPTS if template is not None else ())
+    if pictures is not None and tokenizer.chat_template is None:  # some models keep it with their processor alone
+        tokenizer.chat_template = pictures.processor.chat_template
     prompter, chosen = _build_prompter(data, pools, tokenizer, template)
     prompter.pictures = pictures
     settings = TokenizeSettings(data.train_on, data.max_length, data.truncation, data.long_text, data.system)
@@ -222,7 +224,7 @@ def _parts(pool: Pool, data: DataConfig, store: TokenStore, stored: dict[str, An
     if "train" not in pool.parts:
         return {pool.parts[0]: np.arange(total, dtype=np.int64)}
     if store.has_images:
-        return split_groups(_picture_owners(store, total), data)
+        return split_groups(_picture_owners(store, _owners(store, stored)), data)
     owners = _owners(store, stored)
     rows = int(owners.max()) + 1 if total else 0
     if rows in (1, total):  # one document: its windows are all that can be divided
@@ -231,22 +233,28 @@ def _parts(pool: Pool, data: DataConfig, store: TokenStore, stored: dict[str, An
     return {name: np.flatnonzero(np.isin(owners, chosen)) for name, chosen in split_units(rows, data).items()}
 
 
-def _picture_owners(store: TokenStore, total: int) -> Indices:
-    """Return for each unit the number of the group of rows that have pictures in common with it."""
-    group: dict[str, int] = {}
-    parent = list(range(total))
+def _picture_owners(store: TokenStore, owners: Indices) -> Indices:
+    """Return for each unit the number of the group of rows that have pictures in common with it.
 
-    def root(unit: int) -> int:
-        while parent[unit] != unit:
-            parent[unit] = parent[parent[unit]]
-            unit = parent[unit]
-        return unit
+    Args:
+        store: the kept units.
+        owners: number of the source row of each unit, kept or not: units of one row stay together too.
+    """
+    group: dict[str, int] = {}
+    parent = list(range(int(owners.max()) + 1))
+
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
 
     for unit, example in zip(store.units.tolist(), store, strict=True):
+        row = int(owners[unit])
         for sha256 in {image.file.sha256 for branch in example.branches for image in branch.images}:
-            parent[root(unit)] = root(group.setdefault(sha256, unit))
-    owners: Indices = np.unique([root(unit) for unit in range(total)], return_inverse=True)[1].astype(np.int64)
-    return owners
+            parent[root(row)] = root(group.setdefault(sha256, row))
+    found: Indices = np.unique([root(row) for row in owners.tolist()], return_inverse=True)[1].astype(np.int64)
+    return found
 
 
 def _owners(store: TokenStore, stored: dict[str, Any]) -> Indices:

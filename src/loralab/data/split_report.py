@@ -127,7 +127,9 @@ def check_dropped(name: str, report: dict[str, Any], data: DataConfig) -> None:
     limit = "" if not kept else f" (at most {data.max_dropped_fraction:.0%} may be, data.max_dropped_fraction)"
     too_long = any("too_long" in reason for reason in report["dropped"])
     fix = f"raise data.max_length (now {data.max_length})" if too_long else "mend these rows"
-    if "prompt_too_long" in report["dropped"]:
+    if too_long and report.get("pictures"):
+        fix = f"set data.image.max_pixels, which makes pictures fewer tokens, or {fix}"
+    elif "prompt_too_long" in report["dropped"]:
         fix += ", let conversations lose their oldest turns (data.truncation: left)"
     raise DataError(
         f"{read - kept} of {read} {name} rows dropped{limit}: {reasons}",

@@ -9,6 +9,9 @@ import numpy.typing as npt
 from loralab.config.schema import DataConfig
 from loralab.errors import DataError
 
+# A part may be larger than asked for by this factor, or by so many rows.
+_MOST_OVER, _FEW_OVER = 1.5, 50
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -77,9 +80,16 @@ def split_groups(owners: Indices, data: DataConfig) -> dict[str, Indices]:
                 f"{name} would take the rest of the {len(order)} pictures, whose rows stay together, and leave none "
                 "for training",
                 where=f"key data.{name}",
-                fix="give a smaller amount, or rows on more pictures",
+                fix=f"give a smaller amount, rows on more pictures, or a file of rows for data.{name}",
             )
         parts[name] = np.flatnonzero(np.isin(owners, order[start:end])).astype(np.int64)
+        if len(parts[name]) > max(_MOST_OVER * wanted, wanted + _FEW_OVER):
+            raise DataError(
+                f"{name} would take {len(parts[name])} rows where {wanted} are asked for: so many rows are on one "
+                "picture, and rows on one picture stay together",
+                where=f"key data.{name}",
+                fix=f"name a file of rows for data.{name}, or another data.split_seed",
+            )
         start = end
     return {"train": np.flatnonzero(np.isin(owners, order[start:])).astype(np.int64), **parts}
 

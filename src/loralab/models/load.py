@@ -296,12 +296,14 @@ def resolve_attention(model: ModelConfig, config: PreTrainedConfig) -> Resolved[
 
 
 def _set_dropout(config: PreTrainedConfig, model: ModelConfig) -> Resolved[str]:
-    names = [n for n, v in config.to_dict().items() if isinstance(v, float) and _is_dropout(n) and v > 0]
+    parts = [config, *(part for key in config.sub_configs if (part := getattr(config, key, None)) is not None)]
+    found = [(part, n) for part in parts for n, v in vars(part).items() if _is_dropout(n) and _positive(v)]
+    names = list(dict.fromkeys(name for _, name in found))
     if model.base_dropout == "as_configured":
-        listed = ", ".join(f"{name} {getattr(config, name)}" for name in names) or "the model has none"
+        listed = ", ".join(f"{name} {getattr(part, name)}" for part, name in found) or "the model has none"
         return Resolved("as_configured", f"set in model.base_dropout ({listed})")
-    for name in names:
-        setattr(config, name, 0.0)
+    for part, name in found:
+        setattr(part, name, 0.0)
     why = "noise in frozen layers slows training and regularises nothing that is trained"
     return Resolved("off", f"{why} (turned off: {', '.join(names) or 'nothing, the model has none'})")
 
@@ -322,6 +324,10 @@ def _join_activation(config: PreTrainedConfig) -> dict[str, Resolved[str]]:
     if twin is None:
         return {}
     return {"activation": Resolved(twin[1], f"the same function as {twin[0]}, in one operation that keeps one tensor")}
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, float) and value > 0
 
 
 def _is_dropout(name: str) -> bool:

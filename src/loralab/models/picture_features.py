@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -60,6 +60,19 @@ def trains_vision(model: PreTrainedModel) -> bool:
     if family is None:
         return False
     return any(p.requires_grad for part in vision_modules(model, family) for p in part.parameters())
+
+
+def nothing_of_vision(model: nn.Module) -> Tensor:
+    """Return a zero that depends on every trained weight of a vision tower, for rows that show no picture.
+
+    Args:
+        model: base with adapter.
+    """
+    base = cast(Any, model).language_model
+    family = vision_family(base.config)
+    parts = [] if family is None else vision_modules(base, family)
+    weights = {id(p): p for part in parts for p in part.parameters() if p.requires_grad}
+    return torch.stack([weight.sum() for weight in weights.values()]).sum() * 0.0
 
 
 def encode_pictures(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ gathered before the head: no logit is computed that no label needs.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -19,7 +20,15 @@ from transformers import PreTrainedModel
 from loralab.models.attention import TREE_ATTENTION, TreeLayout, attention_in_use, carry_layout, use_attention
 from loralab.models.dropout import DropoutKeys, KeyedDropout, PictureKeys, token_keys
 from loralab.models.families import LogitTail, find_logit_tail
-from loralab.models.picture_features import Pictures, blank_features, encode_pictures, on_axes, put_in
+from loralab.models.picture_features import (
+    Pictures,
+    blank_features,
+    encode_pictures,
+    nothing_of_vision,
+    on_axes,
+    put_in,
+    trains_vision,
+)
 from loralab.models.token_loss import TokenLosses, logit_statistics, token_losses, token_statistics
 from loralab.models.trunk import CachedTrunk
 from loralab.models.visibility import TreeRoot
@@ -79,6 +88,11 @@ class SupervisedPeftModel(PeftModelForCausalLM):
     def head(self) -> nn.Module:
         """The module that turns hidden states into logits."""
         return cast(nn.Module, self.language_model.get_output_embeddings())
+
+    @functools.cached_property
+    def trains_vision(self) -> bool:
+        """Whether an adapter's layer lies in the vision tower or its projector."""
+        return trains_vision(self.language_model)
 
     @property
     def spares_logits(self) -> bool:
@@ -209,6 +223,9 @@ class SupervisedPeftModel(PeftModelForCausalLM):
     def _shown(self, input_ids: Tensor, position_ids: Tensor, pictures: Pictures | None) -> dict[str, Tensor]:
         """Return tokens, or their embeddings with the features of pictures among them, and their positions."""
         positions = on_axes(position_ids, self.language_model.config)
+        if pictures is None and self.trains_vision and torch.is_grad_enabled():
+            # Every trained tensor takes part in every sweep, or processes would wait for gradients that never come.
+            return {"inputs_embeds": self.embedding(input_ids) + nothing_of_vision(self), "position_ids": positions}
         if pictures is None:
             return {"input_ids": input_ids, "position_ids": positions}
         if self.planned_device_type is not None:

@@ -32,6 +32,8 @@ class VisionFamily:
 
 def vision_family(config: PreTrainedConfig) -> VisionFamily | None:
     """Return the family of a model that reads pictures, or None where it reads none, or in a way of its own."""
+    if getattr(getattr(config, "vision_config", None), "model_type", None) in _OTHER_TOWERS:
+        return None
     return VISION_FAMILIES.get(str(config.model_type))
 
 
@@ -145,6 +147,8 @@ VISION_FAMILIES: dict[str, VisionFamily] = {
     "idefics3": VisionFamily("vision_model", "connector"),
     "smolvlm": VisionFamily("vision_model", "connector"),
 }
+# Towers whose pictures keep their sizes, so that a batch of them is padded; they come under `llava` too.
+_OTHER_TOWERS = frozenset({"pixtral"})
 # Known to read pictures in a way that is not taken here.
 _OTHERS = {
     "qwen3_vl": "its pictures enter inside the decoder too (deepstack)",

@@ -55,7 +55,9 @@ def tower_memory(
     layer = (_HIDDEN_KEPT * hidden + _INTERMEDIATE_KEPT * intermediate) * dtype.itemsize
     held = layer + depth * hidden * dtype.itemsize if checkpointing else depth * layer
     alive = (_HIDDEN_ALIVE * hidden + _INTERMEDIATE_ALIVE * intermediate) * dtype.itemsize
-    return TowerMemory(held if trained else 0.0, alive, int(getattr(vision, "spatial_merge_size", 1)) ** 2)
+    # Qwen2-VL merges in the tower, Idefics3 behind it.
+    merged = int(getattr(vision, "spatial_merge_size", None) or getattr(config, "scale_factor", None) or 1)
+    return TowerMemory(held if trained else 0.0, alive, merged**2)
 
 
 def count_patches(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> int:

@@ -4,14 +4,14 @@ Owns how many processes there are, and how an error in one of them reaches the r
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
 from loralab.data.example import TokenizedExample
-from loralab.errors import LoralabError
+from loralab.errors import LoralabError, WorkerError, excerpt
 from loralab.layout.collate import StepBatch
 from loralab.layout.planner import ShrinkingPlanner
 from loralab.models.precision import Resolved
@@ -49,6 +49,25 @@ def build_loader(rows: Any, sampler: StepSampler, planner: ShrinkingPlanner, *, 
     """
     kept: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 2} if decoders else {}
     return DataLoader(rows, batch_sampler=sampler, collate_fn=_Collate(planner), num_workers=decoders, **kept)
+
+
+def next_step(steps: Iterator[StepBatch | LoralabError]) -> StepBatch | LoralabError:
+    """Return the next item of a loader.
+
+    Raises:
+        WorkerError: a process that decodes pictures died, or has no room to hand them over.
+        StopIteration: there is none.
+    """
+    try:
+        return next(steps)
+    except (RuntimeError, OSError) as error:  # what torch makes of a process that is gone
+        if "worker" not in str(error) and "shm" not in str(error) and not isinstance(error, OSError):
+            raise
+        raise WorkerError(
+            f"a process that decodes pictures failed: {excerpt(error)}",
+            where="the loader of steps",
+            fix="set data.num_workers: 0, lower data.image.max_pixels, or give more shared memory (docker --shm-size)",
+        ) from error
 
 
 class _Collate:

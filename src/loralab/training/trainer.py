@@ -25,6 +25,7 @@ from loralab.training.liveness import check_reached, no_gradient_at_all
 from loralab.training.loss import LossSum, run_micro_batches
 from loralab.training.loss_scaling import resolve_loss_scaler
 from loralab.training.state import RunState
+from loralab.training.step_loader import next_step
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class StepTrainer(Trainer):
         self, epoch_iterator: Iterator[StepBatch], num_batches: int, device: torch.device
     ) -> tuple[list[StepBatch], Tensor]:
         """Return the next step and its supervised tokens over all ranks (scalar)."""
-        batch: StepBatch | LoralabError = next(epoch_iterator)
+        batch: StepBatch | LoralabError = next_step(epoch_iterator)
         if isinstance(batch, LoralabError):
             raise batch
         count = self._processes.sum(np.array([batch.supervised_tokens], dtype=np.float64))
@@ -125,7 +126,7 @@ class StepTrainer(Trainer):
             result, step = self._run_step(model, step, scale if scaler is None else scale * scaler.scale)
             # Gradients are summed over the processes by now, and so is what follows: all of them go the same way.
             overflowed = scaler is not None and scaler.overflowed(model)
-            attended = 0 if self._run_state.alive else _deepest_label(step)
+            attended = 0 if self._run_state.alive or not self._shows(step) else _deepest_label(step)
             own = [float(result.total), step.example_tokens, step.tokens, len(step.rows), attended, overflowed]
             sums = self._processes.sum(np.array(own, dtype=np.float64))
             total, tokens, laid_out, examples, deepest, overflows = (float(value) for value in sums)
@@ -145,6 +146,11 @@ class StepTrainer(Trainer):
         )
         share: Tensor = result.total * scale
         return share
+
+    def _shows(self, step: StepBatch) -> bool:
+        """Return whether a step can tell of all that is trained: a vision tower learns nothing without pictures."""
+        trained: Any = self.model
+        return not trained.trains_vision or any(batch.pictures is not None for batch in step.micro_batches)
 
     def _run_step(self, model: nn.Module, step: StepBatch, scale: float) -> tuple[LossSum, StepBatch]:
         """Run a step's micro-batches; out of memory, run all of them again in smaller ones."""
@@ -211,7 +217,8 @@ class StepTrainer(Trainer):
             raise OutOfMemoryError(
                 f"out of memory under a budget of {before} tokens, {why}",
                 where=f"optimizer step {self.state.global_step + 1}",
-                fix="lower data.max_length or training.token_budget, or set training.gradient_checkpointing: true",
+                fix="lower data.max_length or training.token_budget (with pictures, data.image.max_pixels), or set "
+                "training.gradient_checkpointing: true",
             )
 
     def _lay_out_smaller(self, model: nn.Module, step: StepBatch) -> StepBatch:

@@ -5,6 +5,7 @@ is kept depends on nothing but its bytes, the processor and the tower's weights.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import shutil
 import time
@@ -21,7 +22,7 @@ from loralab.data.images.feature_store import FeatureStore
 from loralab.data.images.processor import PictureProcessor
 from loralab.data.images.reader import PictureReader
 from loralab.data.tokens.cache import cache_folder
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, StorageError
 from loralab.models.picture_features import encode_pictures, trains_vision
 from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
@@ -74,7 +75,11 @@ def keep_features(run: Run, request: StopRequest) -> None:
         return
     image = run.config.data.image
     try:
-        work = _decide(run, reader.processor)
+        # One process looks and makes room: what is missing changes as soon as another one writes.
+        found = run.processes.share(_try(run, reader.processor) if run.processes.first else "")
+        if not isinstance(found, _Work):
+            raise _NotKept(str(found))
+        work = found
     except _NotKept as reason:
         if image.cache_features is True:
             raise ConfigError(
@@ -102,22 +107,30 @@ def _note(run: Run, choice: Resolved[str]) -> None:
     run.record.update(resolved=describe_choices(run.choices))
 
 
+def _try(run: Run, processor: PictureProcessor) -> _Work | str:
+    """Return what is kept, or why nothing is: both can be told to other processes."""
+    try:
+        return _decide(run, processor)
+    except _NotKept as reason:
+        return str(reason)
+
+
 def _decide(run: Run, processor: PictureProcessor) -> _Work:
     """Return what is kept.
 
     Raises:
         _NotKept: nothing is.
     """
-    setting = run.config.data.image
+    image = run.config.data.image
     base = run.model.language_model
-    if setting.cache_features is False:
+    if image.cache_features is False:
         raise _NotKept("set in data.image.cache_features")
     if trains_vision(base):
         raise _NotKept(f"lora.vision is {run.config.lora.vision}: the vision tower learns")
     if run.config.model.base_dropout == "as_configured":
         raise _NotKept("model.base_dropout is as_configured: the tower may give something else each time")
     files = list({file.sha256: file for split in run.data.splits.values() for file in split.images()}.values())
-    if setting.cache_features == "auto":
+    if image.cache_features == "auto":
         _check_use(run, len(files))
     store = FeatureStore(
         _features_folder(run.config.data, run.model, processor),
@@ -128,7 +141,7 @@ def _decide(run: Run, processor: PictureProcessor) -> _Work:
     missing = [file for file in files if not store.holds(file, counts[file.sha256])]
     wanted = sum(store.bytes_of(counts[file.sha256]) for file in missing)
     whole = sum(store.bytes_of(count) for count in counts.values())
-    _check_room(store, whole, wanted, most=int(setting.cache_gib * 2**30))
+    _check_room(store, whole, wanted, most=int(image.cache_gib * 2**30))
     return _Work(files, store, wanted, missing)
 
 
@@ -151,19 +164,27 @@ def _check_room(store: FeatureStore, whole: int, wanted: int, *, most: int) -> N
     if wanted > free:
         raise _NotKept(f"they would take {wanted / 2**30:.1f} GiB, and half of the free disk is {free / 2**30:.1f}")
     store.make_room(wanted, most=most)
+    if wanted + store.held_bytes() > most:
+        raise _NotKept(
+            f"{wanted / 2**30:.1f} GiB more would not fit beside what this tower has kept of other data "
+            f"(data.image.cache_gib: {most / 2**30:g}; folder {store.folder})"
+        )
 
 
 def _features_folder(data: DataConfig, model: SupervisedPeftModel, processor: PictureProcessor) -> Path:
     """Return the folder whose name says what features are a function of, but for the picture."""
     base, weight = model.language_model, model.embedding.weight
-    parts = [processor.fingerprint, vision_sha256(base), str(weight.dtype), weight.device.type, torch.__version__]
+    attention = base.config.vision_config._attn_implementation
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "torchvision", "pillow")]
+    parts = [processor.fingerprint, vision_sha256(base), str(weight.dtype), weight.device.type, attention, *versions]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return cache_folder(data).parent / "features" / key[:32]
 
 
 def vision_sha256(base: PreTrainedModel) -> str:
     """Return a hash over everything of a model that reads pictures: weights and buffers, as they are held."""
-    digest = hashlib.sha256(repr(base.config.vision_config.to_dict()).encode())
+    settings = {name: value for name, value in base.config.to_dict().items() if name != "text_config"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for part in vision_modules(base, check_reads_pictures(base.config)):
         for name, tensor in sorted(part.state_dict().items()):
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -190,4 +211,13 @@ def _encode(run: Run, processor: PictureProcessor, work: _Work, request: StopReq
     if own:
         run.reporter.finish(label)
     run.processes.wait()
-    return not request.agree(run.processes)
+    if request.agree(run.processes):
+        return False
+    absent = [file for file in work.missing if not work.store.holds(file, processor.feature_count(file))]
+    if run.processes.largest(len(absent)):
+        raise StorageError(
+            f"features of {len(absent)} pictures that another process computed are not here",
+            where=str(work.store.folder),
+            fix="give all machines one data.cache_dir, or set data.image.cache_features: false",
+        )
+    return True

@@ -27,7 +27,7 @@ from loralab.workflows.configure import run_path
 from loralab.workflows.frozen_trunk import expected_bytes
 from loralab.workflows.memory_record import predict_run_memory
 from loralab.workflows.memory_watch import process_bytes
-from loralab.workflows.pictures import open_pictures
+from loralab.workflows.pictures import open_pictures, reading_pictures
 from loralab.workflows.plan_advice import Situation, advise
 from loralab.workflows.plan_disk import predict_disk
 from loralab.workflows.plan_probe import Probe, run_probe
@@ -70,6 +70,7 @@ def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter) -> dict[str, 
     loaded = replace(loaded, config=config)
     left = max(free - _held_bytes(config, blueprint), 0)
     planner, chosen = expect_planner(blueprint, config, free=left, known=settled.counted)
+    planner = reading_pictures(planner, data.prompter, blueprint.model)
     memory = predict_run_memory(config, data, planner, blueprint, data_bytes=data_bytes)
     measured = _probe(loaded, needed_bytes(memory), free=free, reporter=reporter) if probe else "--no-probe"
     if isinstance(measured, Probe):
@@ -85,13 +86,8 @@ def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter) -> dict[str, 
     schedule = describe_schedule(config, data, sampler)
     run = all_steps(sampler, schedule["total_steps"])
     trees = blueprint.model.tree_kernel is not None or planner.layout != "padded"
-    tokens = count_layouts(
-        run,
-        data.splits["train"],
-        planner,
-        possible=possible_layouts(planner.layout, trees),
-        reporter=reporter,
-    )
+    possible, blind = possible_layouts(planner.layout, trees), replace(planner, pictures=None)
+    tokens = count_layouts(run, data.splits["train"], blind, possible=possible, reporter=reporter)
     needed = needed_bytes(memory)
     return {
         "name": loaded.name,

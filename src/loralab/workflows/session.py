@@ -33,7 +33,10 @@ from loralab.workflows.pictures import open_pictures
 # No dropout runs where nothing trains.
 _NEVER_READ = ("model.base_dropout",)
 # An adapter's contract fixes its template and stop tokens.
-_IN_CONTRACT = ("data.template", "data.template_kwargs", "data.stop_tokens", "data.system")
+_IN_CONTRACT = (
+    *("data.template", "data.template_kwargs", "data.stop_tokens", "data.system"),
+    *("data.image.min_pixels", "data.image.max_pixels"),
+)
 # What overrides can change for a command that prompts; a contract takes the second part back.
 PROMPT_SETTINGS = ("model", *_IN_CONTRACT)
 

@@ -13,8 +13,9 @@ from transformers import set_seed
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
-from loralab.data.dataset import prepare_data
+from loralab.data.dataset import PreparedData, prepare_data
 from loralab.errors import ConfigError, StoppedBySignal
+from loralab.layout.planner import Planner
 from loralab.models.adapters import adapter_sha256, build_adapter
 from loralab.models.allocator import release_freed_memory
 from loralab.models.determinism import resolve_determinism, restored_algorithms
@@ -28,6 +29,7 @@ from loralab.models.load import (
     load_tokenizer,
 )
 from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
+from loralab.models.supervised import SupervisedPeftModel
 from loralab.models.threads import resolve_threads
 from loralab.models.trainable_tokens import new_tokens_of, settle_tokens
 from loralab.progress import Reporter
@@ -66,7 +68,7 @@ from loralab.workflows.record import (
 )
 from loralab.workflows.report import build_report
 from loralab.workflows.resume import find_start, resume_contract
-from loralab.workflows.run_base import load_run_base
+from loralab.workflows.run_base import RunBase, load_run_base
 from loralab.workflows.split_evaluation import measured_splits, resolve_evaluation
 from loralab.workflows.step_layout import resolve_planner
 from loralab.workflows.steps import Run, run_steps
@@ -283,21 +285,7 @@ def prepare_run(
     model.to(device.value)
     task.check_room(model)
     choices |= resolve_determinism(model, device.value)
-    planner, layout_choices = resolve_planner(
-        model,
-        config,
-        max_length=config.data.max_length,
-        device=device.value,
-        sharing=processes.local_count,
-        blueprint=blueprint,
-        known=start.recomputation.counted,
-    )
-    planner = reading_pictures(planner, data.prompter, model)
-    if pictures is not None:
-        layout_choices["pictures"] = check_pictures(model, pictures)
-    # The least of all, so that a resume, which goes on with the recorded one, cuts every process's steps alike.
-    planner = planner.with_budget(-processes.largest(-planner.token_budget))
-    layout_choices["token_budget"] = replace(layout_choices["token_budget"], value=planner.token_budget)
+    planner, layout_choices = _choose_layout(model, config, start, data, processes=processes)
     choices |= start.choices | adapter_choices | layout_choices | resolve_evaluation(config) | task_choices
     _tell(choices, reporter)
     base_facts = describe_model(config.model, base) | {"base_parameters": start.own_parameters}
@@ -305,6 +293,28 @@ def prepare_run(
     release_freed_memory()
     record, at = RunRecord(folder), device.value
     return Run(config, folder, data, model, at, base_facts, choices, reporter, record, planner, task, processes, memory)
+
+
+def _choose_layout(
+    model: SupervisedPeftModel, config: Config, start: RunBase, data: PreparedData, *, processes: Processes
+) -> tuple[Planner, dict[str, Resolved[Any]]]:
+    """Choose how steps are laid out, and what reads their pictures."""
+    planner, choices = resolve_planner(
+        model,
+        config,
+        max_length=config.data.max_length,
+        device=model.embedding.weight.device,
+        sharing=processes.local_count,
+        blueprint=start.recomputation.blueprint,
+        known=start.recomputation.counted,
+    )
+    planner = reading_pictures(planner, data.prompter, model)
+    if data.prompter.pictures is not None:
+        choices["pictures"] = check_pictures(model, data.prompter.pictures)
+    # The least of all, so that a resume, which goes on with the recorded one, cuts every process's steps alike.
+    planner = planner.with_budget(-processes.largest(-planner.token_budget))
+    choices["token_budget"] = replace(choices["token_budget"], value=planner.token_budget)
+    return planner, choices
 
 
 def _choose_device(config: Config, processes: Processes, reporter: Reporter) -> dict[str, Resolved[Any]]:

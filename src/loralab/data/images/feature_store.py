@@ -86,6 +86,8 @@ class FeatureStore:
             most: bytes that all folders may take together.
         """
         others = [each for each in self.folder.parent.glob("*") if each.is_dir() and each != self.folder]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        os.utime(self.folder)  # folders go by their last use
         sizes = {each: _size(each) for each in others}
         held = sum(sizes.values()) + _size(self.folder)
         for each in sorted(others, key=lambda folder: folder.stat().st_mtime):
@@ -93,6 +95,10 @@ class FeatureStore:
                 return
             shutil.rmtree(each, ignore_errors=True)
             held -= sizes[each]
+
+    def held_bytes(self) -> int:
+        """Return what is there already."""
+        return _size(self.folder)
 
 
 def _digest(raw: bytes | bytearray) -> bytes:

@@ -5,6 +5,7 @@ they are asked of the processor with a blank picture: nothing is decoded until a
 """
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from transformers import ProcessorMixin
 
 from loralab.data.example import Branch, ImageFile, PlacedImage
 from loralab.data.images.files import decode
-from loralab.errors import ConfigError, DataError, ModelError, TemplateError
+from loralab.errors import ConfigError, ModelError, TemplateError
 
 # Sizes whose tokens are remembered.
 _REMEMBERED = 65_536
@@ -139,13 +140,20 @@ class PictureProcessor:
     def promise(self) -> dict[str, Any]:
         """Return what an adapter's contract says of pictures: the marker, and how many tokens some sizes become."""
         sizes = {f"{width}x{height}": len(self.expand(width, height).ids) for width, height in _PROMISED}
-        return {"marker": self.marker, "token": self.token, "tokens": sizes, "sha256": self.fingerprint}
+        version = importlib.metadata.version("transformers")
+        return {
+            "marker": self.marker,
+            "token": self.token,
+            "tokens": sizes,
+            "transformers": version,
+            "sha256": self.fingerprint,
+        }
 
     def expand(self, width: int, height: int) -> Expansion:
         """Return the tokens that stand for a picture of this size.
 
         Raises:
-            DataError: the processor refuses pictures of this size.
+            TemplateError: the processor refuses pictures of this size.
         """
         found = self._known.get((width, height))
         if found is None:
@@ -164,7 +172,7 @@ class PictureProcessor:
                 return_tensors="pt",
             )
         except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-            raise DataError(
+            raise TemplateError(
                 f"the processor refuses a picture of {width} x {height} pixels: {' '.join(str(error).split())[:160]}",
                 where=f"picture of {width} x {height} pixels",
                 fix="leave it out, or make it another size",

@@ -266,7 +266,8 @@ class Prompter:
             raise ModelError(
                 "a row with a picture, but the model reads none",
                 where="key model.name",
-                fix="take a vision-language model, such as Qwen/Qwen2-VL-2B-Instruct",
+                fix="take one that does in a way that is known here: qwen2_vl, qwen2_5_vl, llava, idefics3, smolvlm "
+                "(qwen3_vl, gemma3 and others put pictures into the decoder in ways that token trees cannot take)",
             )
         return ids, ()
 

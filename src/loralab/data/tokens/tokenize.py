@@ -147,11 +147,11 @@ def _encode(turns: Sequence[Turn], prompter: Prompter) -> list[_Encoded]:
 
 
 def _refuse_marker(answer: Sequence[int], prompter: Prompter) -> None:
-    """Refuse an answer that holds the token of pictures, which would take a feature where there is none."""
+    """Refuse text that holds the token of pictures, which would take a feature where there is none."""
     if prompter.pictures is not None and prompter.pictures.token in answer:
         raise TemplateError(
-            f"an answer holds {prompter.pictures.marker}, which stands for a picture",
-            where="the row's answer",
+            f"a text holds {prompter.pictures.marker}, which stands for a picture",
+            where="the row's text",
             fix="take that token out of the text, or set data.on_bad_row: drop",
         )
 
@@ -310,6 +310,7 @@ def _refuse_long(prompt_length: int, length: int, settings: TokenizeSettings) ->
 def _document_units(ids: list[int], prompter: Prompter, settings: TokenizeSettings) -> list[Unit]:
     if not ids:
         return [Unit(dropped="empty_text")]
+    _refuse_marker(ids, prompter)
     bos = prompter.tokenizer.bos_token_id if adds_bos(prompter.tokenizer) else None
     ids = [*([] if bos is None else [bos]), *ids, prompter.stop.ids[0]]
     # Each window begins with the last token of the one before, so every token is predicted once.
@@ -346,6 +347,7 @@ def _tokens_unit(example: Tokens, prompter: Prompter, settings: TokenizeSettings
     if not spans:
         return Unit(dropped="no_supervised_tokens")
     _refuse_doubled_bos(ids, prompter)
+    _refuse_marker(ids, prompter)
     cut = length > settings.max_length
     notes = {"truncated"} if cut else set()
     # Text of which all carries loss need not end; an answer behind a prompt must.
