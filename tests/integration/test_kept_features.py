@@ -65,7 +65,7 @@ def test_where_features_are_not_kept_it_is_said_why(tmp_path: Path, base: Path) 
 
 
 def test_what_was_asked_for_and_cannot_be_is_an_error(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(ConfigError, match="features cannot be kept: .*the vision tower learns"):
+    with pytest.raises(ConfigError, match=r"features cannot be kept: .*the vision tower learns"):
         train(tmp_path, base, "run", image={"cache_features": True}, lora={"vision": "all"})
 
 

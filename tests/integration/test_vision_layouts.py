@@ -21,9 +21,8 @@ from loralab.layout.planner import Planner
 from loralab.models.adapters import build_adapter
 from loralab.models.picture_features import encode_pictures
 from loralab.models.supervised import SupervisedPeftModel
-from loralab.models.vision import load_processor, position_axes
+from loralab.models.vision import position_axes
 from loralab.progress import Reporter
-from loralab.workflows.pictures import check_pictures
 from support.layouts import ALWAYS_SHARE, draw_adapter, largest_difference, loss_and_gradients
 from support.tiny import write_rows
 from support.tiny_vision import VISION_FAMILIES, build_vision_model, draw_picture, vqa_rows
@@ -66,13 +65,11 @@ def build(family, *, seed: int, vision: str = "none", dropout: float = 0.0, chec
 
 
 def prepared(folder: Path, pictures: PictureProcessor) -> PreparedData:
-    rows = [
-        {
-            "messages": [{"role": "user", "content": [{"type": "image", "image": row["image"]}, row["question"]]}]
-            + [{"role": "assistant", "content": row["answer"]}]
-        }
-        for row in vqa_rows(folder, 3)
-    ]
+    rows = []
+    for row in vqa_rows(folder, 3):
+        asked = [{"type": "image", "image": row["image"]}, row["question"]]
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["answer"]}]
+        rows.append({"messages": turns})
     picture = [{"type": "image", "image": "images/0.png"}]
     other = [{"type": "image", "image": str(draw_picture(folder / "images/9.png", 9).relative_to(folder))}]
     rows += [

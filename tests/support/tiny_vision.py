@@ -227,7 +227,7 @@ def vqa_rows(folder: Path, pictures: int, *, questions: int = 3) -> list[dict[st
         rows += [
             {
                 "image": name,
-                "question": f"is the {'cat dog bird red'.split()[q % 4]} {q}?",
+                "question": f"is the {['cat', 'dog', 'bird', 'red'][q % 4]} {q}?",
                 "answer": f"one {q} {number}",
             }
             for q in range(questions)

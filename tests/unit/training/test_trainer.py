@@ -1,6 +1,7 @@
 """One optimizer step inside Trainer: exact sums, and only what Trainer lets be overridden."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def test_step_that_does_not_fit_is_run_again_from_its_beginning(
     model.zero_grad()
     trainer, state, shrunk = trainer_of(model, tmp_path, planner=Planner(240, layout="packed"), examples=examples)
     step = Planner(240, layout="packed")(examples)
-    step = type(step)(step.micro_batches[::-1], step.supervised_tokens, step.examples)
+    step = replace(step, micro_batches=step.micro_batches[::-1])
     assert step.micro_batches[0].tokens <= 150 < step.micro_batches[-1].tokens
     refuse_above(monkeypatch, 150)
     share = trainer.training_step(model, step)

@@ -33,7 +33,7 @@ def test_a_picture_that_is_not_there_or_has_other_features_is_not_held(tmp_path:
     kept.save(picture(1), torch.zeros(4, 6))
     assert not kept.holds(picture(2), 4)
     assert not kept.holds(picture(1), 5)
-    with pytest.raises(DataError, match="kept features of the picture '/pictures/2.png'"):
+    with pytest.raises(DataError, match=r"kept features of the picture '/pictures/2\.png'"):
         kept.load(picture(2))
 
 
