@@ -101,9 +101,9 @@ def _configure_vision(files: Path) -> dict[str, Any]:
         },
         "lora": {"r": 16, "alpha": 32, "target_modules": "auto"},
         "training": {
-            "num_train_epochs": 6,
+            "num_train_epochs": 16,
             "per_device_train_batch_size": 20,
-            "learning_rate": 4e-3,
+            "learning_rate": 2e-3,
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.05,
             "sampling": "grouped",
