@@ -31,7 +31,7 @@ from loralab.models.allocator import returning_memory
 from loralab.models.families import take_activation_twin
 from loralab.models.precision import Resolved
 from loralab.models.quantization import BITSANDBYTES, Quantization, resolve_quantization, stored_quantization
-from loralab.models.vision import auto_class
+from loralab.models.vision import auto_class, vision_family
 from loralab.run import file_sha256
 
 if BITSANDBYTES:
@@ -272,7 +272,8 @@ def _quantized_share(base: PreTrainedModel) -> str:
     share = facts["weights"] / (facts["weights"] + facts["weights_not_quantized"])
     error = facts["error"]
     changed = f", changed by {error['relative']:.1%} of their size" if error else ""
-    return f": {facts['layers']} layers with {share:.0%} of the weights{changed}; products of dequantized weights"
+    seen = "" if vision_family(base.config) is None else " (those that read pictures included)"
+    return f": {facts['layers']} layers{seen} with {share:.0%} of the weights{changed}; products of dequantized weights"
 
 
 def _check_complete(base: PreTrainedModel, info: Mapping[str, Any], model: ModelConfig) -> None:
