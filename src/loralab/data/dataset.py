@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loralab.config.paths import local_path
 from loralab.config.schema import DataConfig
+from loralab.data.bad_rows import explain_bad_rows
 from loralab.data.formats.table import FORMATS
 from loralab.data.images.files import ImageFolder
 from loralab.data.images.processor import PictureProcessor
@@ -109,6 +110,8 @@ def prepare_data(
         for name, units in _parts(pool, data, store, stored).items():
             splits[name] = store.select(np.flatnonzero(np.isin(store.units, units)).astype(np.int64))
             reports[name] = report_split(splits[name], units, stored, sources=pool.sources)
+            for line in explain_bad_rows(reports[name], sources=pool.sources, workers=pool.workers):
+                reporter.say(f"{name}: {line}")
             check_dropped(name, reports[name], data)
             reporter.say(describe_split(name, reports[name]))
         if "train" in pool.parts and prompter.system_prompt is None:

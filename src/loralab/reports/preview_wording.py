@@ -12,6 +12,9 @@ _DUPLICATES = {
     "same_prompt_other_answer": "rows whose prompt has another answer too",
 }
 
+# Of bad rows, so many are told why they are bad; `--json` has all that are listed.
+_EXPLAINED = 20
+
 
 def describe_row(row: Mapping[str, Any]) -> str:
     """Return where a row stands and what became of it."""
@@ -65,6 +68,8 @@ def describe_lists(report: Mapping[str, Any]) -> Iterator[str]:
         for reason, count in facts["dropped"].items():
             rows = [entry for entry in facts["dropped_rows"] if entry["reason"] == reason]
             yield f"{name}: dropped, {reason} ({count:,}): {list_places(rows, count)}"
+            for entry in [entry for entry in rows if entry.get("why")][:_EXPLAINED]:
+                yield f"{name}: {entry['source']} row {entry['row']}: {entry['why']}"
         for note, rows in facts["noted_rows"].items():
             yield f"{name}: {note} ({facts['notes'][note]:,}): {list_places(rows, facts['notes'][note])}"
         for kind, words in _DUPLICATES.items():

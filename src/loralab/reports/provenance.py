@@ -112,7 +112,7 @@ def _count_rows(splits: list[Json]) -> list[Json]:
 
 def _dropped_rows(splits: Json, names: list[str]) -> Json:
     found = [
-        (name.capitalize(), format_value(dig(row, "row")), str(dig(row, "reason") or ""))
+        (name.capitalize(), format_value(dig(row, "row")), str(dig(row, "why") or dig(row, "reason") or ""))
         for name in names
         for row in dig_list(splits, name, "dropped_rows")
     ]

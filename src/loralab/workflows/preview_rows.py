@@ -105,6 +105,8 @@ class RowViewer:
             ((_, units),) = worker([row])
             fields = {str(name): str(value)[:_FIELD_CHARACTERS] for name, value in row.fields.items()}
             reasons = [unit.dropped for unit in units if unit.dropped is not None]
+            if "bad_row" in reasons or "template_refused" in reasons:
+                reasons.append(worker.explain(unparsed))
             return [
                 _facts(None, source.name, number)
                 | {"status": "dropped", "reason": ", ".join(reasons), "fields": fields}

@@ -77,6 +77,18 @@ class RowTokenizer:
             for row, example in zip(parsed, examples, strict=True)
         ]
 
+    def explain(self, unparsed: UnparsedRow) -> str:
+        """Return what is wrong with a row that was dropped, in words."""
+        try:
+            row = parse_row(unparsed)
+            example = self.images.open_all(build_example(self.format, row.fields, self.columns))
+            list(tokenize_examples([example], prompter=self.prompter, settings=self.settings))
+        except RowError as error:
+            return str(error)
+        except (DataError, MaskError) as error:
+            return error.problems[0].what
+        return "nothing is wrong with it any more"
+
     def _example(self, row: Row) -> Example | None:
         try:
             return self.images.open_all(build_example(self.format, row.fields, self.columns))
