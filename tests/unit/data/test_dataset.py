@@ -143,7 +143,12 @@ def test_report_says_what_was_read_kept_and_why(path: Path, notes: Notes) -> Non
     assert part["dropped"] == {"stop_token_inside_answer": 1, "bad_row": 1}
     assert part["dropped_rows"] == [
         {"source": str(path), "row": 3, "reason": "stop_token_inside_answer"},
-        {"source": str(path), "row": 4, "reason": "bad_row"},
+        {
+            "source": str(path),
+            "row": 4,
+            "reason": "bad_row",
+            "why": "field 'output' is NoneType, not a string: None",
+        },
     ]
     assert (part["truncated"], part["empty_answers"]) == (0, 1)
     assert part["supervised_tokens"] == sum(example.supervised_tokens for example in kept)
