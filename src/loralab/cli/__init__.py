@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from loralab.cli import asking, comparing, data, environment, measuring, planning, previewing, start, training
-from loralab.cli.application import app
+from loralab.cli.application import app, leave
 from loralab.console import ClosedOutput, ConsoleReporter, discard, printable, speaks, tolerate_characters
 from loralab.errors import LoralabError
 
@@ -52,7 +52,7 @@ def main() -> None:
         ConsoleReporter.close()
         if speaks(error):
             print(printable(str(error), sys.stderr), file=sys.stderr)
-        sys.exit(error.exit_code)
+        leave(error.exit_code)
     except ClosedOutput:
         ConsoleReporter.close()
         discard(sys.stdout)

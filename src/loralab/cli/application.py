@@ -1,14 +1,16 @@
 """The command line as a whole: what holds for every command.
 
-Owns the application that commands are added to, what happens when nobody reads stdout any more,
-and how `--json` is printed.
+Owns the application that commands are added to, what happens when nobody reads stdout any more, how a process
+ends with an exit code, and how `--json` is printed.
 """
 
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -46,6 +48,21 @@ def _watching_output() -> Iterator[None]:
         if isinstance(end.__context__, BrokenPipeError):  # how rich, which writes the help, ends
             raise ClosedOutput from None
         raise
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code, once all that it said is written.
+
+    Of several processes of one run, one that fails ends without Python's own shutdown: a thread of gloo that lets go
+    of the tensor of its last sum meanwhile would abort it, and the code would be lost.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # as after `>&-`
+                with contextlib.suppress(OSError):
+                    stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 app = typer.Typer(

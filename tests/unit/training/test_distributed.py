@@ -14,6 +14,7 @@ from support.processes import run_program
 _HEAD = """
 import os, signal, sys, time
 import numpy as np
+from loralab.cli.application import leave
 from loralab.errors import ConfigError, LoralabError
 from loralab.training.distributed import joined
 
@@ -23,7 +24,7 @@ def main(act):
             act(processes)
     except LoralabError as error:
         print(f"{type(error).__name__}\\n{error}")
-        sys.exit(error.exit_code)
+        leave(error.exit_code)
 """
 
 
