@@ -1,11 +1,11 @@
 """The vision demo's claim: the adapter answers questions about held-out pictures that the base model cannot."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from support.demo import right_answers, run_demo_command
 
 # Seen: base 0, adapter 136 of 150. The margin leaves room for other processors' rounding.
 LEAST_BY_ADAPTER, MOST_BY_BASE, QUESTIONS = 105, 15, 150
@@ -14,19 +14,12 @@ LEAST_BY_ADAPTER, MOST_BY_BASE, QUESTIONS = 105, 15, 150
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("demo") / "run"
-    command = [sys.executable, "-m", "loralab.cli", "demo", "--vision", "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return output, done.stdout
+    return output, run_demo_command(output, "--vision")
 
 
 def test_adapter_answers_what_the_base_cannot(demo: tuple[Path, str]) -> None:
     output, said = demo
-    lines = [json.loads(text) for text in (output / "predictions.jsonl").read_text().splitlines()]
-    assert len(lines) == QUESTIONS
-    adapter, base = (
-        sum(line[side]["answer"].strip() == line["reference"].strip() for line in lines) for side in ("adapter", "base")
-    )
+    adapter, base = right_answers(output, questions=QUESTIONS)
     assert base <= MOST_BY_BASE
     assert adapter >= LEAST_BY_ADAPTER
     assert f"answered word for word: base {base}, adapter {adapter}" in said

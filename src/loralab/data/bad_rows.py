@@ -34,14 +34,8 @@ def explain_bad_rows(
     listed = [entry for entry in report["dropped_rows"] if entry["reason"] in _ASKED]
     for source, worker in zip(sources, workers, strict=True):
         asked = {entry["row"]: entry for entry in listed if entry["source"] == source.name}
-        if not asked:
-            continue
-        last = max(asked)
-        for row in source.unparsed(min(asked) - 1):
-            if row.number in asked:
-                asked[row.number]["why"] = worker.explain(row)
-            if row.number >= last:
-                break
+        for row in source.pick(sorted(asked)):
+            asked[row.number]["why"] = worker.explain(row)
     told = [
         f"dropped {entry['source']} row {entry['row']}: {entry.get('why', 'it is gone')}" for entry in listed[:_TOLD]
     ]

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from transformers import PreTrainedTokenizerBase
 
 from loralab.config.paths import local_path
@@ -226,9 +228,9 @@ def _parts(pool: Pool, data: DataConfig, store: TokenStore, stored: dict[str, An
     total = int(stored["units"])
     if "train" not in pool.parts:
         return {pool.parts[0]: np.arange(total, dtype=np.int64)}
-    if store.has_images:
-        return split_groups(_picture_owners(store, _owners(store, stored)), data)
     owners = _owners(store, stored)
+    if store.has_images:
+        return split_groups(_picture_owners(store, owners), data)
     rows = int(owners.max()) + 1 if total else 0
     if rows in (1, total):  # one document: its windows are all that can be divided
         return split_units(total, data)
@@ -243,20 +245,12 @@ def _picture_owners(store: TokenStore, owners: Indices) -> Indices:
         store: the kept units.
         owners: number of the source row of each unit, kept or not: units of one row stay together too.
     """
-    group: dict[str, int] = {}
-    parent = list(range(int(owners.max()) + 1))
-
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = parent[row]
-        return row
-
-    for unit, example in zip(store.units.tolist(), store, strict=True):
-        row = int(owners[unit])
-        for sha256 in {image.file.sha256 for branch in example.branches for image in branch.images}:
-            parent[root(row)] = root(group.setdefault(sha256, row))
-    found: Indices = np.unique([root(row) for row in owners.tolist()], return_inverse=True)[1].astype(np.int64)
+    examples, pictures = store.image_places()
+    rows, first_picture = owners[store.units[examples]], int(owners.max()) + 1
+    size = first_picture + int(pictures.max(initial=-1)) + 1
+    links = coo_array((np.ones(len(rows), dtype=bool), (rows, pictures + first_picture)), shape=(size, size))
+    groups = connected_components(links, directed=False)[1][owners]
+    found: Indices = np.unique(groups, return_inverse=True)[1].astype(np.int64)
     return found
 
 

@@ -4,7 +4,7 @@ Owns padding. Padded positions are hidden by position, never by token id.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -85,14 +85,16 @@ class MicroBatch:
     label_examples: Tensor
     tokens: int
     roots: tuple[Root, ...] | None
-    pictures: PictureBatch | None = field(default=None)
+    pictures: PictureBatch | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the same batch on `device`."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in values.items():
-            if isinstance(value, Tensor | PictureBatch):
-                values[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
+            if isinstance(value, Tensor):
+                values[name] = value.to(device, non_blocking=True)
+            elif isinstance(value, PictureBatch):
+                values[name] = value.to(device)
         return MicroBatch(**values)
 
 

@@ -20,7 +20,7 @@ from loralab.models.layer_stack import find_layer_stack, resolve_layers
 from loralab.models.precision import Resolved
 from loralab.models.trainable_tokens import resolve_trainable_tokens
 from loralab.models.trained_modules import resolve_trained_modules, trained_names
-from loralab.models.vision import VisionFamily, is_projector_layer, is_unread_layer, is_vision_layer, vision_family
+from loralab.models.vision import is_projector_layer, is_unread_layer, is_vision_layer, vision_family
 
 # Mamba's kernels take the weights and never call the layers; PEFT refuses them by name, but for dt_proj.
 FUSED_FAMILIES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
@@ -59,12 +59,12 @@ def _layers_in_reach(base: PreTrainedModel, lora: LoraConfig) -> dict[str, nn.Mo
     layers = {name: m for name, m in layers.items() if not is_unread_layer(name, base.config, family)}
     if lora.vision == "all":
         return layers
-    kept = is_projector_layer if lora.vision == "projector" else _nowhere
-    return {name: m for name, m in layers.items() if not is_vision_layer(name, family) or kept(name, family)}
-
-
-def _nowhere(_name: str, _family: VisionFamily) -> bool:
-    return False
+    projector = lora.vision == "projector"
+    return {
+        name: module
+        for name, module in layers.items()
+        if not is_vision_layer(name, family) or (projector and is_projector_layer(name, family))
+    }
 
 
 def placement(lora: LoraConfig, base: PreTrainedModel, targets: Sequence[str]) -> dict[str, Any]:

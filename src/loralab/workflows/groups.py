@@ -115,16 +115,7 @@ def _rows_of(data: PreparedData, split: TokenStore) -> Iterator[tuple[int, Row]]
     origins = split.origins
     for index, source in enumerate(pool.sources):
         wanted = np.unique(origins[origins[:, 0] == index, 1]).tolist()
-        waiting = iter(wanted)
-        number = next(waiting, None)
-        if number is None:
-            continue
-        for unparsed in source.unparsed():
-            if unparsed.number == number:
-                yield index, parse_row(unparsed)
-                number = next(waiting, None)
-                if number is None:
-                    break
+        yield from ((index, parse_row(unparsed)) for unparsed in source.pick(wanted))
 
 
 def _as_text(value: object, row: Row, by: str) -> str:

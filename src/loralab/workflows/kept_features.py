@@ -9,9 +9,10 @@ import importlib.metadata
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -70,7 +71,7 @@ def keep_features(run: Run, request: StopRequest) -> None:
     Raises:
         ConfigError: features were to be kept, and cannot be.
     """
-    reader = run.planner.pictures
+    reader, before = run.planner.pictures, run.record.content.get(RECORD)
     if not isinstance(reader, PictureReader) or not any(split.has_images for split in run.data.splits.values()):
         return
     image = run.config.data.image
@@ -85,26 +86,31 @@ def keep_features(run: Run, request: StopRequest) -> None:
             raise ConfigError(
                 f"features cannot be kept: {reason}", where=_WHERE, fix="set data.image.cache_features: auto"
             ) from None
-        _note(run, Resolved("off", str(reason)))
+        _note(run, Resolved("off", str(reason)), before)
         return
     kept = len(work.files) - len(work.missing)
     shown = f"{len(work.files):,} pictures, {kept:,} of them from an earlier run; loss and gradients are the same"
-    _note(run, Resolved("on", f"the vision tower is frozen: {shown}"))
+    _note(run, Resolved("on", f"the vision tower is frozen: {shown}"), before)
     started = time.perf_counter()
     if _encode(run, reader.processor, work, request):
         run.planner = replace(run.planner, pictures=reader.knowing(work.store))
     run.record.update(
         **{
-            RECORD: {"pictures": len(work.files), "encoded": len(work.missing), "bytes": work.wanted}
+            RECORD: {"value": "on", "pictures": len(work.files), "encoded": len(work.missing), "bytes": work.wanted}
             | {"seconds": round(time.perf_counter() - started, 3)}
         }
     )
 
 
-def _note(run: Run, choice: Resolved[str]) -> None:
+def _note(run: Run, choice: Resolved[str], before: Mapping[str, Any] | None) -> None:
+    """Tell of the choice and record it, and warn where a resumed run began with the other one."""
     run.choices["cache_features"] = choice
     run.reporter.say(f"cache_features: {choice.value} ({choice.reason})")
-    run.record.update(resolved=describe_choices(run.choices))
+    if before is not None and before["value"] != choice.value:
+        what = f"the run began with cache_features {before['value']}: the adapter may differ in its last digits"
+        run.reporter.say(f"warning: {what}")
+        run.record.add_event(f"warning: {what}")
+    run.record.update(resolved=describe_choices(run.choices), **{RECORD: {"value": choice.value}})
 
 
 def _try(run: Run, processor: PictureProcessor) -> _Work | str:
@@ -163,8 +169,7 @@ def _check_room(store: FeatureStore, whole: int, wanted: int, *, most: int) -> N
         raise _NotKept(f"they would take {whole / 2**30:.1f} GiB, and data.image.cache_gib is {most / 2**30:g}")
     if wanted > free:
         raise _NotKept(f"they would take {wanted / 2**30:.1f} GiB, and half of the free disk is {free / 2**30:.1f}")
-    store.make_room(wanted, most=most)
-    if wanted + store.held_bytes() > most:
+    if not store.make_room(wanted, most=most):
         raise _NotKept(
             f"{wanted / 2**30:.1f} GiB more would not fit beside what this tower has kept of other data "
             f"(data.image.cache_gib: {most / 2**30:g}; folder {store.folder})"

@@ -36,7 +36,7 @@ def open_pictures(config: Config, *, folder: Path | None = None) -> PictureProce
 
     Args:
         config: the configuration.
-        folder: an adapter's, whose own processor goes before the base's; it holds the bounds on pixels already.
+        folder: an adapter's, whose own processor goes before the base's.
 
     Raises:
         ConfigError: `data.image` is set for a model that reads no pictures, or has a bound that its processor does
@@ -54,12 +54,13 @@ def open_pictures(config: Config, *, folder: Path | None = None) -> PictureProce
             )
         return None
     if folder is not None and any((folder / name).is_file() for name in _PROCESSOR_FILES):
-        return PictureProcessor(load_processor(str(folder), revision=None, trust_remote_code=False))
-    processor = load_processor(
-        model_source(config.model.name),
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+        processor = load_processor(str(folder), revision=None, trust_remote_code=False)
+    else:
+        processor = load_processor(
+            model_source(config.model.name),
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
     return PictureProcessor(processor, image.min_pixels, image.max_pixels)
 
 

@@ -3,7 +3,6 @@
 Owns which rows are shown and their form as data; how they look is the terminal's and the page's.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,7 @@ class RowViewer:
         ]
 
     def _dropped(self, source: Source, worker: RowTokenizer, number: int) -> list[dict[str, Any]]:
-        for unparsed in itertools.islice(source.unparsed(number - 1), 1):
+        for unparsed in source.pick([number]):
             row = parse_row(unparsed)
             ((_, units),) = worker([row])
             fields = {str(name): str(value)[:_FIELD_CHARACTERS] for name, value in row.fields.items()}

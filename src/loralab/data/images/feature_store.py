@@ -78,12 +78,17 @@ class FeatureStore:
             fix="go on with --resume, which computes what is missing, or set data.image.cache_features: false",
         )
 
-    def make_room(self, wanted: int, *, most: int) -> None:
+    def make_room(self, wanted: int, *, most: int) -> bool:
         """Remove features of other weights and processors, the oldest first, until `wanted` bytes fit into `most`.
+
+        What this folder holds already, of these or other pictures, stays.
 
         Args:
             wanted: bytes that will be added.
             most: bytes that all folders may take together.
+
+        Returns:
+            Whether they fit.
         """
         others = [each for each in self.folder.parent.glob("*") if each.is_dir() and each != self.folder]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -92,13 +97,10 @@ class FeatureStore:
         held = sum(sizes.values()) + _size(self.folder)
         for each in sorted(others, key=lambda folder: folder.stat().st_mtime):
             if held + wanted <= most:
-                return
+                break
             shutil.rmtree(each, ignore_errors=True)
             held -= sizes[each]
-
-    def held_bytes(self) -> int:
-        """Return what is there already."""
-        return _size(self.folder)
+        return held + wanted <= most
 
 
 def _digest(raw: bytes | bytearray) -> bytes:

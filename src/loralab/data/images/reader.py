@@ -15,7 +15,7 @@ from loralab.data.images.processor import PictureProcessor
 
 
 class KnownFeatures(Protocol):
-    """Features of pictures that were encoded before; `models.feature_store.FeatureStore` is one."""
+    """Features of pictures that were encoded before; `data.images.feature_store.FeatureStore` is one."""
 
     def load(self, file: ImageFile) -> Tensor:
         """Return the features of a picture (M, D)."""

@@ -58,19 +58,10 @@ def read_stored_rows(data: PreparedData, *, limit: int | None = None) -> Iterato
 
 
 def _read(source: Source, places: Integers, worker: RowTokenizer, stored: "_Stored") -> Iterator[StoredRow]:
-    waiting = iter(places.tolist())
-    place = next(waiting, None)
-    if place is None:
-        return
-    longest, number = stored.longest(place), stored.number(place)
-    for unparsed in source.unparsed():
-        if unparsed.number != number:
-            continue
+    longest = stored.longest(int(places[0])) if len(places) else 0
+    picked = source.pick(stored.rows[places, 1].tolist())
+    for place, unparsed in zip(places.tolist(), picked, strict=True):
         yield _stored_row(unparsed, worker, stored.units(place), longest)
-        place = next(waiting, None)
-        if place is None:
-            return
-        number = stored.number(place)
 
 
 def _stored_row(
@@ -120,10 +111,6 @@ class _Stored:
     def places(self, source: int, chosen: npt.NDArray[np.bool_]) -> Integers:
         """Return the places in `rows` of a source's rows, as far as they are chosen."""
         return np.flatnonzero((self.rows[:, 0] == source) & chosen).astype(np.int64)
-
-    def number(self, place: int) -> int:
-        """Return the number of a row in its source."""
-        return int(self.rows[place, 1])
 
     def units(self, place: int) -> tuple[tuple[Branch, ...], ...]:
         """Return the branches of each unit of a row."""

@@ -75,6 +75,27 @@ class Source:
         """
         return self.read(start)
 
+    def pick(self, numbers: Sequence[int]) -> Iterator[UnparsedRow]:
+        """Yield the rows with these numbers, and read no further than the last of them.
+
+        Args:
+            numbers: from 1, ascending.
+
+        Raises:
+            DataError: the source cannot be read, or there is no row.
+        """
+        waiting = iter(numbers)
+        number = next(waiting, None)
+        if number is None:
+            return
+        for row in self.unparsed(number - 1):
+            if row.number != number:
+                continue
+            yield row
+            number = next(waiting, None)
+            if number is None:
+                return
+
 
 @dataclass(frozen=True, slots=True)
 class _Found:

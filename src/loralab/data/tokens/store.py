@@ -100,6 +100,25 @@ class TokenStore(Sequence[TokenizedExample]):
         lengths: Integers = self._arrays.images[self._image_rows(), 2].astype(np.int64)
         return lengths
 
+    def image_places(self) -> tuple[Integers, Integers]:
+        """Return where pictures stand: position in this view of the example, and number of the picture, of each.
+
+        Pictures of equal bytes have one number, from 0.
+        """
+        rows = self._image_rows()
+        if not len(rows):
+            return rows, rows
+        owners = np.repeat(np.arange(len(self)), self._column(_COUNT))
+        examples = np.repeat(owners, self._pictures_of_branches())
+        return examples, self._arrays.numbers_of(rows)
+
+    def _pictures_of_branches(self) -> Integers:
+        """Return how many pictures each branch of these examples has."""
+        branches = _ranges(self._column(_FIRST), self._column(_COUNT))
+        ends = np.searchsorted(self._arrays.image_branches, branches, side="right")
+        counts: Integers = ends - np.searchsorted(self._arrays.image_branches, branches)
+        return counts
+
     def _image_rows(self) -> Integers:
         """Return which rows of the table of pictures belong to these examples, in their order."""
         if not self.has_images:
@@ -174,9 +193,7 @@ class TokenStore(Sequence[TokenizedExample]):
         rows = self._image_rows()
         if not len(rows):
             return
-        branches = _ranges(self._column(_FIRST), self._column(_COUNT))
-        ends = np.searchsorted(self._arrays.image_branches, branches, side="right")
-        digest.update((ends - np.searchsorted(self._arrays.image_branches, branches)).astype("<i8").tobytes())
+        digest.update(self._pictures_of_branches().astype("<i8").tobytes())
         for start in range(0, len(rows), _BLOCK_EXAMPLES):
             block = self._arrays.images[rows[start : start + _BLOCK_EXAMPLES]]
             digest.update(np.ascontiguousarray(block[:, _SHOWN]).tobytes())
@@ -233,12 +250,22 @@ class _Arrays:
         first, last = np.searchsorted(self.image_branches, (branch, branch + 1)).tolist()
         return tuple(self._image(row) for row in self.images[first:last])
 
+    def _told_by(self, rows: Integers, columns: slice) -> npt.NDArray[np.void]:
+        """Return some columns of some rows of the table of pictures, those of a row as one value."""
+        told = np.ascontiguousarray(self.images[rows, columns])
+        return told.view(f"V{told.itemsize * told.shape[1]}")
+
+    def numbers_of(self, rows: Integers) -> Integers:
+        """Return a number for the picture in each of some rows of the table, the same for equal bytes."""
+        numbers = np.unique(self._told_by(rows, _HASH), return_inverse=True)[1]
+        found: Integers = numbers.reshape(-1).astype(np.int64)
+        return found
+
     def files_of(self, rows: Integers, columns: slice) -> list[ImageFile]:
         """Return the files in some rows of the table of pictures, once each where these columns are equal, in order."""
         if not len(rows):
             return []
-        told = np.ascontiguousarray(self.images[rows, columns])
-        first = np.unique(told.view(f"V{told.itemsize * told.shape[1]}"), return_index=True)[1]
+        first = np.unique(self._told_by(rows, columns), return_index=True)[1]
         # A path stands there once for each chunk of rows that was packed together.
         return list(dict.fromkeys(self._file(self.images[row]) for row in rows[np.sort(first)]))
 
