@@ -21,7 +21,14 @@ from loralab.data.images.files import ImageFolder
 from loralab.data.images.processor import PictureProcessor
 from loralab.data.pools import Member, Pool, describe_formats, equip, prompted_format, resolve_pools
 from loralab.data.prepared import check_prepared, open_prepared
-from loralab.data.prompts.prompter import Prompter, apply_stop_setting, choose_bos_prefix, own_template, render_with
+from loralab.data.prompts.prompter import (
+    Prompter,
+    apply_stop_setting,
+    choose_bos_prefix,
+    no_sight,
+    own_template,
+    render_with,
+)
 from loralab.data.prompts.templates import Template, prepare_template, resolve_template
 from loralab.data.reading.sources import Source
 from loralab.data.split_report import check_dropped, describe_split, report_split
@@ -94,6 +101,8 @@ def prepare_data(
     pools = resolve_pools(data, split, fixed=_OF_PROMPTS if template is not None else ())
     if pictures is not None and tokenizer.chat_template is None:  # some models keep it with their processor alone
         tokenizer.chat_template = pictures.processor.chat_template
+    if pictures is None and any(member.format == "vqa" for pool in pools for member in pool.members):
+        raise no_sight()  # before a template is looked for, which such a model may not have
     prompter, chosen = _build_prompter(data, pools, tokenizer, template)
     prompter.pictures = pictures
     settings = TokenizeSettings(data.train_on, data.max_length, data.truncation, data.long_text, data.system)

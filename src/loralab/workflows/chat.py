@@ -16,13 +16,12 @@ from loralab.progress import Reporter
 from loralab.training.callbacks import StopRequest, catching_signals
 from loralab.workflows.dialogue import Chat, Reply
 from loralab.workflows.generate import check_sampling, check_system, resolve_system
-from loralab.workflows.given_pictures import PICTURE_SETTINGS, check_sight, look_at_given
+from loralab.workflows.given_pictures import check_sight, look_at_given
 from loralab.workflows.prompts import check_texts
 from loralab.workflows.session import PROMPT_SETTINGS, Session, open_session
 
 _READ = (
     *PROMPT_SETTINGS,
-    *PICTURE_SETTINGS,
     "evaluation.max_new_tokens",
 )
 # A conversation gives way to its next answer until this share of the positions is free for it.

@@ -11,11 +11,11 @@ from loralab.data.prompts.prompter import Prompter
 from loralab.errors import ConfigError, DataError, Problem
 from loralab.evaluation.generate import GenerationSettings, generate_answers
 from loralab.progress import Reporter
-from loralab.workflows.given_pictures import PICTURE_SETTINGS, check_sight, look_at_given
+from loralab.workflows.given_pictures import check_sight, look_at_given
 from loralab.workflows.prompts import check_texts, user_turn
 from loralab.workflows.session import PROMPT_SETTINGS, Session, open_session
 
-_READ = (*PROMPT_SETTINGS, *PICTURE_SETTINGS, "evaluation.batch_size", "evaluation.max_new_tokens")
+_READ = (*PROMPT_SETTINGS, "evaluation.batch_size", "evaluation.max_new_tokens")
 _IMAGE = "option --image"
 
 

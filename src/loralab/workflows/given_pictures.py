@@ -13,8 +13,6 @@ from loralab.data.images.files import ImageFolder
 from loralab.data.prompts.prompter import Prompter
 from loralab.errors import DataError, ModelError
 
-# What overrides can change of how they are read.
-PICTURE_SETTINGS = ("data.image.min_pixels", "data.image.max_pixels")
 _FIX = "name a picture file, such as PNG or JPEG"
 
 

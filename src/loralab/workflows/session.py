@@ -231,7 +231,8 @@ def _check_effect(overrides: Sequence[str], reads: Sequence[str], ignores: Seque
         key = text.partition("=")[0].strip()
         if any(_covers(each, key) for each in reads) and not any(_covers(each, key) for each in ignores):
             continue
-        listed = ", ".join(f"{each}.*" if "." not in each else each for each in reads if each)
+        read = [each for each in reads if each and each not in ignores]
+        listed = ", ".join(f"{each}.*" if "." not in each else each for each in read)
         fix = "remove it" + (f"; this command reads {listed}" if listed else ", or the option that replaces it")
         problems.append(Problem(f"{key} has no effect on this command", f"command line: {text}", fix))
     if problems:

@@ -11,7 +11,7 @@ from loralab.data.dataset import PreparedData, prepare_data
 from loralab.data.prompts.templates import TEMPLATES
 from loralab.data.tokens import identity
 from loralab.data.tokens.identity import tokenizer_sha256
-from loralab.errors import DataError
+from loralab.errors import DataError, ModelError
 from loralab.progress import Reporter
 from support import tiny
 from unit.data.prompters import CHATML, build_tokenizer
@@ -338,3 +338,12 @@ def test_same_rows_under_two_names_are_refused(path: Path, notes: Notes, tmp_pat
     with pytest.raises(DataError, match=r"copy\.json' holds the rows of .*rows\.json'") as caught:
         prepare(path, notes, **{part: str(copy)})
     assert caught.value.problems[0].where == f"keys data.train, data.{part}"
+
+
+def test_rows_with_pictures_for_a_model_of_text_are_told_so_before_any_template(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"image": "a.png", "question": "what?", "answer": "a cat"}\n')
+    data = DataConfig(train=str(rows), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ModelError, match="the model reads none") as caught:
+        prepare_data(data, build_tokenizer(), reporter=Reporter())
+    assert "qwen2_vl" in str(caught.value)

@@ -92,6 +92,16 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return own if isinstance(own, str) else None
 
 
+def no_sight() -> ModelError:
+    """Return the error of rows with pictures for a model that reads none, or none in a way that is known here."""
+    return ModelError(
+        "rows with pictures, but the model reads none",
+        where="key model.name",
+        fix="take one that does in a way that is known here: qwen2_vl, qwen2_5_vl, llava, idefics3, smolvlm "
+        "(qwen3_vl, gemma3 and others put pictures into the decoder in ways that token trees cannot take)",
+    )
+
+
 def wants_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     """Return whether a template reads a turn's content as a list of parts alone, as many of vision models do.
 
@@ -263,12 +273,7 @@ class Prompter:
         if self.pictures is not None:
             return self.pictures.place(ids, files)
         if files:
-            raise ModelError(
-                "a row with a picture, but the model reads none",
-                where="key model.name",
-                fix="take one that does in a way that is known here: qwen2_vl, qwen2_5_vl, llava, idefics3, smolvlm "
-                "(qwen3_vl, gemma3 and others put pictures into the decoder in ways that token trees cannot take)",
-            )
+            raise no_sight()
         return ids, ()
 
     def fold(self, ids: list[int], images: Sequence[PlacedImage]) -> list[int]:
