@@ -53,10 +53,11 @@ def _watching_output() -> Iterator[None]:
 def leave(code: int) -> NoReturn:
     """End this process with an exit code, once all that it said is written.
 
-    Of several processes of one run, one that fails ends without Python's own shutdown: a thread of gloo that lets go
-    of the tensor of its last sum meanwhile would abort it, and the code would be lost.
+    A process that fails while it is one of several ends without Python's own shutdown: a thread of gloo that lets
+    go of the tensor of its last sum meanwhile would abort it, and the code would be lost.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    distributed = sys.modules.get("torch.distributed")  # not imported here: most commands never need torch
+    if distributed is not None and distributed.is_initialized():
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:  # as after `>&-`
                 with contextlib.suppress(OSError):
