@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from loralab.config.findings import Finding
 from loralab.config.metric_facts import ALWAYS, FACTS, RESERVED, Way, better_of, figure_name, is_outside, owner_of
-from loralab.config.schema import Config, EvaluationConfig, TrainingConfig
+from loralab.config.schema import Config, EvaluationConfig
+from loralab.config.training_schema import TrainingConfig
 from loralab.lookup import suggest
 
 # Settings that act only where a metric needs answers.

@@ -9,7 +9,7 @@ from typing import Any
 
 from loralab.config.metric_checks import watched_metric
 from loralab.config.metric_facts import ALWAYS, FACTS, Better, better_of, owner_of
-from loralab.config.schema import EarlyStopping, TrainingConfig
+from loralab.config.training_schema import EarlyStopping, TrainingConfig
 from loralab.reports.facts import Facts, dig, dig_number, dig_table
 
 # More lines than this cannot be told apart.

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from loralab.config.checks import UNPAGED
-from loralab.config.schema import EvaluationConfig, TrainingConfig
+from loralab.config.schema import EvaluationConfig
+from loralab.config.training_schema import TrainingConfig
 from loralab.errors import ConfigError
 
 _BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loralab.config.schema import EarlyStopping
+from loralab.config.training_schema import EarlyStopping
 from loralab.training.state import RunState
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
-from loralab.config.schema import Config, LoraConfig, TrainingConfig
+from loralab.config.schema import Config, LoraConfig
+from loralab.config.training_schema import TrainingConfig
 from loralab.data.tokens.store import TokenStore
 from loralab.layout.planner import Layout
 from loralab.models.blueprint import Blueprint, describe_weights

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from loralab.config.checks import Finding
 from loralab.config.load import LoadedConfig, dump_config, field_by_key, load_config, schema_keys
-from loralab.config.schema import Config, EarlyStopping
+from loralab.config.schema import Config
+from loralab.config.training_schema import EarlyStopping
 from loralab.errors import ConfigError, Problem
 
 TEXT = """\

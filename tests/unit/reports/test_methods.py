@@ -8,7 +8,8 @@ from typing import Any, get_args
 import pytest
 
 from loralab.cli.measuring import report
-from loralab.config.schema import LoraConfig, TrainingConfig
+from loralab.config.schema import LoraConfig
+from loralab.config.training_schema import TrainingConfig
 from loralab.reports.citations import ENTRIES
 from loralab.reports.facts import load_facts
 from loralab.reports.methods import METRIC_CITATIONS, OPTIMIZERS, VARIANT_CITATIONS, VARIANTS, Methods, describe_methods

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from loralab.config.schema import EarlyStopping
+from loralab.config.training_schema import EarlyStopping
 from loralab.training.early_stopping import EarlyStopper
 from loralab.training.state import RunState
 

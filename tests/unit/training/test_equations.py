@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 import loralab
 from loralab.config.load import load_config
-from loralab.config.schema import EvaluationConfig, LoraConfig, TrainingConfig
+from loralab.config.schema import EvaluationConfig, LoraConfig
+from loralab.config.training_schema import TrainingConfig
 from loralab.data.example import TokenizedExample
 from loralab.evaluation.perplexity import measure_loss
 from loralab.layout.planner import Planner, ShrinkingPlanner
