@@ -6,6 +6,7 @@
         DataError              a file, row or split that cannot be used
           TemplateError          a prompt template that refuses a conversation, or that training cannot use
         ModelError             a base model, tokenizer or adapter that cannot be loaded
+        HubError               the Hub refuses, lacks what was named, or cannot be reached
         RunFolderError         an output folder in the way, or not a run folder
         StorageError           a disk that is full or not writable
         WorkerError            a worker process that died
@@ -15,6 +16,8 @@
         MaskError              what would carry loss is not the answer
         PromptContractError    the prompt is not the one that the adapter was trained on
         DeadAdapterError       something that is said to be trained is not
+        AdapterIntegrityError  the adapter's tensors are not those that were saved
+        MergeParityError       the merged model does not answer as the adapter does
       StoppedBySignal        exit 128 + signal: stopped on request
 
 Owns the form of a message (what, where, fix); printing it is the CLI's.
@@ -103,6 +106,10 @@ class ModelError(UserError):
     """A base model, tokenizer or adapter that cannot be loaded or used."""
 
 
+class HubError(UserError):
+    """The Hub refuses, does not have what was named, or cannot be reached."""
+
+
 class RunFolderError(UserError):
     """An output folder that is in the way, or a folder that is no run folder."""
 
@@ -139,6 +146,14 @@ class PromptContractError(ProofError):
 
 class DeadAdapterError(ProofError):
     """Tensors that are said to be trained have no gradient."""
+
+
+class AdapterIntegrityError(ProofError):
+    """The tensors of an adapter are not those that were saved, or are no numbers."""
+
+
+class MergeParityError(ProofError):
+    """A merged model does not answer as the live adapter does."""
 
 
 class StoppedBySignal(LoralabError):

@@ -15,7 +15,7 @@ LAYERS = (
     ("errors",),
     ("run", "lookup", "progress"),
     ("config",),
-    ("data", "models", "layout"),
+    ("data", "models", "layout", "hub"),
     ("training", "evaluation", "reports", "export", "doctor"),
     ("workflows",),
     ("api", "console", "options"),
@@ -31,6 +31,7 @@ SIDEWAYS = {
 ONLY_FROM = {
     "": {"errors", "api"},  # the package itself: its public names, the heavy ones on first use
     "reports": {"config", "run", "lookup", "errors"},  # `loralab report` works without torch
+    "hub": {"config", "run", "errors"},  # what goes up and down knows files, not models
 }
 # Folders without code.
 DATA_ONLY = {"recipes", "demo", "judge"}

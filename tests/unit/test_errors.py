@@ -7,11 +7,14 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 
 from loralab.errors import (
+    AdapterIntegrityError,
     ConfigError,
     DataError,
     DeadAdapterError,
+    HubError,
     LoralabError,
     MaskError,
+    MergeParityError,
     ModelError,
     OutOfMemoryError,
     Problem,
@@ -32,6 +35,7 @@ EXIT_CODES = {
     ConfigError: 2,
     DataError: 2,
     ModelError: 2,
+    HubError: 2,
     RunFolderError: 2,
     StorageError: 2,
     TrainingDivergedError: 2,
@@ -42,6 +46,8 @@ EXIT_CODES = {
     MaskError: 3,
     PromptContractError: 3,
     DeadAdapterError: 3,
+    AdapterIntegrityError: 3,
+    MergeParityError: 3,
 }
 THREE_LINES = "error: what 7\nwhere: there\nfix:   so"
 

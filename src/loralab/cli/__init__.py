@@ -8,7 +8,19 @@ import logging
 import sys
 from collections.abc import Callable
 
-from loralab.cli import asking, comparing, data, environment, measuring, planning, previewing, start, training
+from loralab.cli import (
+    asking,
+    comparing,
+    data,
+    environment,
+    measuring,
+    merging,
+    planning,
+    previewing,
+    sharing,
+    start,
+    training,
+)
 from loralab.cli.application import app, leave
 from loralab.console import ClosedOutput, ConsoleReporter, discard, printable, speaks, tolerate_characters
 from loralab.errors import LoralabError
@@ -34,6 +46,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "report": measuring.report,
     },
     "Ask": {"generate": asking.generate, "chat": asking.chat},
+    "Share": {"push": sharing.push, "merge": merging.merge},
 }
 for _heading, _commands in COMMANDS.items():
     for _name, _command in _commands.items():

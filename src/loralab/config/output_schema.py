@@ -20,7 +20,9 @@ class HubConfig(Section):
     )
     private: bool = Field(True, description="Make the repository private where it is created.")
     strategy: Literal["end", "every_save", "steps"] = Field(
-        "end", description="When to push, besides at the end: at no other time, with every checkpoint, or every steps."
+        "end",
+        description="When to push, besides at the end: at no other time (end), with every checkpoint (every_save), or "
+        "every so many steps (steps), with a checkpoint that is written for it.",
     )
     steps: PositiveInt = Field(500, description="Steps between two pushes when strategy is steps.")
 

@@ -76,7 +76,7 @@ def resolve_pools(data: DataConfig, split: str | None, *, fixed: Collection[str]
     pools = [Pool(_members(data.train, data, "data.train", split), parts=("train", *amounts))]
     for name, spec in (("validation", data.validation), ("test", data.test)):
         key = f"data.{name}"
-        if isinstance(spec, str) and _is_split_name(spec):
+        if isinstance(spec, str) and is_split_name(spec):
             pools.append(Pool(_members(data.train, data, key, spec), parts=(name,)))
         elif isinstance(spec, (str, list)):
             pools.append(Pool(_members(spec, data, key, None), parts=(name,)))
@@ -87,7 +87,8 @@ def resolve_pools(data: DataConfig, split: str | None, *, fixed: Collection[str]
     return pools
 
 
-def _is_split_name(spec: str) -> bool:
+def is_split_name(spec: str) -> bool:
+    """Return whether a setting of validation or test data names a split of the training data."""
     path = local_path(spec)
     return path is not None and not path.exists() and not any(mark in spec for mark in "/\\.*?[#~")
 

@@ -64,8 +64,8 @@ def observe_batches(
             if should_stop():
                 raise Interrupted
             number = first + processes.rank
-            if number < len(sizes):
-                _run(model, examples_of(number), number, observe, planner=planner, device=device)
+            if number < len(sizes) or processes.lockstep:
+                _run(model, examples_of, number, observe, last=len(sizes) - 1, planner=planner, device=device, processes=processes)
             done += sum(sizes[first : first + processes.count])
             reporter.progress(label, done, total)
     finally:
@@ -75,17 +75,20 @@ def observe_batches(
 
 def _run(
     model: nn.Module,
-    examples: Sequence[TokenizedExample],
+    examples_of: Callable[[int], Sequence[TokenizedExample]],
     number: int,
     observe: Observe,
     *,
+    last: int,
     planner: Planner,
     device: torch.device,
+    processes: Processes,
 ) -> None:
+    """Run a batch; in lockstep, go on with rows that nobody looks at until every process is done with its own."""
+    batches = planner(examples_of(min(number, last))).micro_batches
+    own = batches if number <= last else batches[:0]
     with torch.no_grad():
-        run_micro_batches(
-            model,
-            planner(examples).micro_batches,
-            device=device,
-            observe=lambda batch, result: observe(number, batch, result),
-        )
+        run_micro_batches(model, own, device=device, observe=lambda batch, result: observe(number, batch, result))
+        if processes.lockstep:
+            more = processes.largest(len(own)) - len(own)
+            run_micro_batches(model, list(batches[:1]) * more, device=device, observe=lambda *_: None)

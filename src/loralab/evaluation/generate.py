@@ -189,6 +189,8 @@ class _Work:
                     if number < len(batches):
                         seed = self.settings.seed + number
                         made |= self._generate_batch(prompts, *batches[number], pictures=pictures, seed=seed)
+                    elif self.processes.lockstep:  # the others' forwards need this process's part of the base
+                        self._generate_batch(prompts, *batches[first], pictures=pictures, seed=self.settings.seed)
                     done += sum(len(batch) for _, batch in batches[first : first + self.processes.count])
                     self.reporter.progress(self.label, done, len(distinct))
         finally:
@@ -208,6 +210,7 @@ class _Work:
             attention_mask=mask.to(device),
             **pictures.read(ids, [prompts.images(index) for index in batch]),
             generation_config=build_generation_config(replace(self.settings, max_new_tokens=room), self.prompter),
+            **({"synced_gpus": True} if self.processes.lockstep else {}),  # as many steps as the longest answer takes
         )
         return dict(zip(batch, out[:, ids.shape[1] :].tolist(), strict=True))
 

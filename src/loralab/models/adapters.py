@@ -7,11 +7,12 @@ The on-disk form is PEFT's.
 import hashlib
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -105,6 +106,24 @@ def _wrap(base: PreTrainedModel, config: PeftConfig) -> SupervisedPeftModel:
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         model = SupervisedPeftModel(base, config, autocast_adapter_dtype=True)
     hold_masters(model)
+    return model
+
+
+def wrap_blank(base: PreTrainedModel, configs: Mapping[str, PeftConfig]) -> PeftModel:
+    """Put adapters on a base without any of their numbers, as PEFT's own model.
+
+    Args:
+        base: the base, on the meta device.
+        configs: PEFT's configuration of each adapter by its name; at least one.
+    """
+    with warnings.catch_warnings():
+        # What PEFT says of tied layers and of Conv1D, the proof of a merge answers with numbers.
+        warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        (first, config), *rest = configs.items()
+        model = PeftModel(base, config, adapter_name=first, low_cpu_mem_usage=True)
+        for name, other in rest:
+            model.add_adapter(name, other, low_cpu_mem_usage=True)
     return model
 
 

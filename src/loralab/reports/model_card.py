@@ -55,14 +55,22 @@ def write_model_card(folder: RunFolder) -> Path:
     Raises:
         RunFolderError: a file of the run is there but broken.
     """
+    path = folder.adapter / "README.md"
+    write_text(path, render_model_card(folder))
+    return path
+
+
+def render_model_card(folder: RunFolder) -> str:
+    """Return the text of the card, front matter and all, as far as the run folder knows by now.
+
+    Raises:
+        RunFolderError: a file of the run is there but broken.
+    """
     facts = load_facts(folder)
     hub_id = find_hub_id(facts)
     front_matter = yaml.safe_dump(_front_matter(facts, hub_id), sort_keys=False, allow_unicode=True)
     body = _environment().get_template(TEMPLATE).render(_card_context(facts, hub_id))
-    path = folder.adapter / "README.md"
-    text = f"---\n{front_matter}---\n\n{body}"
-    write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
-    return path
+    return f"---\n{front_matter}---\n\n{body}".encode("utf-8", "replace").decode("utf-8")
 
 
 def find_hub_id(facts: Facts) -> str | None:

@@ -55,12 +55,15 @@ class Processes:
         count: number of processes (D).
         local_rank: its number on its machine.
         local_count: number of processes on its machine.
+        lockstep: whether every forward needs all of them, because each holds a part of the base: none may run
+            more of them than another.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
     local_count: int = 1
+    lockstep: bool = False
     _board: _Board | None = None
     _steps: dist.ProcessGroup | None = None
     _waits: dist.ProcessGroup | None = None
@@ -178,11 +181,12 @@ def _describe(error: BaseException, processes: Processes) -> Problem:
 
 
 @contextmanager
-def joined(setting: str) -> Iterator[Processes]:
+def joined(setting: str, distributed: str = "ddp") -> Iterator[Processes]:
     """Join the other processes of the run, and leave word for them when this one fails.
 
     Args:
         setting: `model.device`, which decides how gradients travel: gloo on CPUs, NCCL on GPUs.
+        distributed: `training.distributed`.
 
     Raises:
         ConfigError: the launcher asks for what does not exist here.
@@ -193,7 +197,7 @@ def joined(setting: str) -> Iterator[Processes]:
     if count == 1:
         yield ALONE
         return
-    processes = _join(count, setting)
+    processes = _join(count, setting, lockstep=distributed == "fsdp2")
     try:
         with _naming_end(processes), naming_losses(processes):
             yield processes
@@ -231,7 +235,7 @@ def _naming_end(processes: Processes) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _join(count: int, setting: str) -> Processes:
+def _join(count: int, setting: str, *, lockstep: bool) -> Processes:
     rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
     local_count = _number("LOCAL_WORLD_SIZE", count)
     device = Processes(rank, count, local_rank, local_count).device_setting(setting)
@@ -250,7 +254,7 @@ def _join(count: int, setting: str) -> Processes:
             where="environment variables MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE",
             fix=f"start all processes with a launcher that sets them: {_LAUNCHERS}",
         ) from error
-    return Processes(rank, count, local_rank, local_count, store, steps, waits)
+    return Processes(rank, count, local_rank, local_count, lockstep, store, steps, waits)
 
 
 def _number(name: str, default: int) -> int:

@@ -24,6 +24,7 @@ from loralab.training.distributed import ALONE, Processes
 from loralab.training.liveness import check_reached, no_gradient_at_all
 from loralab.training.loss import LossSum, run_micro_batches
 from loralab.training.loss_scaling import resolve_loss_scaler
+from loralab.training.sharding import PlacedAccelerator, average_gradients
 from loralab.training.state import RunState
 from loralab.training.step_loader import next_step
 
@@ -61,17 +62,23 @@ class StepTrainer(Trainer):
         note: Callable[[str], None] = logger.warning,
         **kwargs: Any,
     ) -> None:
+        self._processes = processes  # asked while Trainer builds its accelerator
         super().__init__(**kwargs)
         self._steps = steps
         self._run_state = run_state
         self._measure = measure
         self._planner = planner
         self._on_shrink = on_shrink
-        self._processes = processes
         self._loraplus_lr_ratio = loraplus_lr_ratio
         trained: Any = self.model
         self._scaler = resolve_loss_scaler(trained, run_state, note=note if processes.first else _say_nothing)
-        self._reduced_once = processes.count == 1
+        self._reduced_once = processes.count == 1 or processes.lockstep
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Take an accelerator that wraps nothing, where the base lies in parts: DDP cannot hold these."""
+        super().create_accelerator_and_postprocess()
+        if self._processes.lockstep:
+            self.accelerator = PlacedAccelerator()
 
     def get_train_dataloader(self) -> DataLoader[StepBatch]:
         """Return the steps as they are: the sampler knows the ranks, so nothing may shard it again."""
@@ -164,6 +171,8 @@ class StepTrainer(Trainer):
             return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
 
         key = (self.args.seed, self.state.global_step)
+        if self._processes.lockstep:
+            return self._run_in_lockstep(model, step, backward, key), step
         if not self._reduced_once:
             # DDP orders its buckets anew after the first reduction, and with them the sums of three and more
             # processes. A reduction of zeros takes that out of the steps: a resumed run's sums are the same.
@@ -187,6 +196,18 @@ class StepTrainer(Trainer):
             # Behind the handler: its traceback would hold the failed graph, and with it the memory.
             step = self._lay_out_smaller(model, step)
 
+    def _run_in_lockstep(
+        self, model: nn.Module, step: StepBatch, backward: Callable[[Tensor], None], key: tuple[int, int]
+    ) -> LossSum:
+        """Run a step's micro-batches, and as many more without weight as it takes to run as many as any process."""
+        result = run_micro_batches(
+            model, step.micro_batches, device=self.args.device, backward=backward, dropout_key=key
+        )
+        for _ in range(self._processes.largest(len(step.micro_batches)) - len(step.micro_batches)):
+            self._join_reduction(model, lambda _: contextlib.nullcontext(), key)
+        average_gradients(model, self._processes)
+        return result
+
     def _join_reduction(
         self,
         model: nn.Module,
@@ -202,7 +223,8 @@ class StepTrainer(Trainer):
             self.accelerator.backward(loss.nan_to_num() * 0.0)
 
         run_micro_batches(model, any_row, device=self.args.device, backward=backward, context=context, dropout_key=key)
-        check_reached(model, step=self.state.global_step + 1)
+        if not self._processes.lockstep:
+            check_reached(model, step=self.state.global_step + 1)
 
     def _check_divisible(self, step: StepBatch) -> None:
         """Check that a step that ran out of memory can be cut into smaller micro-batches.

@@ -6,12 +6,16 @@ from safetensors.torch import load_file
 from loralab.config.metric_checks import watched_metric
 from loralab.errors import RunFolderError
 from loralab.evaluation.forwards import Interrupted
-from loralab.models.adapters import WEIGHTS_FILE
+from loralab.models.adapters import WEIGHTS_FILE, adapter_sha256
 from loralab.run import write_json
 from loralab.training.callbacks import StopRequest
 from loralab.training.checkpoint import read_checkpoint
+from loralab.training.distributed import ALONE
 from loralab.training.state import RunState
+from loralab.workflows.memory_record import measured_memory
+from loralab.workflows.memory_watch import MemoryWatch
 from loralab.workflows.predictions import write_predictions
+from loralab.workflows.record import now, peak_memory_bytes
 from loralab.workflows.split_evaluation import answer_samples, evaluate_split, resolve_split, stop_shares
 from loralab.workflows.steps import Run
 
@@ -57,10 +61,11 @@ def evaluate_at_end(run: Run, request: StopRequest) -> None:
             should_stop=lambda: request.agree(run.processes),
             processes=run.processes,
         )
-        if not run.processes.first:
+        if run.processes.first:
+            write_predictions(run.folder.predictions, result)
+            write_json(run.folder.evaluation, result.content)
+        elif not run.processes.lockstep:
             return
-        write_predictions(run.folder.predictions, result)
-        write_json(run.folder.evaluation, result.content)
         if not evaluation.num_samples:
             return
         samples = answer_samples(
@@ -69,13 +74,32 @@ def evaluate_at_end(run: Run, request: StopRequest) -> None:
             prompter=run.data.prompter,
             evaluation=evaluation,
             reporter=run.reporter,
-            should_stop=lambda: bool(request),
+            should_stop=lambda: request.agree(run.processes) if run.processes.lockstep else bool(request),
+            processes=run.processes if run.processes.lockstep else ALONE,
         )
     except Interrupted:
         return  # the caller asks why
+    if not run.processes.first:
+        return
     shares = stop_shares(samples)
     run.reporter.say(f"answers that end by a stop token: base {shares['base']:.0%}, adapter {shares['adapter']:.0%}")
     write_json(
         run.folder.samples,
         {"split": name, "max_new_tokens": evaluation.max_new_tokens, "stop_share": shares, "samples": samples},
+    )
+
+
+def finish_record(run: Run, state: RunState, watch: MemoryWatch) -> None:
+    """Note in the record that the run is complete, and what it took."""
+    seconds = max(state.train_seconds, 1e-9)
+    run.record.update(
+        status="completed",
+        finished_at=now(),
+        adapter_sha256=adapter_sha256(run.folder.adapter),
+        stopped_because=state.stopped_because,
+        train_seconds=round(state.train_seconds, 3),
+        tokens_per_second=round(state.train_tokens / seconds, 1),
+        examples_per_second=round(state.train_examples / seconds, 2),
+        peak_memory_bytes=peak_memory_bytes(run.device),
+        memory=measured_memory(run.memory, watch, run.device),
     )

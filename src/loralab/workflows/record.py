@@ -29,12 +29,13 @@ from loralab.errors import LoralabError, RunFolderError, StoppedBySignal, Storag
 from loralab.models.precision import Resolved
 from loralab.run import RunFolder, file_sha256, read_json, write_json, write_text
 from loralab.workflows.output import STARTING, clear_run, sweep_leftovers
+from loralab.workflows.pinning import as_pinned
 
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 # Those that decide on the order of sums; a patch release may not.
 _MATHS_LIBRARIES = ("torch", "transformers", "peft")
 # Where a run is and what it worked with, which may change under a complete run.
-_PLACES = ("output.dir", "data.cache_dir", "data.num_workers")
+_PLACES = ("output.dir", "output.hub", "data.cache_dir", "data.num_workers")
 # A disk with less than this left is taken for full when a write fails without saying why.
 _FULL_BYTES = 1 << 20
 
@@ -45,7 +46,8 @@ def check_same_config(folder: RunFolder, config: Config) -> None:
     Raises:
         RunFolderError: a setting differs; each is named with both values.
     """
-    differing = _differing(load_config(folder.config).config, anchored(config, folder), _PLACES)
+    pinned = as_pinned(config, read_json(folder.record).get("revisions", {}))
+    differing = _differing(load_config(folder.config).config, anchored(pinned, folder), _PLACES)
     if differing:
         raise RunFolderError(
             f"the run is complete, with other settings: {'; '.join(differing)}",

@@ -63,7 +63,8 @@ def replay(
         same_cuts.append(f"training.gradient_checkpointing={resolved['gradient_checkpointing']['value']}")
     if resolved.get("cache_frozen_trunk", {}).get("value") == "off":
         same_cuts.append("training.cache_frozen_trunk=off")  # it may have been off for lack of room
-    chosen = ["model.trust_remote_code=false", *same_cuts, *overrides, f"output.dir={target}"]
+    places = [f"output.dir={target}", "output.hub={}"]  # nothing of a replay is pushed
+    chosen = ["model.trust_remote_code=false", *same_cuts, *overrides, *places]
     loaded = load_run_config(folder.config, chosen, name=str(record.get("name", path.name)))
     loaded = _without_foreign_code(loaded, overrides, reporter)
     again = train(loaded, reporter=reporter, warm_start=record.get("warm_start"))
@@ -169,7 +170,7 @@ def _differences(before: RunFolder, after: RunFolder) -> Iterator[str]:
     yield from config_differences(
         before,
         after,
-        ignored=("output.dir", "model.trust_remote_code", *_MEMORY_SETTINGS),
+        ignored=("output.dir", "output.hub", "model.trust_remote_code", *_MEMORY_SETTINGS),
     )
     if _process_count(old) != _process_count(new):
         yield f"processes was {_process_count(old)}, now {_process_count(new)}"

@@ -20,6 +20,7 @@ from loralab.models.precision import Resolved
 from loralab.models.trainable_tokens import new_tokens_of
 from loralab.models.variants import residual_rank
 from loralab.training.distributed import Processes
+from loralab.training.sharding import loading_device
 from loralab.workflows.recomputation import Recomputation, settle_recomputation
 from loralab.workflows.step_layout import sketch_blueprint
 
@@ -69,7 +70,8 @@ def load_run_base(
     """
     blueprint = sketch_blueprint(config, lora, dtype=dtype, device=device)
     kept = residual_rank(config.lora) if keeps_residual else None
-    base, choices = load_base_model(config.model, dtype=dtype, device=device, residual_rank=kept)
+    where = loading_device(device, processes)
+    base, choices = load_base_model(config.model, dtype=dtype, device=where, residual_rank=kept)
     grown = grow_vocabulary(base, new_tokens_of(lora))
     own_parameters, _ = count_parameters(base)
     largest = max(*(split.largest_id for split in data.splits.values()), *data.prompter.stop.ids)

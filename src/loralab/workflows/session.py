@@ -20,13 +20,14 @@ from loralab.data.prompts.templates import prepare_template, resolve_template
 from loralab.errors import ConfigError, ModelError, Problem
 from loralab.models.adapters import load_adapter, read_adapter_config
 from loralab.models.load import check_local_model, load_base_model, load_tokenizer, model_sha256
-from loralab.models.new_tokens import find_new_tokens, grow_vocabulary
+from loralab.models.new_tokens import NewToken, find_new_tokens, grow_vocabulary
 from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.models.threads import resolve_threads
 from loralab.models.trainable_tokens import trained_tokens
 from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json
+from loralab.workflows.adapter_folder import FACTS_FILE
 from loralab.workflows.configure import load_run_config
 from loralab.workflows.pictures import open_pictures
 
@@ -179,15 +180,55 @@ def open_session(
     return Session(model, prompter, config, target, device.value, template)
 
 
+@dataclass(frozen=True, slots=True)
+class KnownBase:
+    """What is recorded of an adapter and its base; None where it is not.
+
+    Attributes:
+        adapter_sha256: of the adapter's tensors.
+        sha256: of a local base.
+        revision: of a base from the Hub.
+        quantization: how the base was held.
+        double_quantization: whether scales were quantized too.
+        precision: type that the base was held in.
+    """
+
+    adapter_sha256: str | None
+    sha256: str | None
+    revision: str | None
+    quantization: str | None
+    double_quantization: bool | None
+    precision: str | None
+
+
+def known_base(target: Target) -> KnownBase:
+    """Return what the run's record says of an adapter, or the facts in the adapter's own folder.
+
+    Args:
+        target: run or adapter alone.
+    """
+    file = target.adapter / FACTS_FILE
+    facts = read_json(file) if file.is_file() else {}
+    record = read_json(target.folder.record) if target.folder is not None else {}
+    base, run = facts.get("base") or {}, record.get("model") or {}
+    return KnownBase(
+        record.get("adapter_sha256") or facts.get("adapter_sha256"),
+        run.get("sha256") or base.get("sha256"),
+        run.get("revision") or base.get("revision"),
+        facts.get("quantization"),
+        facts.get("double_quantization"),
+        (record.get("resolved") or {}).get("precision", {}).get("value") or facts.get("precision"),
+    )
+
+
 def base_misfit(target: Target, sha256: str | None) -> str | None:
     """Return how a base differs from the one that a run was trained on, or None where it does not, as far as is known.
 
     Args:
-        target: an adapter alone says where its base lay, not which it was.
+        target: run or adapter alone.
         sha256: of the base, as `model_sha256` has it.
     """
-    record = read_json(target.folder.record) if target.folder is not None else {}
-    theirs = record.get("model", {}).get("sha256")
+    theirs = known_base(target).sha256
     if not theirs or not sha256 or theirs == sha256:
         return None
     return f"its base model was sha256 {theirs[:12]}.., this one is {sha256[:12]}.."
@@ -199,7 +240,7 @@ def _check_base(target: Target, config: Config) -> None:
     Raises:
         ModelError: it is another one.
     """
-    misfit = base_misfit(target, model_sha256(config.model.name) if target.folder is not None else None)
+    misfit = base_misfit(target, model_sha256(config.model.name) if known_base(target).sha256 else None)
     if misfit is not None:
         raise ModelError(
             f"not the base of this adapter: {config.model.name!r}; {misfit}",
@@ -212,6 +253,20 @@ def _add_new_tokens(
     base: PreTrainedModel, target: Target, config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Resolved[str]]:
     """Give a base the rows of the tokens that its adapter's tokenizer has and its own has not, as training did."""
+    return grow_vocabulary(base, new_tokens_in(target, config, tokenizer))
+
+
+def new_tokens_in(target: Target, config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[NewToken, ...]:
+    """Return the tokens that an adapter's tokenizer has and its base's has not.
+
+    Args:
+        target: the adapter.
+        config: names the base.
+        tokenizer: the adapter's.
+
+    Raises:
+        ModelError: the adapter trained a token that no tokenizer has.
+    """
     trained = trained_tokens(read_adapter_config(target.adapter))
     unknown = sorted(trained - set(tokenizer.get_vocab().values()))
     if unknown and not _has_tokenizer(target):
@@ -221,8 +276,8 @@ def _add_new_tokens(
             fix="give the run, or its adapter folder, which holds the tokenizer with the new tokens",
         )
     if not trained & set(tokenizer.get_added_vocab().values()):
-        return {}  # without a look at the base's tokenizer, which a base may lack
-    return grow_vocabulary(base, find_new_tokens(trained, own=tokenizer, base=load_tokenizer(config.model)))
+        return ()  # without a look at the base's tokenizer, which a base may lack
+    return find_new_tokens(trained, own=tokenizer, base=load_tokenizer(config.model))
 
 
 def _check_effect(overrides: Sequence[str], reads: Sequence[str], ignores: Sequence[str]) -> None:

@@ -207,6 +207,7 @@ def answer_samples(
     evaluation: EvaluationConfig,
     reporter: Reporter,
     should_stop: Callable[[], bool] = lambda: False,
+    processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
     """Let base and adapter answer the first prompts of a split.
 
@@ -234,6 +235,7 @@ def answer_samples(
             reporter=reporter,
             label=label,
             should_stop=should_stop,
+            processes=processes,
         )
 
     adapter = answer("answer with adapter")

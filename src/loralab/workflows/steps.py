@@ -60,6 +60,7 @@ from loralab.training.liveness import LivenessCheck
 from loralab.training.sampler import StepSampler
 from loralab.training.state import RunState
 from loralab.training.step_loader import build_loader, resolve_decoders
+from loralab.training.trackers import TrackerCallback, Trackers
 from loralab.training.trainer import StepTrainer
 from loralab.workflows.plan_steps import all_steps, tokens_alone
 from loralab.workflows.record import RunRecord
@@ -89,6 +90,8 @@ class Run:
         task: what is measured besides the loss.
         processes: those that share the run.
         memory: what the run is predicted to take.
+        trackers: who else gets the figures, or None.
+        pushing: pushes checkpoints to the Hub, or None.
     """
 
     config: Config
@@ -104,6 +107,8 @@ class Run:
     task: Task
     processes: Processes = ALONE
     memory: dict[str, Any] = field(default_factory=dict)
+    trackers: Trackers | None = None
+    pushing: TrainerCallback | None = None
 
 
 def run_steps(run: Run, contract: Mapping[str, Any], checkpoint: Checkpoint | None, request: StopRequest) -> RunState:
@@ -279,6 +284,11 @@ def _callbacks(
         SignalStop(request, processes=run.processes),
         CurrentIntervals(),
     ]
+    if run.pushing is not None:  # behind the sealer
+        callbacks.append(run.pushing)
+    if run.trackers is not None:
+        run.trackers.open()
+        callbacks.append(TrackerCallback(run.trackers))
     return callbacks
 
 

@@ -13,10 +13,11 @@ from transformers import set_seed
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
+from loralab.config.tracker_checks import check_trackers
 from loralab.data.dataset import PreparedData, prepare_data
 from loralab.errors import ConfigError, StoppedBySignal
 from loralab.layout.planner import Planner
-from loralab.models.adapters import adapter_sha256, build_adapter
+from loralab.models.adapters import build_adapter
 from loralab.models.allocator import release_freed_memory
 from loralab.models.determinism import resolve_determinism, restored_algorithms
 from loralab.models.kernel_caches import bound_kernel_caches
@@ -38,8 +39,8 @@ from loralab.training.arguments import check_optimizer
 from loralab.training.callbacks import StopRequest, catching_signals
 from loralab.training.checkpoint import find_checkpoint
 from loralab.training.distributed import Processes, joined, naming_losses
-from loralab.training.state import RunState
-from loralab.workflows.adapter_folder import save_adapter
+from loralab.training.sharding import place_model
+from loralab.workflows.adapter_folder import describe_base, save_adapter
 from loralab.workflows.adapter_start import (
     activation_batches,
     check_warm_start,
@@ -47,13 +48,15 @@ from loralab.workflows.adapter_start import (
     warn_of_absent_tokens,
 )
 from loralab.workflows.configure import run_path
-from loralab.workflows.final_evaluation import evaluate_at_end, keep_best
+from loralab.workflows.final_evaluation import evaluate_at_end, finish_record, keep_best
 from loralab.workflows.frozen_trunk import leave_frozen_trunk, open_frozen_trunk, remove_frozen_trunk
+from loralab.workflows.hub_pushes import HubPlan, HubPushes, settle_hub
 from loralab.workflows.kept_features import keep_features
-from loralab.workflows.memory_record import measured_memory, predict_run_memory
+from loralab.workflows.memory_record import predict_run_memory
 from loralab.workflows.memory_watch import MemoryWatch, forget_peak, process_bytes
 from loralab.workflows.output import claim_output, has_begun
 from loralab.workflows.pictures import check_pictures, open_pictures, reading_pictures
+from loralab.workflows.push import push_owed
 from loralab.workflows.record import (
     RunRecord,
     UnwrittenRecord,
@@ -62,8 +65,6 @@ from loralab.workflows.record import (
     describe_choices,
     environment_changes,
     hardware,
-    now,
-    peak_memory_bytes,
     versions,
 )
 from loralab.workflows.report import build_report
@@ -73,6 +74,7 @@ from loralab.workflows.split_evaluation import measured_splits, resolve_evaluati
 from loralab.workflows.step_layout import resolve_planner
 from loralab.workflows.steps import Run, run_steps
 from loralab.workflows.task import resolve_task
+from loralab.workflows.tracking import tracking
 from loralab.workflows.warm_start import apply_warm_start
 
 
@@ -111,7 +113,7 @@ def train(
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(MemoryWatch())
         stack.enter_context(restored_algorithms())
-        processes = stack.enter_context(joined(loaded.config.model.device))
+        processes = stack.enter_context(joined(loaded.config.model.device, loaded.config.training.distributed))
         beginning = None
         if processes.first:
             claim = claim_output(folder, resume=resume, overwrite=overwrite, start=str(warm_start or ""))
@@ -122,9 +124,12 @@ def train(
         beginning = processes.share(beginning)
         if beginning.completed:
             return _nothing_to_do(folder, loaded, reporter) if processes.first else folder
+        loaded, hub = settle_hub(
+            loaded, folder, going_on=beginning.going_on, overwrite=overwrite, reporter=reporter, processes=processes
+        )
         if resume and not beginning.going_on:
             reporter.say("the run had not begun: starting from step 0")
-        return _train(loaded, folder, reporter=reporter, beginning=beginning, processes=processes, watch=watch)
+        return _train(loaded, folder, reporter=reporter, beginning=beginning, processes=processes, watch=watch, hub=hub)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +174,8 @@ def _nothing_to_do(folder: RunFolder, loaded: LoadedConfig, reporter: Reporter) 
     check_same_config(folder, loaded.config)
     if not folder.report.is_file():  # a kill came just before it
         build_report(folder)
-    reporter.say(f"nothing to do: the run in {folder.path} is complete")
+    if not push_owed(folder, loaded.config, reporter):
+        reporter.say(f"nothing to do: the run in {folder.path} is complete")
     return folder
 
 
@@ -181,6 +187,7 @@ def _train(
     beginning: _Beginning,
     processes: Processes,
     watch: MemoryWatch,
+    hub: HubPlan,
 ) -> RunFolder:
     run = prepare_run(
         loaded,
@@ -204,10 +211,12 @@ def _train(
     source = apply_warm_start(run, start) if start is not None and checkpoint is None else None
     processes.wait()  # the record's first entry clears an earlier run, which may hold what was just read
     run.record = _begin_record(run, loaded, resumed=beginning.going_on, source=source)
+    pushes = HubPushes(run, hub)
     with (
         closing_record(run.record),
         catching_signals(lambda request: reporter.say(request.notice)) as request,
         naming_losses(processes),
+        tracking(run),
     ):
         keep_features(run, request)
         _stop_if_asked(request, run)
@@ -218,14 +227,16 @@ def _train(
         request.notice = "stopping; --resume will repeat the final evaluation, no step is lost"
         keep_best(run, state)
         if processes.first:
-            save_adapter(folder.adapter, run.model, run.data.prompter)
+            facts = describe_base(run.config.model, run.base_facts, run.choices["precision"].value)
+            save_adapter(folder.adapter, run.model, run.data.prompter, facts=facts)
         evaluate_at_end(run, request)
         processes.wait()  # the first one alone lets the models answer
         _stop_if_asked(request, run)
         remove_frozen_trunk(run)
         if processes.first:
-            _finish_record(run, state, watch)
+            finish_record(run, state, watch)
             build_report(folder)
+    pushes.finish()
     reporter.say(f"done: {folder.path} (open {folder.report})")
     return folder
 
@@ -282,7 +293,7 @@ def prepare_run(
     set_seed(config.training.seed)
     batches = activation_batches(config, data)
     model, adapter_choices = build_adapter(base, lora, seed=config.training.seed, batches=batches, saved=saved)
-    model.to(device.value)
+    choices |= place_model(model, device.value, processes=processes)
     task.check_room(model)
     choices |= resolve_determinism(model, device.value)
     planner, layout_choices = _choose_layout(model, config, start, data, processes=processes)
@@ -326,6 +337,7 @@ def _choose_device(config: Config, processes: Processes, reporter: Reporter) -> 
     if note:
         reporter.say(note)
     check_optimizer(config.training.optim, device.value)
+    check_trackers(config.output.trackers)
     precision = resolve_precision(config.model, device.value)
     threads = resolve_threads(device.value, sharing=processes.local_count)
     return {"device": device, "precision": precision, **threads, **bound_kernel_caches(device.value)}
@@ -379,18 +391,3 @@ def _stop_if_asked(request: StopRequest, run: Run) -> None:
             where=str(run.folder.path),
             fix=f"go on from step {sealed.step if sealed else 0} with: {command}",
         )
-
-
-def _finish_record(run: Run, state: RunState, watch: MemoryWatch) -> None:
-    seconds = max(state.train_seconds, 1e-9)
-    run.record.update(
-        status="completed",
-        finished_at=now(),
-        adapter_sha256=adapter_sha256(run.folder.adapter),
-        stopped_because=state.stopped_because,
-        train_seconds=round(state.train_seconds, 3),
-        tokens_per_second=round(state.train_tokens / seconds, 1),
-        examples_per_second=round(state.train_examples / seconds, 2),
-        peak_memory_bytes=peak_memory_bytes(run.device),
-        memory=measured_memory(run.memory, watch, run.device),
-    )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loralab.data.reading.hub import (
+    HubId,
     content_sha256,
     dataset_rows,
     is_saved,
@@ -167,8 +168,8 @@ def _find(name: str, where: str, split: str | None) -> list[_Found]:
         return [_find_folder(name, path, where, split)]
     if path.exists():
         raise DataError(f"{name!r} is neither a file nor a folder", where=where, fix="copy its content to a file")
-    hub_id = parse_hub_id(name)
-    if hub_id is not None and not _looks_like_path(name, hub_id.name):
+    hub_id = find_hub_id(name)
+    if hub_id is not None:
         return [_find_on_hub(name, where, split or hub_id.split or "train")]
     if any(mark in name for mark in "*?["):
         return _find_matches(name, where, split)
@@ -184,6 +185,18 @@ def _expand(name: str, where: str) -> Path:
         return Path(name).expanduser()
     except RuntimeError as error:
         raise DataError(f"cannot expand {name!r}: {error}", where=where, fix="write the whole path") from None
+
+
+def find_hub_id(name: str) -> HubId | None:
+    """Return the parts of a name that is looked for on the Hub, or None where it means a file or folder."""
+    try:
+        path = _expand(name, name)
+        if path.exists():
+            return None
+    except (DataError, OSError):
+        return None
+    hub_id = parse_hub_id(name)
+    return None if hub_id is None or _looks_like_path(name, hub_id.name) else hub_id
 
 
 def _looks_like_path(name: str, base: str) -> bool:

@@ -1,0 +1,68 @@
+"""The command that hands a model to other programs: `export`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loralab.cli.application import print_json
+from loralab.console import ConsoleReporter
+from loralab.options import AsJson, usable_path
+
+
+def export(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="Run folder, adapter folder, or a folder of `loralab merge`.", callback=usable_path
+        ),
+    ],
+    *,
+    to: Annotated[str, typer.Option("--to", help="ollama, vllm or gguf.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Folder to write; RUN-ollama and so on by default.", callback=usable_path),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the model in the other program; the run's by default.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Type of a GGUF file's weights: f16 (default) or f32.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="BASE", help="Base model to use instead of the recorded one.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Export a model for Ollama, vLLM or llama.cpp (GGUF), with prompts and weights proved as far as this machine can."""
+    from loralab.workflows.export import ExportRequest, export
+
+    request = ExportRequest(to, output, name, dtype, model)
+    result = export(run, request, reporter=ConsoleReporter())
+    if as_json:
+        print_json(result)
+    else:
+        _show(result)
+
+
+def _show(result: dict[str, Any]) -> None:
+    size = sum(file["bytes"] for file in result["files"].values())
+    print(f"wrote {result['output']} ({len(result['files'])} files, {size / 1e6:.1f} MB)")
+    if "reason" in result:
+        print(f"served: {result['served']} ({result['reason']})")
+    if "weights" in result:
+        print(f"weights: {result['weights']['form']} ({result['weights']['reason']})")
+    if "proof" in result:
+        logits = result["proof"]["logits"]
+        apart = logits["max_difference_in_standard_deviations"]
+        print(f"read back: logits of {logits['compared_with']} within {apart:.2g} standard deviations")
+        print(f"rounding: KL {result['proof']['rounding_kl_nats']:.2g} nats from the merged model")
+    if result.get("modelfile"):
+        print(f"prompt: equal to the trained one on {result['modelfile']['conversations_equal']} conversations")
+        for caveat in result["modelfile"]["caveats"]:
+            print(f"note: {caveat}")
+    for note in result["notes"]:
+        print(f"note: {note}")
+    print("next:")
+    for command in result["commands"]:
+        print(f"  {command}")

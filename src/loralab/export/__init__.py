@@ -1,0 +1,1 @@
+"""Models in the form that other programs read: GGUF files, Ollama folders, vLLM adapters."""

@@ -1,0 +1,1 @@
+"""The Hub: who we are there, what is fetched from it, and what goes up."""

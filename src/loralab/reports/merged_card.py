@@ -1,0 +1,85 @@
+"""The model card of a merged model: `README.md` of its folder.
+
+Owns what it says, from the content of `merge.json` alone. No local path leaves the machine.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loralab.reports.model_card import HUB_ID, code, escape_markdown
+from loralab.reports.paths import is_absolute, path_name
+from loralab.run import Json, write_text
+
+_FIGURES = (
+    ("kl_adapter_merged", "Mean KL(adapter \\|\\| merged), nats"),
+    ("kl_adapter_base", "Mean KL(adapter \\|\\| base), nats"),
+    ("greedy_agreement", "Greedy tokens that are the same"),
+    ("max_logit_difference", "Largest difference of a logit"),
+    ("logit_standard_deviation", "Standard deviation of the logits"),
+)
+
+
+def write_merged_card(folder: Path, merged: Json) -> Path:
+    """Write the model card of a merged model.
+
+    Args:
+        folder: of the merged model.
+        merged: content of its `merge.json`.
+
+    Returns:
+        The file.
+    """
+    base: dict[str, Any] = merged["base"]
+    name = str(base["name"])
+    on_hub = bool(HUB_ID.fullmatch(name)) and not base.get("sha256") and not is_absolute(name)
+    front: Json = {
+        **({"base_model": name, "base_model_relation": "finetune"} if on_hub else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text" if merged["reads_pictures"] else "text-generation",
+        "tags": ["loralab", "merge"],
+    }
+    path = folder / "README.md"
+    write_text(path, f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n".join(_lines(folder, merged)) + "\n")
+    return path
+
+
+def _lines(folder: Path, merged: Json) -> list[str]:
+    base, proof = merged["base"], merged["proof"]
+    shown = path_name(str(base["name"]))
+    lines = [
+        f"# {escape_markdown(path_name(str(merged['name'] or folder.name)))}",
+        "",
+        f"{code(shown)} with {_adapters(merged)} merged into its weights by loralab. Merged onto "
+        f"{escape_markdown(merged['onto'])}.",
+        "",
+    ]
+    if base.get("revision"):
+        lines += [f"Revision of the base model: {code(base['revision'])}.", ""]
+    if base.get("sha256"):
+        lines += [f"SHA-256 of the base model: {code(base['sha256'])}.", ""]
+    lines += [
+        "## Proof",
+        "",
+        f"Read from disk and compared with the live adapter on {proof['rows']} rows "
+        f"({escape_markdown(merged['compared_on'])}), {proof['positions']} positions:",
+        "",
+        "| Figure | Value |",
+        "|---|--:|",
+        *(f"| {label} | {proof[key]:.4g} |" for key, label in _FIGURES),
+        "",
+        f"Weights are {code(merged['dtype'])} ({escape_markdown(merged['dtype_reason'])}).",
+        "",
+        "## Limits",
+        "",
+        "Nothing beyond these figures was measured here. Answers may be wrong, unsafe or unfair; languages, topics and "
+        "prompts other than those of the training data were not tested. The licence of the base model and those of the "
+        "data apply.",
+    ]
+    return lines
+
+
+def _adapters(merged: Json) -> str:
+    shown = [f"adapter {code(each['sha256'][:12])} (weight {each['weight']:g})" for each in merged["adapters"]]
+    return ", ".join(shown)

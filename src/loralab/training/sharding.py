@@ -1,0 +1,132 @@
+"""The frozen base in parts: each process holds a share of every decoder layer, whole only while it computes (FSDP2).
+
+Owns what is cut and what stays whole. What is trained stays whole in every process: an adapter is small, and so are
+its moments; checkpoints, saves and clipping are then those of one process, and a run's files do not depend on how
+its base lay. Gradients are summed here, since no wrapper does it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from loralab.errors import ConfigError
+from loralab.models.precision import Resolved
+from loralab.models.supervised import SupervisedPeftModel
+from loralab.training.distributed import Processes
+
+
+def loading_device(device: torch.device, processes: Processes) -> torch.device:
+    """Return where the base is loaded: in main memory where its layers are cut before they go to a GPU.
+
+    Args:
+        device: where the run computes.
+        processes: those that share the run.
+    """
+    return torch.device("cpu") if processes.lockstep else device
+
+
+def place_model(
+    model: SupervisedPeftModel, device: torch.device, *, processes: Processes
+) -> dict[str, Resolved[str]]:
+    """Put base and adapter where the run computes, whole or in parts.
+
+    Args:
+        model: base with adapter, where it was loaded.
+        device: where the run computes.
+        processes: those that share the run.
+
+    Returns:
+        How the processes share the model, where there are several.
+
+    Raises:
+        ConfigError: the base has no list of decoder layers that could be cut.
+    """
+    if not processes.lockstep:
+        model.to(device)
+        if processes.count == 1:
+            return {}
+        return {"distributed": Resolved("ddp", f"each of {processes.count} processes holds the whole base")}
+    layers = _decoder_layers(model)
+    mesh = init_device_mesh(device.type, (processes.count,))
+    trained = {weight for weight in model.parameters() if weight.requires_grad}
+    whole = sum(weight.numel() for weight in model.parameters())
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+    # Embedding, head and norms stay whole: what is called past the model's own forward (generation, the checks at
+    # start) then meets plain tensors everywhere but inside the layers, which gather their own.
+    # The body is the root, which orders what its layers gather: every way into the model leads through it.
+    rest = {weight for weight in model.parameters() if not isinstance(weight, DTensor)}
+    fully_shard(model.body, mesh=mesh, ignored_params=rest)
+    _move_rest(model, device)
+    held = sum(weight.to_local().numel() if isinstance(weight, DTensor) else weight.numel() for weight in model.parameters())
+    reason = (
+        f"{len(layers)} decoder layers are cut into {processes.count} parts: this process holds {held / whole:.0%} of "
+        "all weights, and the adapter whole"
+    )
+    return {"distributed": Resolved("fsdp2", reason)}
+
+
+def _decoder_layers(model: SupervisedPeftModel) -> Sequence[nn.Module]:
+    """Return the decoder's layers: the longest list of modules that is as long as the configuration says."""
+    count = getattr(model.language_model.config.get_text_config(), "num_hidden_layers", None)
+    lists = [held for held in model.body.modules() if isinstance(held, nn.ModuleList) and len(held) == count]
+    if not lists:
+        raise ConfigError(
+            f"{type(model.language_model).__name__} has no list of {count} decoder layers to cut",
+            where="key training.distributed",
+            fix="set training.distributed: ddp",
+        )
+    return list(max(lists, key=lambda held: sum(weight.numel() for weight in held.parameters())))
+
+
+def _move_rest(model: nn.Module, device: torch.device) -> None:
+    """Move what was not cut; the parts are there already, and a module that holds them refuses to be moved."""
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            if not isinstance(weight, DTensor):
+                weight.data = weight.data.to(device)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+
+
+class PlacedAccelerator(Accelerator):  # type: ignore[misc]
+    """Leaves a model as it is: its layers are in parts already, and the trainer sums its gradients."""
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> Any:
+        """Return the model without a wrapper."""
+        return super().prepare_model(model, device_placement=False, evaluation_mode=True)
+
+
+def average_gradients(model: nn.Module, processes: Processes) -> None:
+    """Replace each process's gradients by their mean over the processes, the same bits in all.
+
+    A tensor that no process reached keeps having none; where only some did, the others count as zeros.
+
+    Args:
+        model: after all backward sweeps of a step, in every process.
+        processes: those that share the step.
+    """
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    if not trained:
+        return
+    parts: list[Tensor] = [
+        torch.zeros(weight.numel(), device=weight.device) if weight.grad is None else weight.grad.float().flatten()
+        for weight in trained
+    ]
+    reached = torch.tensor([float(weight.grad is not None) for weight in trained], device=trained[0].device)
+    flat = torch.cat([*parts, reached])
+    dist.all_reduce(flat)
+    sizes = [weight.numel() for weight in trained]
+    *means, reached = flat.split([*sizes, len(trained)])
+    for weight, mean, times in zip(trained, means, reached.tolist(), strict=True):
+        if times:
+            weight.grad = (mean / processes.count).view_as(weight).to(weight.dtype)

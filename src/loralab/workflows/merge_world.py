@@ -1,0 +1,161 @@
+"""What a merge works with: the run's settings, what it goes onto, and how the live adapter is opened.
+
+Owns the choices of a merge that follow from run and request.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from loralab.config.schema import Config
+from loralab.errors import ConfigError, ModelError
+from loralab.models.load import check_local_model, load_model_config
+from loralab.models.merge_source import open_checkpoint
+from loralab.models.merging import Part
+from loralab.models.new_tokens import NewToken
+from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
+from loralab.models.quantization import Quantization, resolve_quantization
+from loralab.workflows.merge_checks import DTYPES
+from loralab.workflows.session import Target, known_base, load_adapter_tokenizer, load_target_config, new_tokens_in
+
+
+@dataclass(slots=True)
+class MergeWorld:
+    """What a merge works with.
+
+    Attributes:
+        config: the run's configuration, of the base that is used.
+        parts: the adapters with their weights.
+        tokens: what the adapter's tokenizer has beyond the base's.
+        quantization: what the linear layers are merged through, or None.
+        onto: in words, with the reason.
+        dtype: type that is asked for, or None.
+        device: where the live adapter computes.
+        live_precision: type that the live base is held in.
+        overrides: settings under which the live adapter is opened.
+        trained_overrides: settings under which it was trained, where it is merged onto other weights; else None.
+        base_model: base to use instead of the recorded one.
+        notes: what is to be said of the choices.
+    """
+
+    config: Config
+    parts: Sequence[Part]
+    tokens: tuple[NewToken, ...]
+    quantization: Quantization | None
+    onto: Resolved[str]
+    dtype: torch.dtype | None
+    device: torch.device
+    live_precision: str
+    overrides: list[str]
+    trained_overrides: list[str] | None
+    base_model: str | None
+    notes: list[str] = field(default_factory=list)
+
+
+def open_world(
+    targets: Sequence[Target],
+    parts: Sequence[Part],
+    *,
+    onto: str,
+    request: tuple[str | None, str | None],
+    dtype: torch.dtype | None,
+) -> MergeWorld:
+    """Settle what a merge works with.
+
+    Args:
+        targets: the adapters; the first one's run is the one whose settings count.
+        parts: the same with their weights.
+        onto: dequantized or original.
+        request: base and device that are asked for, or None.
+        dtype: type that is asked for, or None.
+
+    Raises:
+        ConfigError: a wish that has no effect.
+        ModelError: the base cannot be used.
+    """
+    base_model, device_name = request
+    known = known_base(targets[0])
+    overrides = _first_overrides(targets[0], device_name)
+    notes = [f"{text} (as the adapter's own facts say)" for text in overrides if "quantization=" in text]
+    config = load_target_config(targets[0], overrides, base_model).config
+    if targets[0].folder is None and overrides:
+        config = _with(config, overrides)
+    check_local_model(config.model.name)
+    overrides += _pinned(config, known.revision, notes)
+    config = _with(config, overrides)
+    note = select_single_gpu(config.model.device)
+    device = resolve_device("cuda:0" if note else config.model.device).value
+    quantization = resolve_quantization(config.model, load_model_config(config.model), device).value
+    what, chosen = _choose_onto(onto, quantization)
+    precision = _live_precision(config, device, dtype)
+    trained = None
+    live = [*overrides, f"model.precision={precision}"]
+    if quantization is not None and chosen is None:
+        trained, live = live, [*live, "model.quantization=none", "model.double_quantization=true"]
+    tokens = new_tokens_in(targets[0], config, load_adapter_tokenizer(targets[0], config))
+    notes.append(f"onto {what.value} ({what.reason})")
+    return MergeWorld(config, parts, tokens, chosen, what, dtype, device, precision, live, trained, base_model, notes)
+
+
+def _first_overrides(target: Target, device: str | None) -> list[str]:
+    known = known_base(target)
+    found = [f"model.device={device}"] if device is not None else []
+    if target.folder is None and known.quantization not in (None, "none"):
+        found.append(f"model.quantization={known.quantization}")
+        if known.double_quantization is False:
+            found.append("model.double_quantization=false")
+    return found
+
+
+def _with(config: Config, overrides: Sequence[str]) -> Config:
+    """Return a configuration with overrides of the model section."""
+    values: dict[str, object] = {}
+    for text in overrides:
+        key, _, value = text.partition("=")
+        values[key.removeprefix("model.")] = value == "true" if value in ("true", "false") else value
+    return config.model_copy(update={"model": config.model.model_copy(update=values)})
+
+
+def _pinned(config: Config, revision: str | None, notes: list[str]) -> list[str]:
+    """Name the revision that an adapter was trained on, where its base comes from the Hub."""
+    if not revision or config.model.revision or Path(config.model.name).expanduser().is_dir():
+        return []
+    notes.append(f"base {config.model.name} at revision {revision} (the one that the adapter was trained on)")
+    return [f"model.revision={revision}"]
+
+
+def _choose_onto(onto: str, quantization: Quantization | None) -> tuple[Resolved[str], Quantization | None]:
+    if quantization is None:
+        if onto == "original":
+            raise ConfigError(
+                "--onto original has no effect: the adapter was trained on unquantized weights",
+                where="option --onto",
+                fix="leave it out",
+            )
+        return Resolved("the base's own weights", "the adapter was trained on them"), None
+    if onto == "dequantized":
+        why = "the adapter was trained on them; they differ from the unquantized ones by what quantization lost"
+        return Resolved(f"weights dequantized from {quantization}", why), quantization
+    if quantization.stored:
+        raise ModelError(
+            f"the base is stored in {quantization.kind}: there are no original weights to merge onto",
+            where="option --onto",
+            fix="leave it out, or name the unquantized model with --model",
+        )
+    why = f"set in --onto; the adapter was trained on weights in {quantization}, so that the merged model differs"
+    return Resolved("the original, unquantized weights", why), None
+
+
+def _live_precision(config: Config, device: torch.device, dtype: torch.dtype | None) -> str:
+    """Return the type that the live adapter's base is held in: the merged one's, so that the merge alone is compared.
+
+    float16 is not computed with here but on CUDA: there float32 takes its place.
+    """
+    if dtype is None:
+        dtype = open_checkpoint(config.model).dtype()
+    if dtype not in DTYPES.values():  # packed numbers, or float64
+        dtype = resolve_precision(config.model, device).value
+    chosen = str(dtype).removeprefix("torch.")
+    return "float32" if chosen == "float16" and device.type != "cuda" else chosen

@@ -1,0 +1,121 @@
+"""The commits that a run's base model and data stand for: found at its start, kept in `run.json`, used ever after.
+
+A branch that moves on changes neither the run nor what measures it: the run folder's configuration names commits,
+and a resumed run takes those that it began with.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from loralab.config.schema import Config, DataSource
+from loralab.data.pools import is_split_name
+from loralab.data.reading.sources import find_hub_id
+from loralab.hub.revisions import Pin, fetch_model, find_commit
+from loralab.models.load import check_local_model
+from loralab.progress import Reporter
+from loralab.run import Json
+
+_DATA_KEYS = ("train", "validation", "test")
+Find = Callable[[str, str, str | None, str], Pin]
+
+
+def pin_revisions(config: Config, recorded: Mapping[str, Any], *, reporter: Reporter) -> tuple[Config, Json]:
+    """Name the commit of everything that comes from the Hub, and fetch the base model's files.
+
+    Args:
+        config: as the user wrote it.
+        recorded: `revisions` of the run's record, which go before what the branches are now; empty for a new run.
+        reporter: told of commits and of files that are fetched.
+
+    Returns:
+        The configuration with commits in the place of branches, and what the record keeps.
+
+    Raises:
+        UserError: something is not there, not allowed, or the Hub cannot be reached.
+    """
+    known = _known(recorded)
+    found: dict[tuple[str, str, str | None], Pin] = {}
+
+    def find(kind: str, name: str, asked: str | None, where: str) -> Pin:
+        key = (kind, name, asked)
+        if key not in found:
+            pin = known.get(key)
+            if pin is None:
+                pin = find_commit("model" if kind == "model" else "dataset", name, asked, where=where)
+                reporter.say(f"{name}: commit {pin.commit or 'unknown'} ({pin.reason})")
+            found[key] = pin
+        return found[key]
+
+    check_local_model(config.model.name)
+    pinned = _apply(config, find)
+    for (kind, name, _), pin in found.items():
+        if kind == "model" and pin.commit is not None:
+            _fetch(name, pin.commit, reporter)
+    kinds: dict[str, list[Json]] = {"model": [], "data": []}
+    for (kind, _, _), pin in found.items():
+        kinds[kind].append(dataclasses.asdict(pin))
+    return pinned, {kind: pins for kind, pins in kinds.items() if pins}
+
+
+def as_pinned(config: Config, recorded: Mapping[str, Any]) -> Config:
+    """Return a configuration with the commits that a run's record names; the Hub is not asked."""
+    known = _known(recorded)
+
+    def find(kind: str, name: str, asked: str | None, where: str) -> Pin:
+        return known.get((kind, name, asked)) or Pin(name, asked, None, where)
+
+    return _apply(config, find)
+
+
+def _fetch(name: str, commit: str, reporter: Reporter) -> None:
+    label = f"fetch {name}"
+    try:
+        fetch_model(
+            name, commit, where="key model.name", progress=lambda done, total: reporter.progress(label, done, total)
+        )
+    finally:
+        reporter.finish(label)
+
+
+def _known(recorded: Mapping[str, Any]) -> dict[tuple[str, str, str | None], Pin]:
+    return {
+        (kind, pin["name"], asked): Pin(pin["name"], pin["asked"], pin["commit"], pin["reason"])
+        for kind, pins in recorded.items()
+        for pin in pins
+        # The run folder's own configuration asks for the commit.
+        for asked in (pin["asked"], pin["commit"])
+    }
+
+
+def _apply(config: Config, find: Find) -> Config:
+    model, data = config.model, config.data
+    if not Path(model.name).expanduser().exists():
+        pin = find("model", model.name, model.revision, "key model.name")
+        model = model.model_copy(update={"revision": pin.commit or model.revision})
+    values = {key: _pinned_names(getattr(data, key), key, find) for key in _DATA_KEYS}
+    return config.model_copy(update={"model": model, "data": data.model_copy(update=values)})
+
+
+def _pinned_names(value: Any, key: str, find: Find) -> Any:
+    if isinstance(value, list):
+        return [_pinned_names(each, key, find) for each in value]
+    if isinstance(value, DataSource):
+        return value.model_copy(update={"path": _pinned_names(value.path, key, find)})
+    if not isinstance(value, str) or (key != "train" and is_split_name(value)):
+        return value
+    hub_id = find_hub_id(value)
+    if hub_id is None:
+        return value
+    pin = find("data", hub_id.name, hub_id.revision, f"key data.{key}")
+    if pin.commit is None:
+        return value
+    config = f":{hub_id.config}" if hub_id.config else ""
+    split = f"#{hub_id.split}" if hub_id.split else ""
+    return f"{hub_id.name}{config}@{pin.commit}{split}"
+
+
+def hub_data_names(recorded: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the Hub ids of a run's data."""
+    yield from dict.fromkeys(pin["name"] for pin in recorded.get("data", ()))

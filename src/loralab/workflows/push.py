@@ -1,0 +1,244 @@
+"""`loralab push`: an adapter, or a merged model, to the Hub after training.
+
+Owns what a folder is pushed as, to which repository, and what of it stands in the run's record.
+"""
+
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loralab.config.load import load_config
+from loralab.config.output_schema import HubConfig
+from loralab.config.schema import Config
+from loralab.errors import HubError, RunFolderError, StoppedBySignal, UserError
+from loralab.hub.access import identify
+from loralab.hub.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, is_merged, pushable_files, stage_adapter
+from loralab.hub.repository import WEIGHTS, Repository, check_lineage, open_repository, resolve_name
+from loralab.hub.upload import Push, Pushed, push_files
+from loralab.models.adapters import adapter_sha256
+from loralab.progress import Reporter
+from loralab.reports.model_card import write_model_card
+from loralab.run import Json, RunFolder, file_sha256, read_json, write_json
+from loralab.workflows.hub_pushes import KEY, base_on_hub, commit_text, note_push, push_command
+from loralab.workflows.record import now
+
+_SIGINT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PushRequest:
+    """What the command line asks for; what is None comes from the run, or is the usual.
+
+    Attributes:
+        repo: OWNER/NAME, or a name below the user.
+        private: whether the repository is made private where it does not exist.
+        revision: branch; made where it does not exist.
+        create_pr: open a pull request.
+        overwrite: replace another run's weights.
+    """
+
+    repo: str | None = None
+    private: bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What is pushed.
+
+    Attributes:
+        path: folder with the files.
+        name: what it is known as.
+        run: the run folder that it is the adapter of, or None.
+        record: `run.json` of that run, or empty.
+        hub: the run's settings.
+    """
+
+    path: Path
+    name: str
+    run: RunFolder | None
+    record: Json
+    hub: HubConfig
+
+
+def push(path: Path, request: PushRequest, *, reporter: Reporter) -> Json:
+    """Push an adapter or a merged model, and wait until the repository has every file of it.
+
+    Args:
+        path: run folder, adapter folder or merged folder.
+        request: where to, and how.
+        reporter: told of progress.
+
+    Returns:
+        `repo`, `url`, `commit`, `private`, `files` (name, bytes, SHA-256), `seconds` and `attempts`.
+
+    Raises:
+        UserError: there is nothing to push, it may not be pushed there, or the push failed.
+        StoppedBySignal: Ctrl-C.
+    """
+    source = _find_source(path)
+    if source.run is not None and not (source.path / CARD).is_file():
+        write_model_card(source.run)
+    where = "option --repo" if request.repo is not None else KEY if source.hub.repo else "argument RUN"
+    repository, run_id = _open(source, request, where=where)
+    reporter.say(f"pushing {source.path} to {repository.url}")
+    staging = Path(tempfile.mkdtemp(prefix=".push-", dir=source.path.parent))
+    try:
+        bundle = _bundle(source, staging, run_id)
+        pushed = push_files(repository, bundle, create_pr=request.create_pr, where=where, note=reporter.say)
+        files = _describe(bundle.files)
+    except KeyboardInterrupt:
+        again = f"push again: loralab push {path}; what arrived is not sent twice"
+        raise StoppedBySignal(_SIGINT, where=f"the push to {repository.name}", fix=again) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    if source.run is not None:
+        _keep(source.run, repository, pushed, run_id)
+    if pushed.error is not None:
+        raise pushed.error
+    return {
+        "repo": repository.name,
+        "url": pushed.url,
+        "commit": pushed.commit,
+        "private": repository.private,
+        "files": files,
+        "seconds": round(pushed.seconds, 3),
+        "attempts": pushed.attempts,
+    }
+
+
+def push_owed(folder: RunFolder, config: Config, reporter: Reporter) -> bool:
+    """Push the adapter of a complete run whose last push failed or never was; a failure is said, not raised.
+
+    Args:
+        folder: of the run.
+        config: as it is now.
+        reporter: told of it.
+
+    Returns:
+        Whether a push was owed.
+    """
+    hub = config.output.hub
+    if hub.repo is None or not read_json(folder.record).get("hub", {}).get("owed", True):
+        return False
+    try:
+        result = push(folder.path, PushRequest(repo=hub.repo, private=hub.private), reporter=reporter)
+    except UserError as error:
+        reporter.say(f"warning: {error.problems[0].what}; push later with: {push_command(folder)}")
+    else:
+        reporter.say(f"pushed to {result['url']}")
+    return True
+
+
+def _find_source(path: Path) -> _Source:
+    folder = RunFolder(path)
+    if not folder.exists() and path.resolve() == RunFolder(path.resolve().parent).adapter:
+        folder = RunFolder(path.resolve().parent)  # a run's adapter
+    if folder.exists():
+        record = read_json(folder.record)
+        if record.get("status") != "completed" or not (folder.adapter / ADAPTER_WEIGHTS).is_file():
+            raise RunFolderError(
+                f"the run is not complete ({record.get('status', 'unknown')}): its adapter is not final",
+                where=str(folder.path),
+                fix=f"finish it first: loralab train {folder.path} --resume; or push one of its checkpoints' folders",
+            )
+        hub = load_config(folder.config).config.output.hub if folder.config.is_file() else HubConfig()
+        return _Source(folder.adapter, folder.path.absolute().name, folder, record, hub)
+    if is_merged(path) or (path / ADAPTER_CONFIG).is_file():
+        return _Source(path, path.absolute().name, None, {}, HubConfig())
+    what = "no such folder" if not path.exists() else "neither a run nor an adapter nor a merged model"
+    raise RunFolderError(
+        f"{what}: {str(path)!r}",
+        where="argument RUN",
+        fix="give a run folder, an adapter folder, or a folder that `loralab merge` wrote",
+    )
+
+
+def _open(source: _Source, request: PushRequest, *, where: str) -> tuple[Repository, str]:
+    account = identify(where=where)
+    earlier = source.record.get("hub", {})
+    private = source.hub.private if request.private is None else request.private
+    template = request.repo or source.hub.repo or "{user}/{run}"
+    if earlier and template == earlier["asked"]:  # the time of the start is the run's
+        name = earlier["repo"]
+    else:
+        values = {"user": account.user, "run": source.name, "timestamp": now()[:19].replace(":", "").replace("-", "")}
+        name = resolve_name(template, values, where=where)
+    repository = Repository(name, private, request.revision)
+    open_repository(repository, account, where=where)
+    run_id = earlier.get("run_id") or _own_id(source)
+    if not request.overwrite:
+        weights = {each: file_sha256(source.path / each) for each in WEIGHTS if (source.path / each).is_file()}
+        fix = "name another repository with --repo, or replace them with --overwrite"
+        check_lineage(repository, run_id, weights, where=where, fix=fix)
+    return repository, run_id
+
+
+def _own_id(source: _Source) -> str:
+    """Return by what the commits of a folder are known that no run has pushed before."""
+    if source.run is not None:
+        return secrets.token_hex(8)
+    weights = [path for path in sorted(source.path.glob("*.safetensors")) if path.name in pushable_files(source.path)]
+    if not weights:
+        raise HubError(
+            "there are no safetensors weights to push", where=str(source.path), fix="give a folder that has them"
+        )
+    return file_sha256(weights[0])[:16]
+
+
+def _bundle(source: _Source, staging: Path, run_id: str) -> Push:
+    if is_merged(source.path):
+        record = read_json(source.path / "merge.json")
+        title, description = commit_text(
+            source.name, run_id, step=None, adapter=str(record.get("adapter_sha256") or "merged")
+        )
+        return Push(pushable_files(source.path), title.replace("adapter", "merged from adapter"), description)
+    base, commit = base_on_hub(source.record) if source.run is not None else _named_base(source.path)
+    stage_adapter(source.path, staging, base_name=base, base_commit=commit)
+    step = source.record.get("steps")
+    title, description = commit_text(source.name, run_id, step=step, adapter=adapter_sha256(source.path))
+    return Push(pushable_files(staging), title, description, step)
+
+
+def _named_base(path: Path) -> tuple[str | None, str | None]:
+    config = read_json(path / ADAPTER_CONFIG)
+    name = str(config.get("base_model_name_or_path") or "")
+    is_folder = not name or name.startswith((".", "/", "~")) or "\\" in name or Path(name).exists()
+    return (None, None) if is_folder else (name, config.get("revision"))
+
+
+def _describe(files: Mapping[str, Path]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for name, path in sorted(files.items())
+    ]
+
+
+def _keep(folder: RunFolder, repository: Repository, pushed: Pushed, run_id: str) -> None:
+    record = read_json(folder.record)
+    hub = record.setdefault(
+        "hub",
+        {
+            "repo": repository.name,
+            "asked": None,
+            "url": repository.url,
+            "private": repository.private,
+            "run_id": run_id,
+            "pushes": [],
+            "failures": [],
+            "owed": False,
+        },
+    )
+    note_push(record, pushed)
+    if pushed.error is None and repository.name == hub["repo"]:
+        hub["owed"] = False
+    try:
+        write_json(folder.record, record)
+    except OSError:
+        return  # a run folder that can only be read: the push itself stands

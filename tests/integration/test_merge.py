@@ -1,0 +1,338 @@
+"""A merged model answers as the live adapter: families, quantizations, variants, trained layers, pictures, sums."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
+
+import loralab
+from loralab.config.schema import LoraConfig, ModelConfig
+from loralab.models.adapters import build_adapter
+from loralab.models.load import load_base_model
+from loralab.models.variants import VARIANTS, residual_rank
+from loralab.progress import Reporter
+from loralab.workflows import merge_weights
+from loralab.workflows.merge import MergeRequest, merge
+from support import tiny
+from support.quantized import load as load_quantized
+from support.quantized import plain_twin
+from support.tiny_vision import save_vision_base, vqa_rows
+
+FAMILIES: tuple[tiny.Family, ...] = ("llama", "gpt2", "qwen2")
+SHARD = "60KB"
+IDS = torch.arange(3, 24)[None]
+Train = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take more time than everything else here together."""
+    monkeypatch.setattr("loralab.workflows.train.build_report", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base of each family: in several shards but for GPT-2's."""
+    found = {}
+    for family in FAMILIES:
+        folder = tiny.save_base(tmp_path_factory.mktemp(family), family)
+        if family != "gpt2":
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            (folder / "model.safetensors").unlink()
+            model.save_pretrained(folder, max_shard_size=SHARD)
+        (folder / "LICENSE.txt").write_text("do as you like")
+        found[family] = folder
+    return found
+
+
+@pytest.fixture
+def train(bases: dict[str, Path], tmp_path: Path) -> Train:
+    def run(family: str, name: str = "run", **sections: dict[str, Any]) -> Path:
+        rows = tmp_path / "rows.json"
+        if not rows.exists():
+            tiny.write_rows(rows, tiny.alpaca_rows(12))
+        merged: dict[str, dict[str, Any]] = {
+            "data": {"validation": 4},
+            "training": {"max_steps": 2},
+            "evaluation": {"split": "train"},
+        }
+        for section, values in sections.items():
+            merged[section] = merged.get(section, {}) | values
+        return loralab.train(tiny.run_config(bases[family], rows, tmp_path / name, **merged)).path
+
+    return run
+
+
+def merged_of(path: Path, output: Path, **request: Any) -> dict[str, Any]:
+    return merge(path, MergeRequest(output, **request), reporter=Reporter())
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return found.float()
+
+
+def peft_logits(base: Any, run: Path) -> torch.Tensor:
+    return logits(PeftModel.from_pretrained(base, run / "adapter"))
+
+
+def assert_equal(merged: Path, expected: torch.Tensor) -> None:
+    """Hold a merged folder, as plain transformers loads it, against logits."""
+    found = logits(AutoModelForCausalLM.from_pretrained(merged))
+    assert (found - expected).abs().max() <= 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize(
+    ("family", "held"), [*((family, held) for family in FAMILIES for held in ("none", "nf4")), ("gpt2", "int8")]
+)
+def test_a_merge_is_the_adapter_in_plain_transformers(
+    bases: dict[str, Path], train: Train, tmp_path: Path, family: str, held: str
+) -> None:
+    run, output = train(family, model={"quantization": held}), tmp_path / "merged"
+    content = merged_of(run, output)
+    assert content["verdict"] == "held"
+    assert content["compared_on"] == "validation split"
+    assert content["proof"]["kl_adapter_base"] > 1e-4  # the adapter does something
+    if held == "none":
+        expected = peft_logits(AutoModelForCausalLM.from_pretrained(bases[family]), run)
+    else:
+        twin = plain_twin(bases[family], load_quantized(bases[family], quantization=held))
+        expected = peft_logits(twin, run)
+    assert_equal(output, expected)
+    assert ("dequantized" in content["onto"]) == (held != "none")
+    config = json.loads((output / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == content["dtype"] == "float32"
+
+
+def test_a_merged_folder_is_whole(bases: dict[str, Path], train: Train, tmp_path: Path) -> None:
+    run, output = train("qwen2"), tmp_path / "merged"
+    content = merged_of(run, output)
+    assert json.loads((output / "merge.json").read_text())["adapters"] == content["adapters"]
+    own = json.loads((run / "run.json").read_text())
+    assert content["adapters"][0]["sha256"] == own["adapter_sha256"]
+    assert content["base"]["sha256"] == own["model"]["sha256"]
+    index = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
+    theirs = json.loads((bases["qwen2"] / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index == theirs  # one shard for each of the base's, the same tensors in it
+    assert len(content["shards"]) == len(set(theirs.values())) > 1
+    assert (output / "LICENSE.txt").read_text() == "do as you like"
+    adapter = run / "adapter"
+    for name in ("prompt_contract.json", "generation_config.json"):
+        assert json.loads((output / name).read_text()) == json.loads((adapter / name).read_text())
+    assert AutoTokenizer.from_pretrained(output).chat_template == AutoTokenizer.from_pretrained(adapter).chat_template
+    card = (output / "README.md").read_text()
+    assert content["adapters"][0]["sha256"][:12] in card
+    assert str(tmp_path) not in card
+    assert str(tmp_path) not in json.dumps(content)
+    assert [path.name for path in tmp_path.iterdir() if "merging" in path.name] == []
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.generate(IDS, max_new_tokens=3, do_sample=False).shape[1] > IDS.shape[1]
+
+
+def test_a_merged_model_is_the_base_of_a_new_run(bases: dict[str, Path], train: Train, tmp_path: Path) -> None:
+    merged_of(train("llama"), tmp_path / "merged")
+    again = train("llama", "again", model={"name": str(tmp_path / "merged")})
+    content = merged_of(again, tmp_path / "twice")
+    assert content["verdict"] == "held"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_merges(bases: dict[str, Path], tmp_path: Path, variant: str) -> None:
+    """From an adapter folder alone, whose weights were moved from where the variant starts."""
+    quantization = "nf4" if variant == "loftq" else "none"
+    content = merged_of(moved_adapter(bases["llama"], tmp_path, variant, quantization), tmp_path / "merged")
+    assert content["proof"]["kl_adapter_base"] > 1e-6
+    assert content["way"] == "shard by shard"
+    if variant != "loftq":
+        base = AutoModelForCausalLM.from_pretrained(bases["llama"])
+        assert_equal(tmp_path / "merged", logits(PeftModel.from_pretrained(base, tmp_path / "adapter")))
+
+
+def moved_adapter(base: Path, folder: Path, variant: str, quantization: str) -> Path:
+    lora = LoraConfig(variant=variant)  # type: ignore[arg-type]
+    loaded, _ = load_base_model(
+        ModelConfig(name=str(base), quantization=quantization),  # type: ignore[arg-type]
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        residual_rank=residual_rank(lora),
+    )
+    rows = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "position_ids": torch.arange(IDS.shape[1])[None]}
+    model, _ = build_adapter(loaded, lora, seed=3, batches=[rows])
+    generator = torch.Generator().manual_seed(1)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
+    model.save_pretrained(str(folder / "adapter"))
+    if quantization != "none":
+        facts = {"quantization": quantization, "double_quantization": True}
+        (folder / "adapter" / "adapter_facts.json").write_text(json.dumps(facts))
+    return folder / "adapter"
+
+
+@pytest.mark.parametrize("variant", ["vera", "ia3"])
+def test_conv1d_of_a_quantized_base_merges(train: Train, tmp_path: Path, variant: str) -> None:
+    """A quantized layer holds its weight as nn.Linear does, and the file that the merge goes into does not."""
+    lora = {"variant": variant, "alpha": 16, "r": 4 if variant == "vera" else 8}
+    run = train("gpt2", lora=lora, model={"quantization": "nf4"}, training={"learning_rate": 0.1})
+    assert merged_of(run, tmp_path / "merged")["verdict"] == "held"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_holds_its_own_bars(train: Train, tmp_path: Path, dtype: str) -> None:
+    # Rows that it knows by heart: what it says is sure, and no tie in eight bits.
+    rows = {"data": {"validation": None}, "training": {"max_steps": 60, "num_train_epochs": 30}}
+    run, output = train("llama", **rows), tmp_path / "merged"
+    content = merged_of(run, output, dtype=dtype)
+    assert content["compared_on"] == "train split, since the run held no rows out"
+    assert set(content["proof"]["bars"]) == {"kl_adapter_merged", "greedy_agreement"}
+    for file in output.glob("*.safetensors"):
+        assert {str(value.dtype) for value in load_file(file).values()} == {f"torch.{dtype}"}
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        ("qwen2", {"modules_to_save": ["embed_tokens", "norm"]}),
+        ("llama", {"modules_to_save": ["lm_head", "norm"]}),
+        ("qwen2", {"trainable_token_indices": [3, "<|new|>"]}),
+        ("llama", {"trainable_token_indices": [3, "<|new|>"]}),
+    ],
+)
+def test_trained_layers_and_tokens_go_in(train: Train, tmp_path: Path, family: str, lora: dict[str, Any]) -> None:
+    run, output = train(family, lora=lora), tmp_path / "merged"
+    content = merged_of(run, output)
+    assert not content["untied"]
+    if "trainable_token_indices" in lora:
+        tokenizer = AutoTokenizer.from_pretrained(output)
+        number = tokenizer.get_vocab()["<|new|>"]
+        model = AutoModelForCausalLM.from_pretrained(output)
+        assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0] == number + 1
+        trained = load_file(run / "adapter" / "adapter_model.safetensors")
+        delta = next(value for name, value in trained.items() if "embed_tokens" in name)
+        assert torch.equal(model.get_input_embeddings().weight[[3, number]], delta)
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_a_head_that_comes_apart_from_its_embedding(bases: dict[str, Path], tmp_path: Path, target: str) -> None:
+    """PEFT's own adapter on one of two layers that are one matrix."""
+    base = AutoModelForCausalLM.from_pretrained(bases["qwen2"])
+    model = get_peft_model(base, PeftLoraConfig(r=4, target_modules=["q_proj", target], task_type="CAUSAL_LM"))
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data.normal_(std=0.1)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    content = merged_of(tmp_path / "adapter", tmp_path / "merged")
+    assert content["untied"]
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert content["compared_on"] == "golden prompts and built-in texts"
+    assert_equal(tmp_path / "merged", expected)
+
+
+@pytest.mark.parametrize(("family", "vision"), [("qwen2_vl", "all"), ("llava", "all"), ("llava", "none")])
+def test_models_that_read_pictures(tmp_path: Path, family: Any, vision: str) -> None:
+    rows = tiny.write_rows(tmp_path / "rows.json", vqa_rows(tmp_path, 3, questions=2))
+    base = save_vision_base(tmp_path / "base", family)
+    sections: dict[str, dict[str, Any]] = {
+        "data": {"max_length": 256, "validation": 2},
+        "training": {"max_steps": 2},
+        "lora": {"vision": vision},
+        "evaluation": {"split": "train"},
+    }
+    run = loralab.train(tiny.run_config(base, rows, tmp_path / "run", **sections)).path
+    content = merged_of(run, tmp_path / "merged")
+    assert content["reads_pictures"]
+    assert content["way"] == "shard by shard"
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").config.model_type == family
+    assert any((tmp_path / "merged" / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+
+
+@pytest.mark.parametrize("variant", ["lora", "vera", "lokr"])
+def test_several_adapters_are_summed(bases: dict[str, Path], train: Train, tmp_path: Path, variant: str) -> None:
+    lora = {"variant": variant, "r": 4, "alpha": 16 if variant == "vera" else 8}
+    first = train("llama", "first", lora=lora, training={"learning_rate": 0.1})
+    second = train("llama", "second", lora=lora, training={"learning_rate": 0.1, "max_steps": 1})
+    content = merged_of(first, tmp_path / "sum", weight=0.5, others=[(second, 0.25)])
+    assert [each["weight"] for each in content["adapters"]] == [0.5, 0.25]
+    for name, path in (("a", first), ("b", second)):
+        merged_of(path, tmp_path / name)
+    base, both, a, b = (weights(path) for path in (bases["llama"], *(tmp_path / n for n in ("sum", "a", "b"))))
+    changed = 0
+    for name, weight in base.items():
+        expected = weight + 0.5 * (a[name] - weight) + 0.25 * (b[name] - weight)
+        assert torch.allclose(both[name], expected, atol=1e-6)
+        changed += not torch.equal(a[name], b[name])
+    assert changed
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def test_onto_the_original_says_how_far_it_is_from_what_was_trained(
+    bases: dict[str, Path], train: Train, tmp_path: Path
+) -> None:
+    run = train("llama", model={"quantization": "nf4", "double_quantization": False})
+    content = merged_of(run, tmp_path / "merged", onto="original")
+    assert "original" in content["onto"]
+    assert content["proof"]["kl_trained_merged"] > 1e-6 > content["proof"]["kl_adapter_merged"]
+    assert_equal(tmp_path / "merged", peft_logits(AutoModelForCausalLM.from_pretrained(bases["llama"]), run))
+
+
+@pytest.mark.parametrize("held", ["nf4", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_base_that_is_stored_quantized(
+    bases: dict[str, Path], train: Train, tmp_path: Path, family: str, held: str
+) -> None:
+    packed = AutoModelForCausalLM.from_pretrained(bases[family], quantization_config=packing(held), device_map="cpu")
+    packed.save_pretrained(tmp_path / "packed")
+    AutoTokenizer.from_pretrained(bases[family]).save_pretrained(tmp_path / "packed")
+    run = train(family, model={"name": str(tmp_path / "packed")})
+    content = merged_of(run, tmp_path / "merged", dtype="float32")
+    assert "dequantized" in content["onto"]
+    with safe_open(str(tmp_path / "merged" / "model.safetensors"), framework="pt") as tensors:
+        assert not [name for name in tensors.keys() if "absmax" in name or "SCB" in name]  # noqa: SIM118
+    with pytest.raises(loralab.LoralabError, match="there are no original weights"):
+        merged_of(run, tmp_path / "other", onto="original")
+
+
+def packing(held: str) -> Any:
+    if held == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=held, bnb_4bit_use_double_quant=True)
+
+
+def test_a_base_in_another_form_is_merged_as_a_whole(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train("llama", model={"quantization": "nf4"})
+    monkeypatch.setattr(merge_weights.ShardWriter, "obstacle", lambda _: "its experts are fused")
+    content = merged_of(run, tmp_path / "merged")
+    assert (content["way"], content["way_reason"]) == ("in memory as a whole", "its experts are fused")
+    assert content["verdict"] == "held"
+
+
+def test_a_base_whose_tensors_have_no_prefix(train: Train, bases: dict[str, Path], tmp_path: Path) -> None:
+    """As GPT-2's own are on the Hub."""
+    bare = tmp_path / "bare"
+    tiny.save_base(bare, "gpt2")
+    tensors = load_file(bare / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    save_file(renamed, bare / "model.safetensors", metadata={"format": "pt"})
+    run = train("gpt2", model={"name": str(bare)})
+    assert merged_of(run, tmp_path / "merged")["verdict"] == "held"
+    assert set(weights(tmp_path / "merged")) == set(renamed)

@@ -1,0 +1,224 @@
+"""What a merge refuses, each with its exit code and reason, and nothing left behind."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import loralab
+from loralab.errors import LoralabError
+from loralab.models import merging
+from loralab.progress import Reporter
+from loralab.workflows import merge_checks, merge_proof
+from loralab.workflows.merge import MergeRequest, merge
+from support import tiny
+from support.command import snapshot, write_config
+
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs on one base, one on another, and a run on a quantized base; copied, not touched."""
+    folder = tmp_path_factory.mktemp("world")
+    rows = tiny.write_rows(folder / "rows.json", tiny.alpaca_rows(8))
+    patch = pytest.MonkeyPatch()
+    patch.setattr("loralab.workflows.train.build_report", lambda _: None)
+    for name, seed in (("base", 0), ("strange", 1)):
+        tiny.save_base(folder / name, "llama", seed=seed)
+    for name, base, sections in (
+        ("run", "base", {}),
+        ("second", "base", {"data": {"template": "vicuna"}}),
+        ("third", "strange", {}),
+        ("saving", "base", {"lora": {"modules_to_save": ["norm"]}}),
+        ("lokr", "base", {"lora": {"variant": "lokr"}}),
+        ("dora", "base", {"lora": {"variant": "dora"}}),
+    ):
+        merged = {"training": {"max_steps": 1}, "evaluation": {"split": "train"}, **sections}
+        loralab.train(tiny.run_config(folder / base, rows, folder / name, **merged))
+    patch.undo()
+    return folder
+
+
+@pytest.fixture
+def run(world: Path, tmp_path: Path) -> Path:
+    """A run that may be damaged, with a base of its own."""
+    shutil.copytree(world / "base", tmp_path / "base")
+    copy = Path(shutil.copytree(world / "run", tmp_path / "run"))
+    text = (copy / "config.yaml").read_text().replace(str(world / "base"), str(tmp_path / "base"))
+    (copy / "config.yaml").write_text(text)
+    return copy
+
+
+def refused(path: Path, output: Path, *, code: int, **request: Any) -> str:
+    """Return what is said of a refusal, after checking its code and that nothing but what was there is there."""
+    before = snapshot(output.parent)
+    with pytest.raises(LoralabError) as caught:
+        merge(path, MergeRequest(output, **request), reporter=Reporter())
+    assert caught.value.exit_code == code, str(caught.value)
+    assert snapshot(output.parent) == before
+    return str(caught.value)
+
+
+def change(file: Path, alter: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(file)
+    alter(tensors)
+    save_file({name: value.clone() for name, value in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def flip_one_bit(tensors: dict[str, torch.Tensor]) -> None:
+    next(iter(tensors.values())).view(torch.int32).view(-1)[3] ^= 1
+
+
+def set_nan(tensors: dict[str, torch.Tensor]) -> None:
+    next(iter(tensors.values())).view(-1)[3] = float("nan")
+
+
+@pytest.mark.parametrize("alter", [flip_one_bit, set_nan])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_corrupted_tensor(run: Path, tmp_path: Path, alter: Any, alone: bool) -> None:
+    change(run / "adapter" / ADAPTER, alter)
+    if alone:  # its own facts know it
+        (tmp_path / "elsewhere").mkdir()
+        shutil.copytree(run / "adapter", tmp_path / "elsewhere" / "adapter")
+    path = tmp_path / "elsewhere" / "adapter" if alone else run
+    said = refused(path, tmp_path / "out", code=3)
+    assert "the adapter's tensors have changed since they were saved" in said
+
+
+def test_numbers_that_are_none_where_no_hash_is_known(run: Path, tmp_path: Path) -> None:
+    change(run / "adapter" / ADAPTER, set_nan)
+    adapter = Path(shutil.copytree(run / "adapter", tmp_path / "adapter"))
+    (adapter / "adapter_facts.json").unlink()
+    assert "not finite" in refused(adapter, tmp_path / "out", code=3)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_base_that_was_changed_by_one_weight(run: Path, tmp_path: Path, alone: bool) -> None:
+    change(tmp_path / "base" / "model.safetensors", flip_one_bit)
+    adapter = Path(shutil.copytree(run / "adapter", tmp_path / "adapter"))
+    path, model = (adapter, str(tmp_path / "base")) if alone else (run, None)
+    assert "not the base of this adapter" in refused(path, tmp_path / "out", code=2, base_model=model)
+
+
+def test_a_second_merge(run: Path, tmp_path: Path) -> None:
+    merge(run, MergeRequest(tmp_path / "merged"), reporter=Reporter())
+    said = refused(run, tmp_path / "out", code=2, base_model=str(tmp_path / "merged"))
+    assert "a second merge would apply it twice" in said
+
+
+def test_another_revision_of_the_base(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base of the Hub, in the cache; its configuration names a commit that is not the one of the run."""
+    commits = {name: character * 40 for name, character in (("then", "a"), ("now", "b"))}
+    cache = tmp_path / "cache"
+    hub = cache / "models--some--base"
+    for commit in commits.values():
+        shutil.copytree(tmp_path / "base", hub / "snapshots" / commit)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(commits["now"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["name"] = "some/base"
+    record = json.loads((run / "run.json").read_text())
+    record["model"] |= {"name": "some/base", "sha256": None, "revision": commits["then"]}
+    (run / "run.json").write_text(json.dumps(record))
+    facts = json.loads((run / "adapter" / "adapter_facts.json").read_text())
+    (run / "adapter" / "adapter_facts.json").write_text(json.dumps(facts | {"base": {}}))
+    write_config(run / "config.yaml", config | {"model": config["model"] | {"revision": commits["now"]}})
+    assert "it was trained on revision aaaaaaaaaaaa, this is bbbbbbbbbbbb" in refused(run, tmp_path / "out", code=2)
+    write_config(run / "config.yaml", config)  # none is named: the one of the run is taken
+    content = merge(run, MergeRequest(tmp_path / "out"), reporter=Reporter())
+    assert content["base"] == {"name": "some/base", "revision": commits["then"], "sha256": None}
+    assert "base_model: some/base" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_places_that_are_taken_or_read(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("mine")
+    assert "is there already" in refused(run, tmp_path / "there", code=2)
+    assert "lies inside" in refused(run, run / "adapter" / "merged", code=2)
+    assert "lies inside" in refused(run, tmp_path / "base" / "merged", code=2)
+
+
+def test_an_empty_folder_is_taken(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    merge(run, MergeRequest(tmp_path / "out"), reporter=Reporter())
+    assert (tmp_path / "out" / "merge.json").is_file()
+
+
+def test_a_disk_without_room(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(merge_checks.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert "are free" in refused(run, tmp_path / "out", code=2)
+
+
+def test_what_a_killed_merge_left_goes(run: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".out.merging-99999999"
+    left.mkdir()
+    (left / "model.safetensors").write_text("half")
+    merge(run, MergeRequest(tmp_path / "out"), reporter=Reporter())
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("second", "adapters with different prompt contracts: template"),
+        ("third", "not the base of this adapter"),
+        ("saving", "it trains modules_to_save"),
+        ("lokr", "adapters of different kinds: lokr, lora"),
+        ("dora", "kind dora does more than add"),
+    ],
+)
+def test_adapters_that_do_not_go_together(world: Path, tmp_path: Path, other: str, said: str) -> None:
+    assert said in refused(world / "run", tmp_path / "out", code=2, others=[(world / other, 0.5)])
+
+
+def test_wishes_without_effect(world: Path, tmp_path: Path) -> None:
+    assert "--onto original has no effect" in refused(world / "run", tmp_path / "out", code=2, onto="original")
+    assert "no such dtype: 'float8'" in refused(world / "run", tmp_path / "out", code=2, dtype="float8")
+
+
+def test_a_prompt_adapter(world: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(world / "run" / "adapter", tmp_path / "adapter"))
+    config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    base = str(world / "base")
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    assert "is no change of weights" in refused(adapter, tmp_path / "out", code=2)
+
+
+def test_a_merge_that_computes_something_else(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer gets its update twice: the proof finds it."""
+    right = merging.Skeleton.merged
+
+    def wrong(skeleton: Any, name: str, weights: Any) -> dict[str, torch.Tensor]:
+        found = right(skeleton, name, weights)
+        if name.endswith("layers.0.self_attn.v_proj"):
+            found["weight"] = 2 * found["weight"] - weights["weight"]
+        return found
+
+    monkeypatch.setattr(merging.Skeleton, "merged", wrong)
+    for dtype in (None, "bfloat16"):
+        said = refused(world / "run", tmp_path / "out", code=3, dtype=dtype)
+        assert "the merged model does not answer as the adapter does" in said
+
+
+def test_a_proof_of_numbers_that_are_none_fails() -> None:
+    figures = {"max_logit_difference": float("nan"), "logit_standard_deviation": 1.0, "vocabulary_difference": 0}
+    with pytest.raises(LoralabError) as caught:
+        merge_proof.check_bars(figures, merge_proof.bars_of(figures, torch.float32), "here")
+    assert caught.value.exit_code == 3
+
+
+def test_the_run_is_as_it_was(run: Path, tmp_path: Path) -> None:
+    before = snapshot(run), snapshot(tmp_path / "base")
+    merge(run, MergeRequest(tmp_path / "out"), reporter=Reporter())
+    assert (snapshot(run), snapshot(tmp_path / "base")) == before
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "llama"
