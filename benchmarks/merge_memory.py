@@ -3,16 +3,20 @@
     python benchmarks/merge_memory.py [--megabytes 400] [--shard 64MB]
 
 A Llama with a small vocabulary and random weights is saved in several shards, a LoRA of rank 8 on all linear layers is
-put beside it, and the two are merged. Printed are the anonymous memory of the process (RssAnon) above its level at the
-start of each phase, and the ratio to the largest shard of the base plus the shard that is made of it.
+put beside it, and the two are merged in a process of its own. Printed are, above the level at the start of each phase,
+the anonymous memory of that process (RssAnon) and, for the writing, its resident memory too, which counts the mapped
+pages of the base's files; and the ratio to the largest shard of the base plus the shard made of it.
 """
 
 import argparse
-import gc
+import subprocess
+import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -31,14 +35,42 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=400)
     parser.add_argument("--shard", default="64MB")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--merge-in", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.merge_in is not None:
+        measure(arguments.merge_in)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        build(root, arguments.megabytes, arguments.shard, getattr(torch, arguments.dtype))
-        gc.collect()
-        content = merge(root / "adapter", MergeRequest(root / "merged", device="cpu"), reporter=Reporter())
-        shards = [file.stat().st_size for file in (root / "base").glob("*.safetensors")]
-        show(content, max(shards), sum(shards))
+        build(Path(folder), arguments.megabytes, arguments.shard, getattr(torch, arguments.dtype))
+        subprocess.run([sys.executable, __file__, "--merge-in", folder], check=True)
+
+
+class Resident(Reporter):
+    """Samples the resident memory of this process until the shards are written."""
+
+    def __init__(self) -> None:
+        self.process, self.written = psutil.Process(), threading.Event()
+        self.level = self.peak = self.process.memory_info().rss
+        threading.Thread(target=self._sample, daemon=True).start()
+
+    def _sample(self) -> None:
+        while not self.written.wait(0.005):
+            self.peak = max(self.peak, self.process.memory_info().rss)
+
+    def finish(self, label: str) -> None:
+        """Stop when the shards are written."""
+        if label == "merge":
+            self.written.set()
+
+
+def measure(root: Path) -> None:
+    """Merge what lies below `root`, and print the peaks."""
+    shards = [file.stat().st_size for file in (root / "base").glob("*.safetensors")]
+    watch = Resident()
+    content = merge(root / "adapter", MergeRequest(root / "merged", device="cpu"), reporter=watch)
+    show(content, max(shards), sum(shards))
+    both = max(shards) + max(each["bytes"] for each in content["shards"])
+    print(f"writing, resident: {(watch.peak - watch.level) / 1e6:.1f} MB, {(watch.peak - watch.level) / both:.2f} x")
 
 
 def build(root: Path, megabytes: int, shard: str, dtype: torch.dtype) -> None:

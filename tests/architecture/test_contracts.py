@@ -13,6 +13,7 @@ from architecture.source import PACKAGE, ROOT, FunctionNode, Module, fail_if_any
 PUBLIC_NAMES = ["LoralabError", "Run", "__version__", "train"]
 # What the subclass of transformers.Trainer overrides: public methods, each for a reason given in its docstring.
 TRAINER_OVERRIDES = {
+    "create_accelerator_and_postprocess",
     "create_optimizer",
     "evaluate",
     "floating_point_ops",

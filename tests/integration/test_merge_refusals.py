@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import loralab
 from loralab.errors import LoralabError
-from loralab.models import merging
+from loralab.models import merged_folder, merging
 from loralab.progress import Reporter
 from loralab.workflows import merge_checks, merge_proof
 from loralab.workflows.merge import MergeRequest, merge
@@ -55,6 +55,12 @@ def run(world: Path, tmp_path: Path) -> Path:
     text = (copy / "config.yaml").read_text().replace(str(world / "base"), str(tmp_path / "base"))
     (copy / "config.yaml").write_text(text)
     return copy
+
+
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector's walk over all that tests have loaded takes more time than a merge."""
+    monkeypatch.setattr("loralab.workflows.merge.release_models", lambda: None)
 
 
 def refused(path: Path, output: Path, *, code: int, **request: Any) -> str:
@@ -157,6 +163,23 @@ def test_a_disk_without_room(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(merge_checks.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert "are free" in refused(run, tmp_path / "out", code=2)
+
+
+def test_a_disk_that_gets_full(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merged_folder, "save_file", full)
+    assert "No space left on device" in refused(run, tmp_path / "out", code=2)
+
+
+def test_adapters_that_name_different_bases(world: Path, tmp_path: Path) -> None:
+    """Of both, nothing but the name of the base is known."""
+    for name in ("run", "third"):
+        shutil.copytree(world / name / "adapter", tmp_path / name)
+        (tmp_path / name / "adapter_facts.json").unlink()
+    said = refused(tmp_path / "run", tmp_path / "out", code=2, others=[(tmp_path / "third", 0.5)])
+    assert "adapters of different bases: base and strange" in said
 
 
 def test_what_a_killed_merge_left_goes(run: Path, tmp_path: Path) -> None:

@@ -365,7 +365,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "path": file["path"],
                 "uploadMode": "lfs" if _LARGE.fullmatch(file["path"]) else "regular",
                 "shouldIgnore": False,
-                "oid": _oid(file["path"], there[file["path"]]) if file["path"] in there else None,
+                "oid": _etag(file["path"], there[file["path"]]) if file["path"] in there else None,
             }
             for file in wanted
         ]

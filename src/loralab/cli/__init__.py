@@ -13,6 +13,8 @@ from loralab.cli import (
     comparing,
     data,
     environment,
+    exporting,
+    launching,
     measuring,
     merging,
     planning,
@@ -38,7 +40,12 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "schema": start.schema,
     },
     "Data": {"preview": previewing.preview, "prepare": data.prepare},
-    "Train": {"plan": planning.plan, "train": training.train, "replay": training.replay},
+    "Train": {
+        "plan": planning.plan,
+        "train": training.train,
+        "launch": launching.launch,
+        "replay": training.replay,
+    },
     "Measure": {
         "inspect": environment.inspect,
         "eval": measuring.evaluate,
@@ -46,7 +53,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "report": measuring.report,
     },
     "Ask": {"generate": asking.generate, "chat": asking.chat},
-    "Share": {"push": sharing.push, "merge": merging.merge},
+    "Share": {"push": sharing.push, "merge": merging.merge, "export": exporting.export},
 }
 for _heading, _commands in COMMANDS.items():
     for _name, _command in _commands.items():

@@ -34,7 +34,7 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Export a model for Ollama, vLLM or llama.cpp (GGUF), with prompts and weights proved as far as this machine can."""
+    """Export a model for Ollama, vLLM or llama.cpp (GGUF), proved as far as it can be here."""
     from loralab.workflows.export import ExportRequest, export
 
     request = ExportRequest(to, output, name, dtype, model)

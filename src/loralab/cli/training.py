@@ -20,38 +20,55 @@ def _start_path(text: str) -> Path:
     return Path(text)
 
 
+CONFIG_ARGUMENT = typer.Argument(
+    metavar="CONFIG", help="YAML file, or the run folder to go on with.", callback=usable_path
+)
+WarmStart = Annotated[
+    Path | None,
+    typer.Option(
+        "--warm-start",
+        help="Start from the weights of this run or adapter.",
+        metavar="<path>",
+        parser=_start_path,
+        callback=usable_path,
+    ),
+]
+
+
+def check_train_options(*, resume: bool, overwrite: bool) -> None:
+    """Refuse options of `train` that exclude each other.
+
+    Raises:
+        ConfigError: both were given.
+    """
+    if resume and overwrite:
+        raise ConfigError(
+            "--resume and --overwrite exclude each other", where="command line", fix="keep the one that you mean"
+        )
+
+
+def run_source(config: Path, overrides: list[str] | None) -> tuple[Path, list[str]]:
+    """Return the configuration file of the argument CONFIG, and the overrides on top of it."""
+    chosen = list(overrides or [])
+    if (config / "config.yaml").is_file():  # a run folder, which may have been moved or copied
+        return config / "config.yaml", [f"output.dir={config.absolute()}", *chosen]
+    return config, chosen
+
+
 def train(
-    config: Annotated[
-        Path,
-        typer.Argument(metavar="CONFIG", help="YAML file, or the run folder to go on with.", callback=usable_path),
-    ],
+    config: Annotated[Path, CONFIG_ARGUMENT],
     overrides: Overrides = None,
     *,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
-    warm_start: Annotated[
-        Path | None,
-        typer.Option(
-            "--warm-start",
-            help="Start from the weights of this run or adapter.",
-            metavar="<path>",
-            parser=_start_path,
-            callback=usable_path,
-        ),
-    ] = None,
+    warm_start: WarmStart = None,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter: configuration in, run folder out."""
     from loralab.workflows.configure import load_run_config
 
-    if resume and overwrite:
-        raise ConfigError(
-            "--resume and --overwrite exclude each other", where="command line", fix="keep the one that you mean"
-        )
-    chosen, source = list(overrides or []), config
-    if (config / "config.yaml").is_file():  # a run folder, which may have been moved or copied
-        source, chosen = config / "config.yaml", [f"output.dir={config.absolute()}", *chosen]
-    loaded = load_run_config(source, chosen)
+    check_train_options(resume=resume, overwrite=overwrite)
+    loaded = load_run_config(*run_source(config, overrides))
     from loralab.workflows.train import train as run_training
 
     folder = run_training(loaded, reporter=ConsoleReporter(), resume=resume, overwrite=overwrite, warm_start=warm_start)

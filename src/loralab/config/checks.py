@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from loralab.config import lora_checks, metric_checks, output_checks, tracker_checks
+from loralab.config import distributed_checks, lora_checks, metric_checks, output_checks, tracker_checks
 from loralab.config.findings import Finding
 from loralab.config.schema import Config, DataSource
 from loralab.lookup import suggest
@@ -319,6 +319,7 @@ RULES: tuple[Rule, ...] = (
     _check_polynomial_end,
     _check_text,
     _check_layout,
+    *distributed_checks.RULES,
     *lora_checks.RULES,
     *metric_checks.RULES,
     tracker_checks.check_tracker_names,

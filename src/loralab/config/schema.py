@@ -42,8 +42,8 @@ class ModelConfig(Section):
     )
     device_map: Literal["auto"] | None = Field(
         None,
-        description="How the layers of the base lie on the GPUs that one process sees: spread over all of them (auto), "
-        "for a base larger than one, or null for one device.",
+        description="Accepted for one device, which holds all layers (auto); several GPUs share a base by "
+        "training.distributed: fsdp2 instead.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model; only for sources that you trust."

@@ -38,10 +38,10 @@ class TrainingConfig(Section):
         description="How the rows of a step lie in memory: shared (common prefixes once), packed or padded; losses and "
         "gradients are the same, auto takes shared where the model can.",
     )
-    distributed: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
+    distributed: Literal["ddp", "fsdp2"] = Field(
         "ddp",
-        description="How several processes share a run: ddp (each holds everything), fsdp2 or zero3 (weights, "
-        "gradients and moments in parts), zero2 (gradients and moments in parts); zero2 and zero3 need DeepSpeed.",
+        description="How several processes share a run: ddp (each holds the whole base) or fsdp2 (each holds a part "
+        "of every frozen decoder layer, for a base larger than one GPU); the adapter is whole in all of them.",
     )
     token_budget: PositiveInt | Literal["auto"] = Field(
         "auto",

@@ -65,7 +65,16 @@ def observe_batches(
                 raise Interrupted
             number = first + processes.rank
             if number < len(sizes) or processes.lockstep:
-                _run(model, examples_of, number, observe, last=len(sizes) - 1, planner=planner, device=device, processes=processes)
+                _run(
+                    model,
+                    examples_of,
+                    number,
+                    observe,
+                    last=len(sizes) - 1,
+                    planner=planner,
+                    device=device,
+                    processes=processes,
+                )
             done += sum(sizes[first : first + processes.count])
             reporter.progress(label, done, total)
     finally:
@@ -87,8 +96,7 @@ def _run(
     """Run a batch; in lockstep, go on with rows that nobody looks at until every process is done with its own."""
     batches = planner(examples_of(min(number, last))).micro_batches
     own = batches if number <= last else batches[:0]
+    more = processes.largest(len(own)) - len(own) if processes.lockstep else 0
     with torch.no_grad():
         run_micro_batches(model, own, device=device, observe=lambda batch, result: observe(number, batch, result))
-        if processes.lockstep:
-            more = processes.largest(len(own)) - len(own)
-            run_micro_batches(model, list(batches[:1]) * more, device=device, observe=lambda *_: None)
+        run_micro_batches(model, list(batches[:1]) * more, device=device, observe=lambda *_: None)

@@ -92,8 +92,8 @@ def choose_architecture(config: PreTrainedConfig) -> Architecture:
         raise ModelError(
             f"GGUF files are written for {' and '.join(ARCHITECTURES)} models, and this one is {config.model_type}",
             where="option --to gguf",
-            fix="export --to vllm, or --to ollama where Ollama imports this family; or merge it and use llama.cpp's own "
-            "convert_hf_to_gguf.py",
+            fix="export --to vllm, or --to ollama where Ollama imports this family; or merge it and use llama.cpp's "
+            "own convert_hf_to_gguf.py",
         )
     reasons = list(found.refuse(config))
     settings: Any = config
@@ -151,8 +151,8 @@ def rope_factors(config: PreTrainedConfig) -> Array | None:
     if rope_type(config) == "default":
         return None
     settings: Any = config
-    plain = type(config)(**{**config.to_dict(), "rope_parameters": _default_rope(settings)})
-    scaled, own = (LlamaRotaryEmbedding(each).inv_freq.to(torch.float64) for each in (config, plain))
+    plain: Any = type(config)(**{**config.to_dict(), "rope_parameters": _default_rope(settings)})
+    scaled, own = (LlamaRotaryEmbedding(each).inv_freq.to(torch.float64) for each in (settings, plain))
     factors: Array = (own / scaled).to(torch.float32).numpy()
     return factors
 

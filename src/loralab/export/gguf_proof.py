@@ -77,7 +77,12 @@ def _sent(rule: SentencePieceRule, prompt: Prompt, content: GgufContent) -> list
 
 
 def prove_gguf(
-    path: Path, merged: Path, content: GgufContent, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+    path: Path,
+    merged: Path,
+    content: GgufContent,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
 ) -> dict[str, Any]:
     """Read a GGUF file back and compare it with the model that it was written from.
 
@@ -107,15 +112,15 @@ def prove_gguf(
     spread = float(torch.cat([each.flatten() for each in own]).std())
     apart = max(float((mine - theirs).abs().max()) for mine, theirs in zip(own, read, strict=True))
     if not apart <= TOLERANCE * spread:
-        raise _differs(
-            f"logits differ by {apart / spread:.3g} standard deviations, allowed is {TOLERANCE:.0e}", path
-        )
+        raise _differs(f"logits differ by {apart / spread:.3g} standard deviations, allowed is {TOLERANCE:.0e}", path)
     exact = [torch.log_softmax(each, -1) for each in (_logits(merged, ids) if _is_half(path) else own)]
     rough = [torch.log_softmax(each, -1) for each in read]
     kl = float(torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(exact, rough, strict=True)]).mean())
     return {
         "logits": {
-            "compared_with": "the merged model, its matrices rounded to float16" if _is_half(path) else "the merged model",
+            "compared_with": "the merged model, its matrices rounded to float16"
+            if _is_half(path)
+            else "the merged model",
             "positions": sum(len(each) for each in ids),
             "max_difference_in_standard_deviations": apart / spread,
             "allowed": TOLERANCE,

@@ -60,7 +60,7 @@ def build_vocabulary(tokenizer: PreTrainedTokenizerBase, *, rows: int) -> Vocabu
 
     Args:
         tokenizer: of the merged model.
-        rows: of the model's embedding; more than tokens are filled up.
+        rows: of the model's embedding: ids without a token are filled up, tokens without a row left out.
 
     Raises:
         ModelError: llama.cpp has no tokenizer that does the same.
@@ -72,18 +72,16 @@ def build_vocabulary(tokenizer: PreTrainedTokenizerBase, *, rows: int) -> Vocabu
     model = facts["model"]
     if model["type"] != "BPE":
         raise _refuse(f"its model is {model['type']}; written are byte-level BPE and SentencePiece-like BPE")
-    if len(tokenizer) > rows:
-        raise _refuse(f"it has {len(tokenizer)} tokens, and the model has {rows} rows")
     merges = [tuple(each.split(" ")) if isinstance(each, str) else tuple(each) for each in model["merges"]]
     tokens, types = _tokens(facts, rows, bytes_too=bool(model.get("byte_fallback")))
     if model.get("byte_fallback"):
         _check_sentencepiece(facts)
         scores, note = _scores(model["vocab"], merges, tokens, types)
         notes = (note,) if note else ()
-        return Vocabulary("llama", "default", tokens, types, scores, None, _special(tokenizer), notes)
+        return Vocabulary("llama", "default", tokens, types, scores, None, _special(tokenizer, rows), notes)
     pre, note = _pre_tokenizer(facts)
     joined = tuple(f"{left} {right}" for left, right in merges)
-    return Vocabulary("gpt2", pre, tokens, types, None, joined, _special(tokenizer), (note,) if note else ())
+    return Vocabulary("gpt2", pre, tokens, types, None, joined, _special(tokenizer, rows), (note,) if note else ())
 
 
 def _tokens(facts: Mapping[str, Any], rows: int, *, bytes_too: bool) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -106,9 +104,9 @@ def _byte_token(value: int) -> str:
     return f"<0x{value:02X}>"
 
 
-def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def _special(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, int]:
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
-    return {name: int(number) for name, number in ids.items() if number is not None}
+    return {name: int(number) for name, number in ids.items() if number is not None and number < rows}
 
 
 def _pre_tokenizer(facts: Mapping[str, Any]) -> tuple[str, str]:
@@ -163,7 +161,9 @@ def _scores(
         for cut in range(1, len(token))
         if token[:cut] in vocabulary and token[cut:] in vocabulary
     }
-    score, tied, end = {}, set(), -1
+    score: dict[str, float] = {}
+    tied: set[str] = set()
+    end = -1
     for token, (first, last) in spans.items():  # in the order of their first merge
         if first > end:
             level = -float(len(score))

@@ -238,14 +238,10 @@ def _arguments(words: Sequence[str], dot: Any, scopes: _Scopes) -> tuple[list[An
 
 
 def _operand(word: str, dot: Any, scopes: _Scopes) -> Any:
-    if word.startswith('"'):
+    if word[0] in '"`':
+        return json.loads(word) if word[0] == '"' else word[1:-1]
+    if word in ("true", "false") or word.lstrip("-").isdigit():
         return json.loads(word)
-    if word.startswith("`"):
-        return word[1:-1]
-    if word in ("true", "false"):
-        return word == "true"
-    if word.lstrip("-").isdigit():
-        return int(word)
     if word.startswith("."):
         return _field(dot, word[1:])
     if word.startswith("$"):

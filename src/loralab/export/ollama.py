@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from loralab.errors import ModelError, RunFolderError, UserError
 from loralab.export.gguf_vocabulary import build_vocabulary
 from loralab.export.ollama_prompt import OllamaPrompt
 from loralab.models.precision import Resolved
 from loralab.run import read_json
-from transformers import PreTrainedTokenizerBase
 
 # Architectures that Ollama imports from safetensors, of those that loralab trains.
 IMPORTED = frozenset(
@@ -118,5 +119,8 @@ def render_modelfile(content: Modelfile) -> str:
         lines.append(f'SYSTEM """{content.system}"""')
     lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in content.stop]
     lines.append(f"PARAMETER num_ctx {content.context}")
-    lines += ["# As loralab measured the answers: the most likely token. Remove the line to sample.", "PARAMETER temperature 0"]
+    lines += [
+        "# As loralab measured the answers: the most likely token. Remove the line to sample.",
+        "PARAMETER temperature 0",
+    ]
     return "\n".join(lines) + "\n"

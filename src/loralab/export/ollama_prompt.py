@@ -77,8 +77,7 @@ def derive_prompt(render: Render, *, drop: str, golden: Sequence[Sequence[Messag
         The template, with what was proved.
 
     Raises:
-        TemplateError: no such template can be found.
-        PromptContractError: a template was found, and it writes something else.
+        TemplateError: no template that writes the same can be found.
     """
 
     def served(messages: Sequence[Message]) -> str:
@@ -87,12 +86,25 @@ def derive_prompt(render: Render, *, drop: str, golden: Sequence[Sequence[Messag
             raise _irregular(f"a prompt does not begin with {drop!r}, which the program would write by itself")
         return text[len(drop) :]
 
-    single, several = _single(served), _several(served)
-    template = several or single
-    turns = several is not None
-    compared = 0
-    for messages in [*_conversations(turns), *golden]:
-        compared += _prove(template, messages, served)
+    several, single = _several(served), _single(served)
+    if several is not None:
+        try:
+            return _proved(several, served, golden, turns=True)
+        except PromptContractError:  # a rule that some turns do not follow: one question may still do
+            pass
+    try:
+        return _proved(single, served, golden, turns=False)
+    except PromptContractError as error:
+        raise _irregular(error.problems[0].what) from error
+
+
+def _proved(template: str, served: Render, golden: Sequence[Sequence[Message]], *, turns: bool) -> OllamaPrompt:
+    """Return a template with what was proved of it.
+
+    Raises:
+        PromptContractError: it writes something else than the Jinja template.
+    """
+    compared = sum(_prove(template, messages, served) for messages in [*_conversations(turns), *golden])
     has_system = ".System" in template
     return OllamaPrompt(template, turns, has_system, compared, tuple(_caveats(template, served, turns, has_system)))
 
@@ -122,9 +134,7 @@ def _several(served: Render) -> str | None:
         return None
     head = quote_text(before)
     try:
-        first, between, last = _cut(
-            served([Message("system", _SYSTEM), Message("user", _USER)]), _SYSTEM, _USER
-        )
+        first, between, last = _cut(served([Message("system", _SYSTEM), Message("user", _USER)]), _SYSTEM, _USER)
         if last != after:
             return None
         head = f"{_EVER}{quote_text(first)}{{{{ .System }}}}{quote_text(between)}{{{{ else }}}}{head}{{{{ end }}}}"
@@ -152,7 +162,11 @@ def _cut(text: str, *marks: str) -> list[str]:
 def _conversations(turns: bool) -> list[list[Message]]:
     system = Message("system", "You answer briefly.")
     first, answer = Message("user", "What is 2 + 2?"), Message("assistant", "4")
-    later = [Message("user", "And 3 + 3?\nExplain."), Message("assistant", "6, since 3 + 3 = 6."), Message("user", "é 世界")]
+    later = [
+        Message("user", "And 3 + 3?\nExplain."),
+        Message("assistant", "6, since 3 + 3 = 6."),
+        Message("user", "é 世界"),
+    ]
     found = [[first], [system, first]]
     if turns:
         longer = [first, answer, *later]
@@ -194,7 +208,9 @@ def _caveats(template: str, served: Render, turns: bool, has_system: bool) -> li
     if differs(" blanks around \n"):
         caveats.append("the chat template takes blanks from both ends of a message, Ollama sends them")
     if differs("Add.\n\n### Input:\n1 and 2"):
-        caveats.append("the chat template words a question with '### Input:' in another way; Ollama sends the plain one")
+        caveats.append(
+            "the chat template words a question with '### Input:' in another way; Ollama sends the plain one"
+        )
     caveats.append("tools and pictures are not covered")
     return caveats
 

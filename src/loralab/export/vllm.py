@@ -1,7 +1,7 @@
 """What vLLM needs for an adapter: whether it takes it as LoRA, the folder, and the command.
 
 Owns vLLM's limits and the rewriting of adapters whose layers differ in rank or scale. Nothing here runs vLLM. Source:
-vllm-project/vllm, docs/features/lora.md, docs/models/supported_models.md, vllm/config/lora.py, vllm/lora/peft_helper.py.
+vllm-project/vllm: docs/features/lora.md, docs/models/supported_models.md, vllm/config/lora.py, vllm/lora/.
 """
 
 import json
@@ -64,25 +64,20 @@ def why_merged(config: Mapping[str, Any], names: Sequence[str], architecture: st
         architecture: of the base, as its config.json names it.
     """
     kind = str(config.get("peft_type")).upper()
-    if kind != "LORA":
-        return f"vLLM takes LoRA adapters, and this one is {kind}"
-    if config.get("use_dora"):
-        return "vLLM does not take DoRA"
-    if config.get("modules_to_save"):
-        return f"vLLM takes no layers that were trained whole ({', '.join(config['modules_to_save'])})"
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        return "vLLM takes no trained biases"
     others = [name for name in names if not name.endswith(_PARTS)]
-    if others:
-        return f"vLLM takes updates of linear layers alone, and the adapter has {others[0]}"
     heads = [head for head in _HEADS if any(f".{head}." in name for name in names)]
-    if heads:
-        return f"whether vLLM takes updates of {heads[0]} depends on the model"
-    if architecture not in WITH_LORA:
-        return f"vLLM's table of models does not mark {architecture} with LoRA"
-    if largest_rank(config) > RANKS[-1]:
-        return f"vLLM takes ranks up to {RANKS[-1]}, and the adapter has {largest_rank(config)}"
-    return None
+    whole = config.get("modules_to_save") or []
+    objections = (
+        (kind != "LORA", f"vLLM takes LoRA adapters, and this one is {kind}"),
+        (config.get("use_dora"), "vLLM does not take DoRA"),
+        (whole, f"vLLM takes no layers that were trained whole ({', '.join(whole)})"),
+        (config.get("bias", "none") != "none" or config.get("lora_bias"), "vLLM takes no trained biases"),
+        (others, f"vLLM takes updates of linear layers alone, and the adapter has {', '.join(others[:1])}"),
+        (heads, f"whether vLLM takes updates of {', '.join(heads)} depends on the model"),
+        (architecture not in WITH_LORA, f"vLLM's table of models does not mark {architecture} with LoRA"),
+        (kind == "LORA" and largest_rank(config) > RANKS[-1], f"vLLM takes ranks up to {RANKS[-1]}"),
+    )
+    return next((reason for objects, reason in objections if objects), None)
 
 
 def largest_rank(config: Mapping[str, Any]) -> int:
@@ -127,7 +122,9 @@ def write_adapter(source: Path, folder: Path, *, scale_of: Callable[[str], float
         wide_a[: len(a)], wide_b[:, : b.shape[1]] = a, b * scale
         before, after = scale * (b @ a), wide_b @ wide_a
         if not float((before - after).norm()) <= _TOLERANCE * float(before.norm()) + 1e-30:
-            raise ProofError(f"the update of {layer} changed", where=str(source), fix="merge the adapter and serve that")
+            raise ProofError(
+                f"the update of {layer} changed", where=str(source), fix="merge the adapter and serve that"
+            )
         written[name], written[layer + _PARTS[1]] = wide_a, wide_b
     save_file(written, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
     config |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}

@@ -4,6 +4,7 @@ Owns the client, the token's role and which errors may pass by themselves. The t
 `huggingface_hub`: nothing here keeps, prints or returns it.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,10 @@ def may_pass(error: BaseException) -> bool:
     if isinstance(error, OfflineModeIsEnabled):
         return False
     status = status_of(error)
-    return status in _PASSING if status is not None else not isinstance(error, ValueError)
+    if status is not None:
+        return status in _PASSING
+    # An error page where the client expects JSON is a server in trouble; other values will not change.
+    return isinstance(error, json.JSONDecodeError) or not isinstance(error, ValueError)
 
 
 def retry_after(error: BaseException) -> float | None:
@@ -123,6 +127,10 @@ def explain(error: BaseException, what: str, *, where: str) -> HubError:
         )
     if isinstance(error, OfflineModeIsEnabled):
         return HubError(f"{what} cannot be had: HF_HUB_OFFLINE is set", where=where, fix="unset HF_HUB_OFFLINE")
+    if status is None and not isinstance(_innermost(error), NETWORK_ERRORS):
+        return HubError(
+            f"{what} failed: {_TOKEN.sub('hf_...', excerpt(_innermost(error)))}", where=where, fix="try again later"
+        )
     if status is None:
         said = _TOKEN.sub("hf_...", excerpt(_innermost(error)))
         return HubError(

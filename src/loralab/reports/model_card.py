@@ -87,7 +87,39 @@ def find_hub_id(facts: Facts) -> str | None:
 def _front_matter(facts: Facts, hub_id: str | None) -> Json:
     base = {"base_model": hub_id, "base_model_relation": "adapter"} if hub_id else {}
     task = "image-text-to-text" if reads_pictures(facts) else "text-generation"
-    return {**base, "library_name": "peft", "pipeline_tag": task, "tags": ["lora", "loralab"]}
+    front = {**base, "library_name": "peft", "pipeline_tag": task, "tags": ["lora", "loralab"]}
+    licence, data = base_licence(facts), _hub_data(facts)
+    front |= {"license": licence} if licence and hub_id else {}
+    front |= {"datasets": data} if data else {}
+    results = _model_index(facts, task, data)
+    return front | ({"model-index": results} if results else {})
+
+
+def base_licence(facts: Facts) -> str | None:
+    """Return the licence that the base model's card named when the run began, or None where it is not known."""
+    licence = dig(facts.record, "model", "licence")
+    return str(licence) if licence else None
+
+
+def _hub_data(facts: Facts) -> list[str]:
+    pins = dig(facts.record, "revisions", "data") or []
+    return list(dict.fromkeys(str(pin["name"]) for pin in pins))
+
+
+def _model_index(facts: Facts, task: str, data: list[str]) -> list[Json]:
+    """Return the figures in the form that the Hub's leaderboards read; they need data of the Hub."""
+    evaluation, split = facts.evaluation, facts.evaluation.get("split")
+    if not data or "eval_loss" not in evaluation:
+        return []
+    figures = [("loss", "Loss, nats per token", evaluation["eval_loss"])]
+    for name, figure in dig_table(evaluation, "metrics").items():
+        low, high = dig(figure, "low"), dig(figure, "high")
+        around = f" ({low:.4g} to {high:.4g})" if isinstance(low, float) and isinstance(high, float) else ""
+        figures.append((name, f"{name}{around}", dig(figure, "value")))
+    metrics = [{"type": kind, "name": shown, "value": value} for kind, shown, value in figures if value is not None]
+    dataset = {"type": data[0], "name": data[0], **({"split": str(split)} if split else {})}
+    result = {"task": {"type": task}, "dataset": dataset, "metrics": metrics}
+    return [{"name": path_name(facts.name), "results": [result]}]
 
 
 def _card_context(facts: Facts, hub_id: str | None) -> dict[str, Any]:
@@ -97,6 +129,7 @@ def _card_context(facts: Facts, hub_id: str | None) -> dict[str, Any]:
         "name": path_name(facts.name),
         "base": base,
         "on_hub": hub_id is not None,
+        "licence": base_licence(facts),
         "revision": dig(facts.record, "model", "revision") if hub_id else None,
         "base_sha256": dig(facts.record, "model", "sha256"),
         "overview": [(name, base if name == "Base model" else value) for name, value in describe_overview(facts)],

@@ -35,15 +35,25 @@ _STEP_LIMIT = timedelta(minutes=30)
 _WAIT_LIMIT = timedelta(hours=24)
 # How long is waited for a word of the others when one is lost: they leave it before they end.
 _WORD_SECONDS = 3.0
-_LAUNCHERS = "torchrun --nproc_per_node 2 -m loralab.cli train CONFIG"
+_LAUNCHERS = "loralab launch CONFIG --num-processes 2"
+# Process id of `loralab launch` in the environment of what it starts.
+LAUNCHER_VARIABLE = "LORALAB_LAUNCHER"
+_LOOK_SECONDS = 2.0
 
 
-class _Board(Protocol):
+class Board(Protocol):
     """What is used of torch's store, which the launcher keeps and all processes reach."""
 
-    def set(self, key: str, value: str, /) -> None: ...
-    def get(self, key: str, /) -> bytes: ...
-    def check(self, keys: list[str], /) -> bool: ...
+    def set(self, key: str, value: str, /) -> None:
+        """Write a word under a key."""
+
+    def get(self, key: str, /) -> bytes:
+        """Return the word under a key, once it is there."""
+        ...
+
+    def check(self, keys: list[str], /) -> bool:
+        """Return whether all keys have a word."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +74,7 @@ class Processes:
     local_rank: int = 0
     local_count: int = 1
     lockstep: bool = False
-    _board: _Board | None = None
+    _board: Board | None = None
     _steps: dist.ProcessGroup | None = None
     _waits: dist.ProcessGroup | None = None
 
@@ -146,16 +156,7 @@ class Processes:
         if self._board is None:
             return
         problems = error.problems if isinstance(error, LoralabError) else (_describe(error, self),)
-        word = {
-            "lost": lost,
-            "exit_code": getattr(error, "exit_code", 1),
-            "problems": [[problem.what, problem.where, problem.fix] for problem in problems],
-        }
-        try:
-            if not self._board.check([_key(self.rank)]):
-                self._board.set(_key(self.rank), json.dumps(word))
-        except RuntimeError:
-            return  # it was kept by the process that was lost
+        leave_word(self._board, self.rank, *problems, exit_code=getattr(error, "exit_code", 1), lost=lost)
 
     def _words(self) -> dict[int, dict[str, Any]]:
         """Return what processes that have ended left, by rank."""
@@ -169,6 +170,28 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def leave_word(board: Board, rank: int, *problems: Problem, exit_code: int, lost: bool = False) -> None:
+    """Tell the other processes why one has ended, unless that was told already.
+
+    Args:
+        board: where they look.
+        rank: the one that ended.
+        *problems: why.
+        exit_code: what the run ends with.
+        lost: whether it ended because another one was gone.
+    """
+    word = {
+        "lost": lost,
+        "exit_code": exit_code,
+        "problems": [[problem.what, problem.where, problem.fix] for problem in problems],
+    }
+    try:
+        if not board.check([_key(rank)]):
+            board.set(_key(rank), json.dumps(word))
+    except RuntimeError:
+        return  # it was kept by the process that was lost
 
 
 def _key(rank: int) -> str:
@@ -193,6 +216,7 @@ def joined(setting: str, distributed: str = "ddp") -> Iterator[Processes]:
         WorkerError: another process ended without a word.
     """
     _check_launcher()
+    _end_with_launcher()
     count = _number("WORLD_SIZE", 1)
     if count == 1:
         yield ALONE
@@ -207,6 +231,20 @@ def joined(setting: str, distributed: str = "ddp") -> Iterator[Processes]:
         processes._leave_word(error, lost=False)
         raise
     dist.destroy_process_group()
+
+
+def _end_with_launcher() -> None:
+    """Stop as on SIGTERM, with a checkpoint, when the launcher that started this process was killed."""
+    launcher = _number(LAUNCHER_VARIABLE, 0)
+    if launcher == 0 or launcher != os.getppid():
+        return
+
+    def look() -> None:
+        while os.getppid() == launcher:
+            time.sleep(_LOOK_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 @contextmanager
@@ -271,9 +309,9 @@ def _check_launcher() -> None:
     for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(name, "false").lower() in ("true", "1"):
             raise ConfigError(
-                f"the launcher asks for {what}; several processes train with DDP",
+                f"the launcher asks for {what}; how processes share a run is set in training.distributed",
                 where=f"environment variable {name}",
-                fix=f"launch with plain data parallelism: {_LAUNCHERS}",
+                fix=f"launch with {_LAUNCHERS}, and set training.distributed: fsdp2 for a base in parts",
             )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision != "no":

@@ -33,26 +33,28 @@ def loading_device(device: torch.device, processes: Processes) -> torch.device:
 
 
 def place_model(
-    model: SupervisedPeftModel, device: torch.device, *, processes: Processes
+    model: SupervisedPeftModel, device: torch.device, setting: str, *, processes: Processes
 ) -> dict[str, Resolved[str]]:
     """Put base and adapter where the run computes, whole or in parts.
 
     Args:
         model: base with adapter, where it was loaded.
         device: where the run computes.
+        setting: `training.distributed`.
         processes: those that share the run.
 
     Returns:
-        How the processes share the model, where there are several.
+        How the processes share the model, where that is a question.
 
     Raises:
         ConfigError: the base has no list of decoder layers that could be cut.
     """
     if not processes.lockstep:
         model.to(device)
-        if processes.count == 1:
-            return {}
-        return {"distributed": Resolved("ddp", f"each of {processes.count} processes holds the whole base")}
+        if processes.count > 1:
+            return {"distributed": Resolved("ddp", f"each of {processes.count} processes holds the whole base")}
+        alone = Resolved("none", f"one process has nobody to share with; {setting} acts under `loralab launch`")
+        return {} if setting == "ddp" else {"distributed": alone}
     layers = _decoder_layers(model)
     mesh = init_device_mesh(device.type, (processes.count,))
     trained = {weight for weight in model.parameters() if weight.requires_grad}
@@ -65,7 +67,9 @@ def place_model(
     rest = {weight for weight in model.parameters() if not isinstance(weight, DTensor)}
     fully_shard(model.body, mesh=mesh, ignored_params=rest)
     _move_rest(model, device)
-    held = sum(weight.to_local().numel() if isinstance(weight, DTensor) else weight.numel() for weight in model.parameters())
+    held = sum(
+        weight.to_local().numel() if isinstance(weight, DTensor) else weight.numel() for weight in model.parameters()
+    )
     reason = (
         f"{len(layers)} decoder layers are cut into {processes.count} parts: this process holds {held / whole:.0%} of "
         "all weights, and the adapter whole"
@@ -74,16 +78,19 @@ def place_model(
 
 
 def _decoder_layers(model: SupervisedPeftModel) -> Sequence[nn.Module]:
-    """Return the decoder's layers: the longest list of modules that is as long as the configuration says."""
+    """Return the decoder's layers: the largest list of modules that is as long as the configuration says."""
     count = getattr(model.language_model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [held for held in model.body.modules() if isinstance(held, nn.ModuleList) and len(held) == count]
+    lists: list[nn.ModuleList] = [
+        held for held in model.body.modules() if isinstance(held, nn.ModuleList) and len(held) == count
+    ]
     if not lists:
         raise ConfigError(
             f"{type(model.language_model).__name__} has no list of {count} decoder layers to cut",
             where="key training.distributed",
             fix="set training.distributed: ddp",
         )
-    return list(max(lists, key=lambda held: sum(weight.numel() for weight in held.parameters())))
+    longest: nn.ModuleList = max(lists, key=lambda held: sum(weight.numel() for weight in held.parameters()))
+    return list(longest)
 
 
 def _move_rest(model: nn.Module, device: torch.device) -> None:

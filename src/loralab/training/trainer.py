@@ -200,10 +200,10 @@ class StepTrainer(Trainer):
         self, model: nn.Module, step: StepBatch, backward: Callable[[Tensor], None], key: tuple[int, int]
     ) -> LossSum:
         """Run a step's micro-batches, and as many more without weight as it takes to run as many as any process."""
-        result = run_micro_batches(
-            model, step.micro_batches, device=self.args.device, backward=backward, dropout_key=key
-        )
-        for _ in range(self._processes.largest(len(step.micro_batches)) - len(step.micro_batches)):
+        own = step.micro_batches
+        more = self._processes.largest(len(own)) - len(own)  # asked before: forwards of the others wait for this one
+        result = run_micro_batches(model, own, device=self.args.device, backward=backward, dropout_key=key)
+        for _ in range(more):
             self._join_reduction(model, lambda _: contextlib.nullcontext(), key)
         average_gradients(model, self._processes)
         return result

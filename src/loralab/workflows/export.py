@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,14 @@ from typing import Any
 from safetensors import safe_open
 
 from loralab import __version__
-from loralab.errors import ConfigError, ModelError, RunFolderError, StorageError, TemplateError, UserError
+from loralab.errors import ConfigError, ModelError, TemplateError, UserError
 from loralab.export.gguf_architectures import choose_architecture
 from loralab.export.gguf_file import FILE_TYPES, GgufContent, write_gguf
 from loralab.export.gguf_library import load_gguf
 from loralab.export.gguf_proof import Prompt, choose_blank, prove_gguf
 from loralab.export.gguf_vocabulary import build_vocabulary
 from loralab.export.merged_weights import MergedWeights
-from loralab.export.ollama import Modelfile, adds_bos_itself, choose_weights, render_modelfile
+from loralab.export.ollama import IMPORTED, Modelfile, adds_bos_itself, choose_weights, render_modelfile
 from loralab.export.ollama_prompt import OllamaPrompt, derive_prompt, describe_prompt
 from loralab.export.vllm import (
     Served,
@@ -43,6 +41,7 @@ from loralab.models.load import load_model_config, max_positions
 from loralab.models.vision import VISION_FAMILIES
 from loralab.progress import Reporter
 from loralab.run import file_sha256, read_json, write_json
+from loralab.workflows.export_folder import check_output, move_into_place, staging_beside
 from loralab.workflows.export_source import ExportSource, open_source
 from loralab.workflows.inspect_modules import rank_and_scale
 
@@ -112,11 +111,11 @@ def export(path: Path, request: ExportRequest, *, reporter: Reporter) -> dict[st
     dtype = _check_dtype(request)
     name = _check_name(request.name or re.sub(r"[^A-Za-z0-9._-]+", "-", path.absolute().name).strip("-._") or "model")
     output = request.output or path.absolute().with_name(f"{path.absolute().name}-{request.to}")
-    _check_output(output)
+    check_output(output)
     if request.to == "gguf":
         load_gguf()
     source = open_source(path, request.base_model, reporter)
-    with _staging(output) as (staging, scratch):
+    with staging_beside(output) as (staging, scratch):
         job = _Job(source, name, staging, scratch, output.absolute(), dtype, reporter)
         result = {"to": request.to, "name": name, "source": str(path), "loralab": __version__, **work(job)}
         result["files"] = {
@@ -125,7 +124,7 @@ def export(path: Path, request: ExportRequest, *, reporter: Reporter) -> dict[st
             if file.is_file()
         }
         write_json(staging / EXPORT_FILE, result)
-        _move(staging, output)
+        move_into_place(staging, output)
     return {**result, "output": str(output)}
 
 
@@ -151,45 +150,6 @@ def _check_name(name: str) -> str:
     return name
 
 
-def _check_output(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunFolderError(
-            f"the output is already there: {str(output)!r}",
-            where="option --output",
-            fix="name another --output, or remove that one",
-        )
-
-
-@contextmanager
-def _staging(output: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield two new folders beside `output`, what is kept and what is not; both are gone afterwards."""
-    place = output.absolute().with_name(f".{output.name}.exporting-{os.getpid()}")
-    made: list[Path] = [each for each in place.parents if not each.exists()]
-    try:
-        for folder in (place / "kept", place / "scratch"):
-            folder.mkdir(parents=True)
-    except OSError as error:
-        shutil.rmtree(place, ignore_errors=True)
-        raise StorageError(
-            f"cannot write beside {str(output)!r}: {error.strerror}", where="option --output", fix="name another folder"
-        ) from None
-    done = False
-    try:
-        yield place / "kept", place / "scratch"
-        done = True
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-        for folder in made if not done else ():
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-
-
-def _move(staging: Path, output: Path) -> None:
-    if output.is_dir():
-        output.rmdir()
-    staging.rename(output)
-
-
 def _to_gguf(job: _Job) -> dict[str, Any]:
     _check_text(job)
     choose_architecture(job.source.base_config())  # before anything is merged
@@ -212,7 +172,13 @@ def _write_gguf(job: _Job, folder: Path, dtype: str) -> tuple[Path, dict[str, An
     prompts = job.source.prompts()
     vocabulary = build_vocabulary(prompter.tokenizer, rows=int(getattr(config, "vocab_size", 0)))
     content = GgufContent(
-        job.name, config, choose_architecture(config), vocabulary, _begins_with_bos(job, prompts), False, job.source.template
+        job.name,
+        config,
+        choose_architecture(config),
+        vocabulary,
+        _begins_with_bos(job, prompts),
+        False,
+        job.source.template,
     )
     content = replace(content, add_blank=choose_blank(content, prompts))
     alone = job.scratch / "alone"
@@ -221,7 +187,7 @@ def _write_gguf(job: _Job, folder: Path, dtype: str) -> tuple[Path, dict[str, An
     job.reporter.say(f"writing {path.name}")
     size = write_gguf(path, MergedWeights(folder), content, dtype=dtype)
     job.reporter.say("reading it back through transformers")
-    proof = prove_gguf(path, folder, content, prompter.tokenizer, prompts)
+    proof = prove_gguf(path, folder, content, tokenizer=prompter.tokenizer, prompts=prompts)
     notes = [*vocabulary.notes, "not run in llama.cpp here: the proof is transformers' own reading of the file"]
     facts = {
         "dtype": dtype,
@@ -261,7 +227,11 @@ def _write_modelfile(job: _Job, weights: str, prompt: OllamaPrompt, folder: Path
     context = max(_SHORTEST_CONTEXT, int(job.source.config.data.max_length))
     positions = max_positions(load_model_config(_model_at(job, folder)))
     content = Modelfile(
-        weights, prompt, prompter.system_prompt, prompter.stop.texts, context if positions is None else min(context, positions)
+        weights,
+        prompt,
+        prompter.system_prompt,
+        prompter.stop.texts,
+        context if positions is None else min(context, positions),
     )
     (job.staging / "Modelfile").write_text(render_modelfile(content), encoding="utf-8")
 
@@ -273,6 +243,9 @@ def _create_command(job: _Job) -> list[str]:
 def _to_ollama(job: _Job) -> dict[str, Any]:
     _check_text(job)
     _ollama_prompt(job, drops_bos=False)  # before anything is merged
+    base = job.source.base_config()
+    if _architecture(base) not in IMPORTED:
+        choose_architecture(base)
     folder = job.source.model_folder(job.scratch / "model", job.reporter)
     config: Any = load_model_config(_model_at(job, folder))
     tokenizer = job.source.prompter.tokenizer
@@ -327,9 +300,7 @@ def _to_vllm(job: _Job) -> dict[str, Any]:
     if reason is None:
         adapter = read_json(source.target.adapter / CONFIG_FILE)
         job.staging.rmdir()
-        done = write_adapter(
-            source.target.adapter, job.staging, scale_of=lambda layer: _scale(adapter, layer)
-        )
+        done = write_adapter(source.target.adapter, job.staging, scale_of=lambda layer: _scale(adapter, layer))
         model = source.config.model
         rank = allowed_rank(largest_rank(adapter))
         served = Served(str(model.name), model.revision, dtype, model.quantization, rank)

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from loralab.config.schema import Config
 from loralab.data.prompts.prompter import Prompter
-from loralab.errors import ModelError
+from loralab.errors import ModelError, StorageError, excerpt
 from loralab.evaluation.distances import DISTANCES
+from loralab.models.allocator import returning_memory
 from loralab.models.load import load_model_config
 from loralab.models.merge_source import snapshot_revision
 from loralab.models.merge_whole import add_parts
@@ -35,6 +37,7 @@ from loralab.workflows.merge_checks import (
     check_kinds,
     check_onto,
     check_output,
+    check_same_base,
     read_dtype,
     staging_of,
 )
@@ -106,12 +109,13 @@ def merge(path: Path, request: MergeRequest, *, reporter: Reporter) -> dict[str,
     inside = [target.adapter for target in targets]
     check_output(request.output, [*inside, *_base_folder(world.config)])
     base_sha256 = check_base(world.config, targets, hashes)
+    check_same_base(targets, parts)
     check_contracts(targets)
     for text in world.notes:
         reporter.say(text)
     staging = staging_of(request.output.absolute())
     with _staged(staging):
-        with MemoryWatch() as watch:
+        with MemoryWatch() as watch, returning_memory():
             written = write_weights(world, staging, output=request.output, reporter=reporter)
             writing = watch.peak_bytes(_CPU)
         with MemoryWatch() as watch:
@@ -155,11 +159,21 @@ def _base_folder(config: Config) -> list[Path]:
 
 @contextlib.contextmanager
 def _staged(staging: Path) -> Iterator[None]:
-    """Make the folder that a merge works in, and let nothing of it stay where the merge fails."""
+    """Make the folder that a merge works in, and let nothing of it stay where the merge fails.
+
+    Raises:
+        StorageError: something cannot be written.
+    """
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
+        staging.mkdir(parents=True)
         yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"cannot write the merged model: {excerpt(error)}",
+            where=str(staging.parent),
+            fix="free space there, or name a folder that you may write to; nothing was kept",
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -224,7 +238,7 @@ def _ask(
     live = ask_live(session, rows, reporter)
     prompter = session.prompter
     del session
-    _free()
+    release_models()
     return rows, live, prompter, name
 
 
@@ -247,7 +261,8 @@ def _reload(staging: Path, written: Written, world: MergeWorld) -> Any:
     return merged.to(world.device).eval()
 
 
-def _free() -> None:
+def release_models() -> None:
+    """Give the memory of models back that nothing names any more: their parts name each other."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -241,6 +241,23 @@ def check_base(config: Config, targets: Sequence[Target], hashes: Sequence[str])
     return sha256
 
 
+def check_same_base(targets: Sequence[Target], parts: Sequence[Part]) -> None:
+    """Check by name that several adapters have one base, for those of which nothing else is recorded.
+
+    Raises:
+        ModelError: they name different ones.
+    """
+    named = [str(part.config.base_model_name_or_path or "") for part in parts]
+    for target, name in zip(targets, named, strict=True):
+        known = known_base(target)
+        if known.sha256 is None and known.revision is None and name != named[0]:
+            raise ModelError(
+                f"adapters of different bases: {Path(named[0]).name} and {Path(name).name}",
+                where=f"{targets[0].adapter}, {target.adapter}",
+                fix="combine adapters that were trained on the same base",
+            )
+
+
 def check_contracts(targets: Sequence[Target]) -> None:
     """Check that several adapters were prompted alike.
 

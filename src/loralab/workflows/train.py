@@ -20,6 +20,7 @@ from loralab.layout.planner import Planner
 from loralab.models.adapters import build_adapter
 from loralab.models.allocator import release_freed_memory
 from loralab.models.determinism import resolve_determinism, restored_algorithms
+from loralab.models.device_map import resolve_device_map
 from loralab.models.kernel_caches import bound_kernel_caches
 from loralab.models.load import (
     check_length,
@@ -293,7 +294,7 @@ def prepare_run(
     set_seed(config.training.seed)
     batches = activation_batches(config, data)
     model, adapter_choices = build_adapter(base, lora, seed=config.training.seed, batches=batches, saved=saved)
-    choices |= place_model(model, device.value, processes=processes)
+    choices |= place_model(model, device.value, config.training.distributed, processes=processes)
     task.check_room(model)
     choices |= resolve_determinism(model, device.value)
     planner, layout_choices = _choose_layout(model, config, start, data, processes=processes)
@@ -340,7 +341,10 @@ def _choose_device(config: Config, processes: Processes, reporter: Reporter) -> 
     check_trackers(config.output.trackers)
     precision = resolve_precision(config.model, device.value)
     threads = resolve_threads(device.value, sharing=processes.local_count)
-    return {"device": device, "precision": precision, **threads, **bound_kernel_caches(device.value)}
+    spread = resolve_device_map(
+        config.model.device_map, device.value, several_gpus=note is not None, processes=processes.count
+    )
+    return {"device": device, "precision": precision, **spread, **threads, **bound_kernel_caches(device.value)}
 
 
 def _tell(choices: Mapping[str, Resolved[Any]], reporter: Reporter) -> None:

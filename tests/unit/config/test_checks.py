@@ -43,6 +43,18 @@ BROKEN: list[tuple[str, Values, list[str], str]] = [
         "nf4 on mps: it is offered on cuda and cpu",
     ),
     (
+        "_check_quantized_parts",
+        {"model": {"quantization": "nf4"}, "training": {"distributed": "fsdp2"}},
+        ["training.distributed"],
+        "packed weights and their scales belong together",
+    ),
+    (
+        "_check_parts_on_devices",
+        {"model": {"device_map": "auto"}, "training": {"distributed": "fsdp2"}},
+        ["model.device_map"],
+        "device_map auto with fsdp2",
+    ),
+    (
         "_check_optimizer",
         {"model": {"device": "cpu"}, "training": {"optim": "paged_adamw_8bit"}},
         ["training.optim"],

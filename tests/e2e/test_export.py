@@ -1,0 +1,74 @@
+"""`loralab export` as a user calls it: from a run, to every program, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loralab import train
+from support.command import read_problems, run_here
+from support.tiny import alpaca_rows, run_config, save_base, write_rows
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a run on a tiny Llama, and one on a tiny GPT-2."""
+    folder = tmp_path_factory.mktemp("export")
+    rows = write_rows(folder / "rows.json", alpaca_rows(24))
+    for family in ("llama", "gpt2"):
+        base = save_base(folder / f"base-{family}", family)  # type: ignore[arg-type]
+        train(run_config(base, rows, folder / family, training={"max_steps": 2}))
+    return folder
+
+
+def test_gguf_from_a_run(runs: Path) -> None:
+    answer = run_here("export", runs / "llama", "--to", "gguf", "--name", "tiny", "--json")
+    assert answer.code == 0, answer.err
+    result = json.loads(answer.out)
+    assert Path(result["output"]) == runs / "llama-gguf"
+    names = sorted(path.name for path in (runs / "llama-gguf").iterdir())
+    assert names == [
+        "Modelfile",
+        "export.json",
+        "tiny-f16.gguf",
+    ]
+    assert result["modelfile"]["conversations_equal"] == 9
+    again = read_problems(run_here("export", runs / "llama", "--to", "gguf"))
+    assert "already there" in again[0].what
+
+
+def test_ollama_says_which_form_its_weights_have(runs: Path, tmp_path: Path) -> None:
+    answer = run_here("export", runs / "llama", "--to", "ollama", "--output", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    assert "weights: gguf" in answer.out
+    assert "ollama create llama -f" in answer.out
+    lines = (tmp_path / "out" / "Modelfile").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "FROM ./llama-f16.gguf"
+    assert 'PARAMETER stop "<|end|>"' in lines
+
+
+def test_vllm_takes_the_adapter_or_a_merged_model(runs: Path, tmp_path: Path) -> None:
+    adapter = run_here("export", runs / "llama", "--to", "vllm", "--output", tmp_path / "adapter")
+    assert "--enable-lora --lora-modules llama=" in adapter.out
+    assert "--max-lora-rank 8" in adapter.out
+    request = json.loads((tmp_path / "adapter" / "request.json").read_text(encoding="utf-8"))
+    assert request["stop_token_ids"]
+    merged = run_here("export", runs / "gpt2", "--to", "vllm", "--output", tmp_path / "merged")
+    assert "--enable-lora" not in merged.out
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    from_merged = run_here("export", tmp_path / "merged", "--to", "gguf", "--output", tmp_path / "no")
+    assert "gpt2" in read_problems(from_merged)[0].what
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--to", "gguff"], "gguff"),
+        (["--to", "vllm", "--dtype", "f16"], "--dtype"),
+        (["--to", "gguf", "--dtype", "q4"], "q4"),
+        (["--to", "gguf", "--name", "a b"], "'a b'"),
+    ],
+)
+def test_mistakes_are_named(runs: Path, arguments: list[str], words: str) -> None:
+    assert words in read_problems(run_here("export", runs / "llama", *arguments))[0].what
