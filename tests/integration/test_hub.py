@@ -14,7 +14,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from support import tiny
-from support.command import Answer, read_problems, write_config
+from support.command import Answer, read_problems, run_here, write_config
+from support.hub_client import talking_to
 from support.hub_server import READER, USER, WRITER, HubServer
 
 BASE, DATA = "meta/tiny", "ed/prices"
@@ -205,6 +206,30 @@ def test_peft_loads_adapter_and_base_from_there(story: Story) -> None:
 
 
 @pytest.mark.parametrize(
+    ("request_", "status", "said"),
+    [
+        (f"GET /api/models/{BASE}", 404, "HTTP 404"),
+        (f"GET /api/models/{BASE}", 403, "HTTP 403"),
+        (f"GET /api/models/{BASE}", 429, "too many requests"),
+        (f"GET /api/datasets/{DATA}", 500, "the Hub has a problem"),
+        (f"GET /{BASE}/resolve/", 0, f"the model {BASE!r}"),
+    ],
+)
+def test_what_cannot_be_fetched_is_three_lines(
+    story: Story, tmp_path: Path, request_: str, status: int, said: str
+) -> None:
+    story.hub.arm(request_, status=status, times=999)
+    try:
+        with talking_to(story.hub, tmp_path / "home"):
+            answer = run_here("train", story.config, f"output.dir={tmp_path / 'run'}", "output.hub={}")
+    finally:
+        story.hub.faults.clear()
+    problem = read_problems(answer)[0]
+    assert said in problem.what
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
     ("token", "repo", "said"),
     [
         (None, "{user}/x", "there is no Hub token"),
@@ -217,10 +242,8 @@ def test_a_token_that_cannot_push_is_told_before_training(
     story: Story, tmp_path: Path, token: str | None, repo: str, said: str
 ) -> None:
     story.hub.requests.clear()
-    answer = run_program(
-        story.hub, tmp_path / "home", _PROGRAM, "train", story.config,
-        f"output.dir={tmp_path / 'run'}", f"output.hub.repo={repo}", token=token,
-    )  # fmt: skip
+    with talking_to(story.hub, tmp_path / "home", token=token):
+        answer = run_here("train", story.config, f"output.dir={tmp_path / 'run'}", f"output.hub.repo={repo}")
     problem = read_problems(answer)[0]
     assert said in problem.what
     assert not (tmp_path / "run" / "run.json").exists()

@@ -228,7 +228,9 @@ def test_nothing_is_tracked_unasked(tmp_path: Path) -> None:
     """A process of its own: what is imported there is imported by the run."""
     config = configure(tmp_path)
     program = "import json, sys, loralab; loralab.train(json.loads(sys.argv[1])); print(*sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program, json.dumps(config)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(config)], capture_output=True, text=True, check=True
+    )
     assert not {"tensorboard", "wandb", "mlflow", "trackio"} & set(done.stdout.split())
     assert not (tmp_path / "run/trackers").exists()
     assert not (tmp_path / "trackio").exists()

@@ -200,6 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         parts = urlsplit(self.path)
+        self.content: bytes | None = None
         self.query = parse_qs(parts.query)
         self.at = unquote(parts.path)
         request = f"{self.command} {self.at}"
@@ -217,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
-    do_GET = do_POST = do_PUT = do_HEAD = _serve
+    do_GET = do_POST = do_PUT = do_HEAD = _serve  # noqa: N815 - the names that http.server calls
 
     def _strike(self, request: str) -> None:
         with self.hub.lock:
@@ -244,6 +245,12 @@ class _Handler(BaseHTTPRequestHandler):
         raise _Answered
 
     def _body(self) -> bytes:
+        """Return the body of the request; it may be asked for again."""
+        if self.content is None:
+            self.content = self._read_body()
+        return self.content
+
+    def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
             chunks = []
             while size := int(self.rfile.readline(), 16):

@@ -21,6 +21,7 @@ from loralab.cli import (
     previewing,
     sharing,
     start,
+    sweeping,
     training,
 )
 from loralab.cli.application import app, leave
@@ -43,6 +44,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Train": {
         "plan": planning.plan,
         "train": training.train,
+        "sweep": sweeping.sweep,
         "launch": launching.launch,
         "replay": training.replay,
     },

@@ -35,7 +35,7 @@ def _check_repository(config: Config) -> list[Finding]:
     return [Finding(_KEY, f"no name of a repository: {repo!r}", fix)]
 
 
-def _check_effect(config: Config) -> list[Finding]:
+def _check_push_effect(config: Config) -> list[Finding]:
     """Find settings of pushes that another one leaves without effect."""
     hub, training, findings = config.output.hub, config.training, []
     if hub.repo is None and hub.chosen("strategy"):
@@ -52,4 +52,4 @@ def _check_effect(config: Config) -> list[Finding]:
     return findings
 
 
-RULES: tuple[Callable[[Config], list[Finding]], ...] = (_check_repository, _check_effect)
+RULES: tuple[Callable[[Config], list[Finding]], ...] = (_check_repository, _check_push_effect)

@@ -57,7 +57,7 @@ def claim_output(folder: RunFolder, *, resume: bool, overwrite: bool, start: str
         check_output(folder, resume=resume, overwrite=overwrite)
     made = _make_folders(folder.path)
     try:
-        with _locked(folder.path / LOCK, note=start) as before:
+        with locked(folder.path / LOCK, note=start) as before:
             check_output(folder, resume=resume, overwrite=overwrite)  # again: it may have changed until now
             if resume and before and not folder.exists():
                 raise RunFolderError(
@@ -85,7 +85,7 @@ def _make_folders(path: Path) -> list[Path]:
 
 
 @contextmanager
-def _locked(path: Path, *, note: str) -> Iterator[str]:
+def locked(path: Path, *, note: str) -> Iterator[str]:
     """Hold the lock file `path`, and yield the note of a killed owner ("" without one).
 
     The system drops the lock with the process, however that ends.

@@ -172,9 +172,7 @@ def _read_range(text: str, found: re.Match[str]) -> Range:
     if not low < high:
         raise ConfigError(f"the range is empty: {text!r}", where="option --grid", fix="give the lower end first")
     whole = bool(_WHOLE.fullmatch(found["low"]) and _WHOLE.fullmatch(found["high"]))
-    log = found["scale"] == "log" or (
-        found["scale"] is None and not whole and low > 0 and high / low >= _LOG_FROM
-    )
+    log = found["scale"] == "log" or (found["scale"] is None and not whole and low > 0 and high / low >= _LOG_FROM)
     if log and low <= 0:
         what = f"a log scale has no {low:g}: {text!r}"
         raise ConfigError(what, where="option --grid", fix="begin above 0, or write :linear behind the range")

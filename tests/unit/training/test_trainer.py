@@ -24,6 +24,7 @@ from support.layouts import draw_adapter, largest_difference, sharing_rows, tran
 VOCABULARY = 97
 OVERRIDDEN = {
     "__init__",
+    "create_accelerator_and_postprocess",
     "create_optimizer",
     "evaluate",
     "floating_point_ops",

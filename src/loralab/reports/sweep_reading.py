@@ -1,0 +1,96 @@
+"""What can be said of a sweep: the best run, and how sure that is."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loralab.reports.wording import format_number
+
+_SEED = "training.seed"
+
+
+def read_sweep(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the best run of a sweep and what speaks against taking it for the best.
+
+    Args:
+        content: of `sweep.json`.
+
+    Returns:
+        `best` (its name, or None), `order` (names, the best first) and `cautions` (sentences).
+    """
+    runs = [entry for entry in content["runs"] if entry["status"] == "completed"]
+    sign = 1 if content["mode"] == "min" else -1
+    ordered = sorted(runs, key=lambda entry: (sign * entry["metric"], entry["number"]))
+    if not ordered:
+        return {"best": None, "order": [], "cautions": ["No run has been completed."]}
+    cautions = [_noise(content["metric"], ordered), _seeds(runs, content), _rows(runs), _edge(content, ordered[0])]
+    unfinished = len(content["runs"]) - len(runs)
+    if unfinished:
+        cautions.append(f"{unfinished} of {len(content['runs'])} runs have no result.")
+    return {
+        "best": ordered[0]["name"],
+        "order": [entry["name"] for entry in ordered],
+        "cautions": [text for text in cautions if text],
+    }
+
+
+def _noise(metric: str, ordered: Sequence[Mapping[str, Any]]) -> str:
+    best, others = ordered[0], ordered[1:]
+    if not others:
+        return ""
+    if best["interval"] is None:
+        return f"No interval of {metric} is known: small differences between runs may be chance."
+    low, high = best["interval"]
+    near = [entry["name"] for entry in others if low <= entry["metric"] <= high]
+    if not near:
+        return ""
+    return (
+        f"Within the noise of the validation rows: {', '.join(near)}. Their {metric} lies within the 95 % interval of "
+        f"{best['name']} ({format_number(low)} to {format_number(high)}), so they may be as good."
+    )
+
+
+def _seeds(runs: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> str:
+    """Say how far runs lie apart that differ by their seed alone."""
+    if _SEED not in content["space"]:
+        return ""
+    groups: dict[tuple[tuple[str, str], ...], list[float]] = {}
+    for entry in runs:
+        key = tuple((name, value) for name, value in entry["settings"].items() if name != _SEED)
+        groups.setdefault(key, []).append(entry["metric"])
+    spread = max((max(values) - min(values) for values in groups.values() if len(values) > 1), default=None)
+    if spread is None:
+        return ""
+    metric = content["metric"]
+    return (
+        f"Runs that differ by their seed alone lie up to {format_number(spread)} apart in {metric}; less says nothing."
+    )
+
+
+def _rows(runs: Sequence[Mapping[str, Any]]) -> str:
+    if len({(entry["examples"], entry["supervised_tokens"]) for entry in runs}) <= 1:
+        return ""
+    return (
+        "The runs were not measured on the same tokens: a setting changed rows or tokens, so losses cannot be compared."
+    )
+
+
+def _edge(content: Mapping[str, Any], best: Mapping[str, Any]) -> str:
+    """Say where the best value is the first or last of those tried: a better one may lie beyond."""
+    if content["search"] != "grid":
+        return ""
+    found = []
+    for key, value in best["settings"].items():
+        tried = sorted(
+            {number for entry in content["runs"] if (number := as_number(entry["settings"][key])) is not None}
+        )
+        if key != _SEED and len(tried) > 2 and as_number(value) in (tried[0], tried[-1]):
+            found.append(f"{key}={value}")
+    return f"At the edge of the grid: {', '.join(found)}. A better value may lie beyond." if found else ""
+
+
+def as_number(text: str) -> float | None:
+    """Return a setting's value as a number, or None."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
