@@ -6,14 +6,16 @@ the run is asked to stop as by SIGTERM: it writes a checkpoint and frees its fol
 
 import os
 import signal
-import sys
 import threading
 
 from loralab.cli import main
 
+_STDIN = 0
+
 
 def _follow_parent() -> None:
-    while sys.stdin is not None and sys.stdin.buffer.read(1):
+    # By its number: the lock of Python's own stdin, held here for ever, would abort the process when Python ends.
+    while os.read(_STDIN, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 

@@ -3,21 +3,18 @@
 This page is the table of contents of a merge: read `merge` top to bottom.
 """
 
-import contextlib
 import gc
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from loralab.config.schema import Config
 from loralab.data.prompts.prompter import Prompter
-from loralab.errors import ModelError, StorageError, excerpt
+from loralab.errors import ModelError
 from loralab.evaluation.distances import DISTANCES
 from loralab.models.allocator import returning_memory
 from loralab.models.load import load_model_config
@@ -36,10 +33,9 @@ from loralab.workflows.merge_checks import (
     check_contracts,
     check_kinds,
     check_onto,
-    check_output,
     check_same_base,
+    check_weights,
     read_dtype,
-    staging_of,
 )
 from loralab.workflows.merge_files import copy_companions
 from loralab.workflows.merge_proof import (
@@ -53,6 +49,7 @@ from loralab.workflows.merge_proof import (
 )
 from loralab.workflows.merge_weights import Written, write_weights
 from loralab.workflows.merge_world import MergeWorld, open_world
+from loralab.workflows.new_folder import check_free, new_folder
 from loralab.workflows.record import now, versions
 from loralab.workflows.session import Target, find_target, open_session
 
@@ -105,16 +102,15 @@ def merge(path: Path, request: MergeRequest, *, reporter: Reporter) -> dict[str,
     parts = [Part(target.adapter, weight) for target, weight in zip(targets, weights, strict=True)]
     check_kinds(parts)
     hashes = [check_adapter(target) for target in targets]
+    notes = check_weights(targets, parts, hashes)
     world = open_world(targets, parts, onto=request.onto, request=(request.base_model, request.device), dtype=dtype)
-    inside = [target.adapter for target in targets]
-    check_output(request.output, [*inside, *_base_folder(world.config)])
+    check_free(request.output, [*(target.adapter for target in targets), *_base_folder(world.config)])
     base_sha256 = check_base(world.config, targets, hashes)
     check_same_base(targets, parts)
     check_contracts(targets)
-    for text in world.notes:
+    for text in (*notes, *world.notes):
         reporter.say(text)
-    staging = staging_of(request.output.absolute())
-    with _staged(staging):
+    with new_folder(request.output, work="merging") as (staging, _):
         with MemoryWatch() as watch, returning_memory():
             written = write_weights(world, staging, output=request.output, reporter=reporter)
             writing = watch.peak_bytes(_CPU)
@@ -146,36 +142,12 @@ def merge(path: Path, request: MergeRequest, *, reporter: Reporter) -> dict[str,
         content["files"] = {each.name: file_sha256(each) for each in sorted(staging.glob("*.safetensors"))}
         write_json(staging / MERGE_FILE, content)
         write_merged_card(staging, content)
-        if request.output.is_dir():
-            request.output.rmdir()  # empty, as was checked
-        staging.rename(request.output)
     return content
 
 
 def _base_folder(config: Config) -> list[Path]:
     folder = Path(config.model.name).expanduser()
     return [folder] if folder.is_dir() else []
-
-
-@contextlib.contextmanager
-def _staged(staging: Path) -> Iterator[None]:
-    """Make the folder that a merge works in, and let nothing of it stay where the merge fails.
-
-    Raises:
-        StorageError: something cannot be written.
-    """
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
-        yield
-    except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"cannot write the merged model: {excerpt(error)}",
-            where=str(staging.parent),
-            fix="free space there, or name a folder that you may write to; nothing was kept",
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _describe_adapters(parts: Sequence[Part], targets: Sequence[Target], hashes: Sequence[str]) -> list[dict[str, Any]]:

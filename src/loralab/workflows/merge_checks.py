@@ -3,8 +3,7 @@
 Owns the checks of place, disk, adapters and base, and their words.
 """
 
-import os
-import re
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
+from safetensors import SafetensorError
 
 from loralab.config.schema import Config
 from loralab.data.prompts.contract import CONTRACT_FILE
-from loralab.errors import AdapterIntegrityError, ConfigError, ModelError, RunFolderError, StorageError
+from loralab.errors import AdapterIntegrityError, ConfigError, ModelError, StorageError, excerpt
 from loralab.lookup import look_up
 from loralab.models.adapters import adapter_sha256
 from loralab.models.load import model_sha256
@@ -55,67 +55,32 @@ def check_onto(name: str) -> None:
     look_up(dict.fromkeys(ONTO), name, kind="choice", where="option --onto")
 
 
-def staging_of(output: Path) -> Path:
-    """Return the folder beside `output` that this process works in."""
-    return output.with_name(f".{output.name}.merging-{os.getpid()}")
-
-
-def check_output(output: Path, inside: Sequence[Path]) -> None:
-    """Check that the folder of the merged model is free, and remove what killed merges have left beside it.
+def check_weights(targets: Sequence[Target], parts: Sequence[Part], hashes: Sequence[str]) -> list[str]:
+    """Check the weights of adapters; return what is to be said of them.
 
     Args:
-        output: the folder.
-        inside: folders that it must not lie in.
+        targets: the adapters.
+        parts: the same with their weights.
+        hashes: of their tensors.
 
     Raises:
-        RunFolderError: there is something at its place.
-        ConfigError: it would lie inside an adapter or a base.
-        StorageError: its place cannot be written to.
+        ConfigError: a weight leaves its adapter out, or is no number.
     """
-    if output.is_dir() and not any(output.iterdir()):
-        pass
-    elif output.exists() or output.is_symlink():
-        raise RunFolderError(
-            f"the output folder is there already: {str(output)!r}",
-            where="option --output",
-            fix="name a folder that does not exist; a merge replaces nothing",
-        )
-    resolved = output.resolve()
-    for folder in inside:
-        if resolved == folder.resolve() or folder.resolve() in resolved.parents:
+    for number, part in enumerate(parts):
+        if part.weight == 0 or not math.isfinite(part.weight):
+            why = "leaves it out" if part.weight == 0 else "is no finite number"
             raise ConfigError(
-                f"the output folder {str(output)!r} lies inside {str(folder)!r}, which is read",
-                where="option --output",
-                fix="name a folder elsewhere",
+                f"weight {part.weight:g} of the adapter {str(part.folder)!r} {why}",
+                where="option --adapter" if number else "option --weight",
+                fix="leave that adapter out, or give it another weight",
             )
-    try:
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"cannot make the folder above {str(output)!r}: {error.strerror}",
-            where="option --output",
-            fix="name a folder that you may write to",
-        ) from None
-    _sweep(output)
-
-
-def _sweep(output: Path) -> None:
-    """Remove what merges that were killed have left beside `output`; one that still runs is left alone."""
-    pattern = re.compile(re.escape(f".{output.name}.merging-") + r"(\d+)")
-    for path in output.absolute().parent.iterdir():
-        found = pattern.fullmatch(path.name)
-        if found and not _runs(int(found.group(1))):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _runs(number: int) -> bool:
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return number != os.getpid()
+    twice = {str(target.adapter): sha256 for target, sha256 in zip(targets, hashes, strict=True)}
+    notes = []
+    for sha256 in dict.fromkeys(each for each in hashes if hashes.count(each) > 1):
+        total = sum(part.weight for part, each in zip(parts, hashes, strict=True) if each == sha256)
+        names = ", ".join(name for name, each in twice.items() if each == sha256)
+        notes.append(f"one adapter is named {hashes.count(sha256)} times ({names}): its weight is {total:g} in all")
+    return notes
 
 
 def check_room(output: Path, needed: int) -> None:
@@ -145,9 +110,16 @@ def check_adapter(target: Target) -> str:
     """Check that an adapter's tensors are those that were saved, as far as that was recorded; return their hash.
 
     Raises:
-        AdapterIntegrityError: they are not.
+        AdapterIntegrityError: they are not, or cannot be read.
     """
-    now = adapter_sha256(target.adapter)
+    try:
+        now = adapter_sha256(target.adapter)
+    except (OSError, SafetensorError) as error:
+        raise AdapterIntegrityError(
+            f"the adapter's tensors cannot be read: {excerpt(error)}",
+            where=str(target.adapter),
+            fix="restore the adapter folder from a copy, or train again",
+        ) from error
     before = known_base(target).adapter_sha256
     if before is not None and before != now:
         raise AdapterIntegrityError(

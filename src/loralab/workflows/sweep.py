@@ -275,7 +275,7 @@ def _settle(found: _Sweep, point: Point, entry: dict[str, Any], *, retry: bool, 
         overrides = [*point.overrides, "evaluation.split=validation"]
         log = found.folder / "logs" / f"{point.name}.log"
         code, reason = run_process(folder, found.config, overrides, log=log, stop=stop, reporter=reporter)
-        if code != 0:
+        if code != 0 and not is_complete(folder):
             entry |= {"status": "interrupted" if stop.number is not None else "failed", "reason": reason}
             reporter.say(f"{point}: {entry['status']}: {reason}")
             found.save()
