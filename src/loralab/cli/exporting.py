@@ -55,7 +55,7 @@ def _show(result: dict[str, Any]) -> None:
     if "proof" in result:
         logits = result["proof"]["logits"]
         apart = logits["max_difference_in_standard_deviations"]
-        print(f"read back: logits of {logits['compared_with']} within {apart:.2g} standard deviations")
+        print(f"read back: logits within {apart:.2g} standard deviations of those of {logits['compared_with']}")
         print(f"rounding: KL {result['proof']['rounding_kl_nats']:.2g} nats from the merged model")
     if result.get("modelfile"):
         print(f"prompt: equal to the trained one on {result['modelfile']['conversations_equal']} conversations")

@@ -72,7 +72,8 @@ def _read_other(text: str) -> tuple[Path, float]:
 
 def _describe(output: Path, content: dict[str, Any]) -> list[str]:
     proof, memory = content["proof"], content["peak_memory_bytes"]
-    far = proof["kl_trained_merged"]
+    far, share = proof["kl_trained_merged"], proof["greedy_agreement_strict"]
+    strict = "" if share == proof["greedy_agreement"] else f" ({share:.2%} strictly, the others are ties)"
     return [
         f"merged model: {output}",
         f"onto:         {content['onto']}",
@@ -82,7 +83,7 @@ def _describe(output: Path, content: dict[str, Any]) -> list[str]:
         f"{proof['relative_logit_difference']:.1e} of their standard deviation",
         f"KL:           adapter || merged {proof['kl_adapter_merged']:.3g} nats, "
         f"adapter || base {proof['kl_adapter_base']:.3g} nats",
-        *([] if far is None else [f"              adapter on its quantized base || merged {far:.3g} nats"]),
-        f"greedy:       {proof['greedy_agreement']:.2%} of {proof['greedy_tokens']} tokens the same",
+        *([] if far is None else [f"              adapter as it was trained || merged {far:.3g} nats"]),
+        f"greedy:       {proof['greedy_agreement']:.2%} of {proof['greedy_tokens']} tokens the same{strict}",
         f"peak memory:  {memory['writing'] / 1e6:.0f} MB writing, {memory['proof'] / 1e6:.0f} MB comparing",
     ]

@@ -18,6 +18,10 @@ def plan(
         bool,
         typer.Option("--no-probe", help="Load no weights: memory is counted, time is not given."),
     ] = False,
+    num_processes: Annotated[
+        int,
+        typer.Option("--num-processes", min=1, help="Processes on this machine; memory is that of each. No probe."),
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Show what `train` would do: parameters, steps, tokens, memory, time and disk.
@@ -30,7 +34,7 @@ def plan(
     from loralab.cli.plan_text import print_plan
     from loralab.workflows.plan import plan as make_plan
 
-    result = make_plan(loaded, probe=not no_probe, reporter=ConsoleReporter())
+    result = make_plan(loaded, probe=not no_probe, reporter=ConsoleReporter(), processes=num_processes)
     if as_json:
         print_json(result)
     else:

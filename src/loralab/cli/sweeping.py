@@ -11,6 +11,8 @@ from loralab.console import ConsoleReporter, ResultConsole
 from loralab.options import AsJson, usable_path
 from loralab.reports.wording import format_bytes, format_count, format_interval, format_measured, format_seconds
 
+_LEAST_WIDTH = 110
+
 
 def sweep(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.", callback=usable_path)],
@@ -61,6 +63,7 @@ def sweep(
 
 def _print_sweep(result: dict[str, Any]) -> None:
     console = ResultConsole(highlight=False)
+    console.width = max(console.width, _LEAST_WIDTH)  # cells that are cut would be no figures
     keys = list(result["space"])
     table = Table(box=None, pad_edge=False)
     for name in ("run", *keys):

@@ -51,6 +51,11 @@ def check_trackers(names: Sequence[str]) -> None:
         raise ConfigError.from_problems(problems)
 
 
+def load_package(name: str) -> Any:
+    """Return a module of a tracker's package, which is imported only where `output.trackers` names it."""
+    return importlib.import_module(name)
+
+
 def _problem(name: str) -> Problem | None:
     if importlib.util.find_spec(name) is None:
         return Problem(
@@ -72,7 +77,7 @@ def _problem(name: str) -> Problem | None:
 
 
 def _wandb_problem() -> Problem | None:
-    wandb = importlib.import_module("wandb")
+    wandb = load_package("wandb")
     if wandb.setup().settings.mode in ("offline", "disabled", "dryrun"):
         return None
     if wandb.login(prompt=False, verify=False):

@@ -38,10 +38,11 @@ class TrainingConfig(Section):
         description="How the rows of a step lie in memory: shared (common prefixes once), packed or padded; losses and "
         "gradients are the same, auto takes shared where the model can.",
     )
-    distributed: Literal["ddp", "fsdp2"] = Field(
+    distributed: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
         "ddp",
-        description="How several processes share a run: ddp (each holds the whole base) or fsdp2 (each holds a part "
-        "of every frozen decoder layer, for a base larger than one GPU); the adapter is whole in all of them.",
+        description="How several processes share a run: ddp (each holds the whole base), fsdp2 (each holds a part "
+        "of every frozen decoder layer, for a base larger than one GPU), or DeepSpeed's zero2 (the adapter's gradients "
+        "and moments in parts) and zero3 (the base in parts).",
     )
     token_budget: PositiveInt | Literal["auto"] = Field(
         "auto",

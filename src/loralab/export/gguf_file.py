@@ -24,7 +24,7 @@ from loralab.export.gguf_architectures import (
 )
 from loralab.export.gguf_library import load_gguf
 from loralab.export.gguf_vocabulary import Vocabulary, add_vocabulary
-from loralab.export.merged_weights import MergedWeights
+from loralab.models.merge_source import Checkpoint
 
 # The file types that are written: numpy's type of matrices, llama.cpp's number of the type.
 FILE_TYPES: dict[str, tuple[type[np.floating[Any]], int]] = {"f32": (np.float32, 0), "f16": (np.float16, 1)}
@@ -53,7 +53,7 @@ class GgufContent:
     chat_template: str | None
 
 
-def write_gguf(path: Path, weights: MergedWeights, content: GgufContent, *, dtype: str) -> dict[str, Any]:
+def write_gguf(path: Path, weights: Checkpoint, content: GgufContent, *, dtype: str) -> dict[str, Any]:
     """Write a GGUF file; matrices in `dtype`, vectors in float32, as llama.cpp's converter does.
 
     Args:
@@ -102,9 +102,9 @@ def write_gguf(path: Path, weights: MergedWeights, content: GgufContent, *, dtyp
     return {"tensors": len(names), "parameters": parameters, "bytes": path.stat().st_size}
 
 
-def _names(weights: MergedWeights, config: PreTrainedConfig) -> dict[str, str]:
+def _names(weights: Checkpoint, config: PreTrainedConfig) -> dict[str, str]:
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    return {own: name_tensor(own) for own in weights if not (tied and own == "lm_head.weight")}
+    return {own: name_tensor(own) for own in weights.owners if not (tied and own == "lm_head.weight")}
 
 
 def read_array(tensor: torch.Tensor, name: str, *, dtype: str) -> Array:

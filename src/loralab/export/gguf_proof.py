@@ -18,6 +18,7 @@ from loralab.export.gguf_architectures import ROPE_FACTORS, rope_factors
 from loralab.export.gguf_file import GgufContent
 from loralab.export.gguf_library import load_gguf
 from loralab.export.sentencepiece_rule import SentencePieceRule
+from loralab.models.quiet_loading import quiet_loading
 
 # Largest difference of logits, in standard deviations of the logits: rounding of float32 sums, nothing more.
 TOLERANCE = 1e-5
@@ -99,12 +100,14 @@ def prove_gguf(
     Raises:
         ProofError: logits or token ids differ.
     """
+    half = _is_half(path)
     try:
-        ids = _prove_tokens(path, tokenizer, prompts)
-        rotary = _prove_rotary(path, content)
-        config = _read_config(path, content)
-        own = _logits(merged, ids, rounded=path if _is_half(path) else None)
-        read = _logits(path, ids, config=config)
+        with quiet_loading():
+            ids = _prove_tokens(path, tokenizer, prompts)
+            rotary = _prove_rotary(path, content)
+            own = _logits(merged, ids, rounded=half)
+            read = _logits(path, ids, config=_read_config(path, content))
+            whole = _logits(merged, ids) if half else own
     except ProofError:
         raise
     except Exception as error:  # the tokenizers library raises nothing narrower
@@ -113,14 +116,12 @@ def prove_gguf(
     apart = max(float((mine - theirs).abs().max()) for mine, theirs in zip(own, read, strict=True))
     if not apart <= TOLERANCE * spread:
         raise _differs(f"logits differ by {apart / spread:.3g} standard deviations, allowed is {TOLERANCE:.0e}", path)
-    exact = [torch.log_softmax(each, -1) for each in (_logits(merged, ids) if _is_half(path) else own)]
+    exact = [torch.log_softmax(each, -1) for each in whole]
     rough = [torch.log_softmax(each, -1) for each in read]
     kl = float(torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(exact, rough, strict=True)]).mean())
     return {
         "logits": {
-            "compared_with": "the merged model, its matrices rounded to float16"
-            if _is_half(path)
-            else "the merged model",
+            "compared_with": "the merged model" + (", its matrices rounded to float16" if half else ""),
             "positions": sum(len(each) for each in ids),
             "max_difference_in_standard_deviations": apart / spread,
             "allowed": TOLERANCE,
@@ -170,7 +171,7 @@ def _read_config(path: Path, content: GgufContent) -> Any:
 
 
 def _logits(
-    source: Path, ids: Sequence[Sequence[int]], *, config: Any = None, rounded: Path | None = None
+    source: Path, ids: Sequence[Sequence[int]], *, config: Any = None, rounded: bool = False
 ) -> list[torch.Tensor]:
     """Return the float32 logits of a model for texts, then let the model go.
 
@@ -178,7 +179,7 @@ def _logits(
         source: folder of the merged model, or a GGUF file.
         ids: of each text.
         config: of a GGUF file.
-        rounded: round matrices to float16, as that file has them.
+        rounded: whether to round matrices to float16, as such a file has them.
     """
     if config is None:
         model: Any = AutoModelForCausalLM.from_pretrained(str(source), dtype=torch.float32)
@@ -188,7 +189,7 @@ def _logits(
         )
     model.eval()
     with torch.inference_mode():
-        for weight in model.parameters() if rounded is not None else ():
+        for weight in model.parameters() if rounded else ():
             if weight.ndim > 1:
                 weight.copy_(weight.to(torch.float16))
         found = [model(input_ids=torch.tensor([list(each)])).logits[0].float().clone() for each in ids]

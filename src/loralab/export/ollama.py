@@ -5,7 +5,7 @@ convert/tokenizer.go, docs/modelfile.md.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,27 @@ def choose_weights(
         return Resolved("safetensors", f"Ollama imports {architecture} and this tokenizer")
     if gguf is None:
         return Resolved("gguf", reason)
-    raise ModelError(
+    raise _neither(reason, gguf)
+
+
+def check_form(architecture: str, choose: Callable[[], object]) -> None:
+    """Check that a model which Ollama does not import can be written as GGUF, before anything is merged.
+
+    Args:
+        architecture: as its config.json names it.
+        choose: raises why it cannot.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    try:
+        choose()
+    except UserError as error:
+        raise _neither(f"Ollama's importer does not list {architecture}", error) from error
+
+
+def _neither(reason: str, gguf: UserError) -> ModelError:
+    return ModelError(
         f"Ollama cannot take this model: {reason}; and {gguf.problems[0].what}",
         where="option --to ollama",
         fix="export --to vllm, or merge it, convert it with llama.cpp and name the file in the Modelfile",

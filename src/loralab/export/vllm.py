@@ -19,7 +19,7 @@ from loralab.errors import ProofError
 from loralab.models.adapters import CONFIG_FILE, WEIGHTS_FILE
 from loralab.run import read_json, write_json
 
-# Values that --max-lora-rank takes.
+# Values that --max-lora-rank takes; recent versions take 1 too, which 8 holds as well. Without it, it is 16.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Architectures of loralab's own reach that vLLM's table of models marks with LoRA.
 WITH_LORA = frozenset(

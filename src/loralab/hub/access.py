@@ -9,14 +9,17 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, constants, get_session, get_token
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
 
 from loralab.errors import HubError, excerpt
 
 # Whatever HTTP library the client is built on: its errors are no OSErrors, but those of the client are both.
 NETWORK_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)
-_PASSING = {408, 429, 500, 502, 503, 504}
+# 412: somebody else's commit came first.
+_PASSING = {408, 412, 429, 500, 502, 503, 504}
+# The client itself waits for ever for a server that takes a connection and never answers.
+SILENCE_SECONDS = 60.0
 _LOGIN = "run `hf auth login`, or set HF_TOKEN"
 # What a token looks like; errors of libraries are shown, and none of them should hold one.
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
@@ -36,7 +39,11 @@ class Account:
 
 
 def open_hub() -> HfApi:
-    """Return the client, which finds the token by itself."""
+    """Return the client, which finds the token by itself, and gives up on a server that is silent for a minute."""
+    session = get_session()
+    limits = session.timeout
+    if limits.connect is None and limits.read is None:  # whoever set limits of their own keeps them
+        session.timeout = SILENCE_SECONDS
     return HfApi(endpoint=constants.ENDPOINT, library_name="loralab")
 
 

@@ -25,13 +25,14 @@ _PROMPTING = (
     r"|chat_template\.(jinja|json)|(pre|video_pre)?processor_config\.json"
 )
 _ALWAYS = rf"README\.md|LICEN[CS]E(\.txt|\.md)?|NOTICE(\.txt)?|{_PROMPTING}"
-_ADAPTER = re.compile(rf"adapter_config\.json|adapter_model\.safetensors|{_ALWAYS}")
+_ADAPTER = re.compile(rf"adapter_(config|facts)\.json|adapter_model\.safetensors|{_ALWAYS}")
 _MERGED = re.compile(
     rf"config\.json|merge\.json|model(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index\.json|{_ALWAYS}"
 )
 # What a Hub token and other well-known keys look like.
 _SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bAKIA[0-9A-Z]{16}\b")
-_READ_FOR_SECRETS = {"README.md", "prompt_contract.json", "adapter_config.json", "merge.json", "tokenizer_config.json"}
+# All that people write into: weights and tables of tokens hold no keys, and are large.
+_READ_FOR_SECRETS = re.compile(r"(?!tokenizer\.json|vocab\.).*\.(json|jinja|md)|LICEN[CS]E.*|NOTICE.*")
 
 
 def is_merged(folder: Path) -> bool:
@@ -47,7 +48,7 @@ def pushable_files(folder: Path) -> dict[str, Path]:
     """
     names = _MERGED if is_merged(folder) else _ADAPTER
     found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and names.fullmatch(path.name)}
-    for name in sorted(_READ_FOR_SECRETS & set(found)):
+    for name in filter(_READ_FOR_SECRETS.fullmatch, found):
         if _SECRET.search(found[name].read_text(encoding="utf-8", errors="replace")):
             raise HubError(
                 f"{name} holds what looks like a secret key, and is not pushed",

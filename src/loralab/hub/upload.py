@@ -17,7 +17,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from loralab.errors import HubError
-from loralab.hub.access import NETWORK_ERRORS, explain, may_pass, open_hub, retry_after
+from loralab.hub.access import NETWORK_ERRORS, explain, may_pass, open_hub, retry_after, status_of
 from loralab.hub.repository import Repository
 from loralab.run import file_sha256
 
@@ -27,6 +27,10 @@ FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
 # A server that asks for more than this is not waited for.
 LONGEST_OBEYED_SECONDS = 300.0
+# Where no answer came at all, no further attempt begins after this; one that is under way may end later.
+LONGEST_SILENCE_SECONDS = 900.0
+# Files from this size on are brought up before the commit, one by one.
+_LARGE_BYTES = 1 << 20
 # The client wraps what fails in a thread of its own (RuntimeError), and refuses answers that it does not know.
 _FAILURES: tuple[type[Exception], ...] = (*NETWORK_ERRORS, RuntimeError, ValueError)
 
@@ -107,7 +111,7 @@ def push_files(
             commit, url = _commit(repository, push, hashes, create_pr=create_pr)
             return Pushed(push, commit, url, time.monotonic() - started, attempt)
         except _FAILURES as error:
-            wait = _wait_seconds(error, attempt)
+            wait = _wait_seconds(error, attempt, time.monotonic() - started)
             if attempt == ATTEMPTS or wait is None:
                 failure = explain(error, f"the push to {repository.name!r}", where=where)
                 return Pushed(push, None, None, time.monotonic() - started, attempt, failure)
@@ -117,8 +121,8 @@ def push_files(
     raise AssertionError("the last attempt returns")
 
 
-def _wait_seconds(error: BaseException, attempt: int) -> float | None:
-    if not may_pass(error):
+def _wait_seconds(error: BaseException, attempt: int, seconds: float) -> float | None:
+    if not may_pass(error) or (seconds > LONGEST_SILENCE_SECONDS and status_of(error) is None):
         return None
     asked = retry_after(error)
     if asked is not None:
@@ -130,10 +134,17 @@ def _commit(repository: Repository, push: Push, hashes: Mapping[str, str], *, cr
     api = open_hub()
     shown = not are_progress_bars_disabled()
     disable_progress_bars()  # progress is the reporter's
+    additions = [CommitOperationAdd(name, str(path)) for name, path in push.files.items()]
+    large = [each for each in additions if push.files[each.path_in_repo].stat().st_size >= _LARGE_BYTES]
     try:
+        # Several at once go through a pool of threads, which keeps a process that was told to stop until they end.
+        for each in large:
+            api.preupload_lfs_files(
+                repository.name, [each], revision=repository.revision, create_pr=create_pr, free_memory=False
+            )
         made = api.create_commit(
             repository.name,
-            [CommitOperationAdd(name, str(path)) for name, path in push.files.items()],
+            additions,
             commit_message=push.title,
             commit_description=push.description,
             revision=repository.revision,

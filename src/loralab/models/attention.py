@@ -53,6 +53,15 @@ class TreeLayout:
     roots: Sequence[TreeRoot]
     kernel: str
     calls: int = field(default=0)
+    _places: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return `depth` and `subtree_end` on a device; copied once for all its layers."""
+        if device == self.depth.device:
+            return self.depth, self.subtree_end
+        if device not in self._places:
+            self._places[device] = self.depth.to(device), self.subtree_end.to(device)
+        return self._places[device]
 
 
 class _CarriesLayout(torch.Tensor):
@@ -92,11 +101,21 @@ class TreeMask:
 
     Attributes:
         layout: of the row.
-        mask: what the layer's kind allows, in the kernel's own form.
+        build: makes what the layer's kind allows on a device, in the kernel's own form.
     """
 
     layout: TreeLayout
-    mask: KernelMask
+    build: Callable[[torch.device], KernelMask]
+    _made: dict[torch.device, KernelMask] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> KernelMask:
+        """Return the mask on a device, made once for all layers of the kind that are there.
+
+        A base that is spread has layers on several, and what carries tensors between them knows nothing of this.
+        """
+        if device not in self._made:
+            self._made[device] = self.build(device)
+        return self._made[device]
 
     @property
     def ndim(self) -> int:
@@ -109,18 +128,26 @@ def _build_mask(*_: Any, attention_mask: Tensor | None, mask_function: MaskFunct
         raise UnsupportedAttention("the model changed the attention mask before its layers' masks were made")
     layout, local_size = attention_mask.trees, kwargs.get("local_size")
 
-    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = (key <= query) & (query < layout.subtree_end[key])
-        return seen & mask_function(batch, head, layout.depth[query], layout.depth[key])
-
     def plain(root: TreeRoot) -> bool:
         """Return whether the layer sees all that a causal chain of this length sees."""
         if root.branching or kwargs.get("use_vmap"):
             return False
         return mask_function is _CAUSAL or (local_size is not None and root.end - root.start <= local_size)
 
-    seen = Visibility(layout.roots, allowed, plain, layout.depth.device, kwargs["dtype"])
-    return TreeMask(layout, KERNELS[layout.kernel].build_mask(seen))
+    def build(device: torch.device) -> KernelMask:
+        depth, subtree_end = layout.on(device)
+
+        def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            seen = (key <= query) & (query < subtree_end[key])
+            return seen & mask_function(batch, head, depth[query], depth[key])
+
+        seen = Visibility(layout.roots, allowed, plain, device, kwargs["dtype"])
+        mask: KernelMask = KERNELS[layout.kernel].build_mask(seen)
+        return mask
+
+    made = TreeMask(layout, build)
+    made.on(layout.depth.device)  # now, where a mask that cannot be built is the mask's fault, not a layer's
+    return made
 
 
 def _attend(
@@ -163,7 +190,7 @@ def _attend(
     layout = attention_mask.layout
     layout.calls += 1
     inputs = AttentionInputs(query, key, value, scaling, dropout, softcap, s_aux)
-    out = KERNELS[layout.kernel].attend(inputs, attention_mask.mask)
+    out = KERNELS[layout.kernel].attend(inputs, attention_mask.on(query.device))
     return out.transpose(1, 2).contiguous(), None  # as the library's own: some layers view it
 
 

@@ -176,7 +176,8 @@ class KeyedDropout(nn.Module):
             )
         dropped = min(max(round(self.p * _VALUES), 1), _VALUES - 1)
         by_blocks = (self.keys.device_type or tokens.device.type) == "cpu"
-        return DropMask(_odd(_mix(tokens + self._offset)), dropped - _VALUES // 2, by_blocks)
+        keys = tokens.to(inputs.device)  # of a base that is spread, the layer may be on another one
+        return DropMask(_odd(_mix(keys + self._offset)), dropped - _VALUES // 2, by_blocks)
 
     def extra_repr(self) -> str:
         """Return what a printed model says of the layer."""

@@ -22,15 +22,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from loralab.config.schema import ModelConfig
 from loralab.errors import ModelError, OutOfMemoryError, excerpt
 from loralab.lookup import nearest_name
 from loralab.models.allocator import returning_memory
+from loralab.models.device_map import describe_spread, put_whole, spreads
 from loralab.models.families import take_activation_twin
 from loralab.models.precision import Resolved
 from loralab.models.quantization import BITSANDBYTES, Quantization, resolve_quantization, stored_quantization
+from loralab.models.quiet_loading import quiet_loading
 from loralab.models.vision import auto_class, vision_family
 from loralab.run import file_sha256
 
@@ -94,6 +95,8 @@ def _explain(error: Exception, model: ModelConfig, what: str, *, folder: Path | 
         )
     if "trust_remote_code" in str(error):
         fix = "set model.trust_remote_code: true if you trust the code that comes with it"
+    elif spreads(model) and "offload" in said:
+        fix = "the GPUs have no room for it: set model.quantization: nf4, or take a smaller base"
     elif Path(model.name).expanduser().is_dir():
         fix = "check that folder: loralab needs config.json, *.safetensors and the tokenizer's files"
     else:
@@ -195,10 +198,10 @@ def load_base_model(
     placing: dict[str, Any] = {}
     if quantization.value is not None:
         placing = loading_arguments(quantization.value, device, residual_rank=residual_rank)
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # progress is the reporter's
+    if device.type == "cuda" and spreads(model):
+        placing["device_map"] = model.device_map
     try:
-        with returning_memory():
+        with returning_memory(), quiet_loading():
             loaded: Any = auto_class(config).from_pretrained(
                 model_source(model.name),
                 config=config,
@@ -218,21 +221,19 @@ def load_base_model(
         ) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise _explain(error, model, "weights") from error
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
     base: PreTrainedModel
     base, info = loaded
     _check_complete(base, info, model)
+    spread = describe_spread(base, model)
     if quantized:
         adopt_layers(base, model.name)
     # What a base recommends for sampling (penalties, beams) is no part of a comparison.
     base.generation_config = GenerationConfig()
     base.requires_grad_(False)
-    base.to(device)  # type: ignore[arg-type]
+    put_whole(base, device)
     base.config.use_cache = False
     held = Resolved(str(quantization.value or "none"), quantization.reason + _quantized_share(base))
-    choices = {"attn_implementation": attention, "quantization": held, **settled.others}
+    choices = {"attn_implementation": attention, "quantization": held, **settled.others, **spread}
     return base, choices
 
 

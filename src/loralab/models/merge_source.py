@@ -54,6 +54,11 @@ class Checkpoint:
             raise _unreadable(self.owners[name], error) from error
         return found
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        with safe_open(str(self.owners[name]), framework="pt") as tensors:
+            return tuple(tensors.get_slice(name).get_shape())
+
     def names(self, file: Path) -> list[str]:
         """Return the tensors of a file, those of one layer next to each other."""
         return sorted(name for name, owner in self.owners.items() if owner == file)
@@ -134,7 +139,7 @@ def snapshot_revision(folder: Path) -> str | None:
 
 def _unreadable(where: Path, error: Exception) -> ModelError:
     return ModelError(
-        f"cannot read the weights of the base: {excerpt(error)}", where=str(where), fix="restore the files there"
+        f"cannot read the model's weights: {excerpt(error)}", where=str(where), fix="restore the files there"
     )
 
 

@@ -14,7 +14,7 @@ from loralab.config.schema import ModelConfig
 from loralab.errors import AdapterIntegrityError, ModelError, excerpt
 from loralab.models.adapters import load_adapter
 from loralab.models.load import load_base_model
-from loralab.models.merging import Part, named, scale_adapter
+from loralab.models.merging import Part, named, narrow, scale_adapter
 from loralab.models.new_tokens import NewToken, grow_vocabulary
 from loralab.models.quantization import BITSANDBYTES, Quantization
 from loralab.models.supervised import SupervisedPeftModel
@@ -97,5 +97,7 @@ def merge_whole(
             where=str(parts[0].folder),
             fix="restore the adapter folder from a copy, or train again",
         ) from error
+    for name, weight in merged.named_parameters():
+        weight.data = narrow(weight.data, dtype, name)
     merged.to(dtype).save_pretrained(str(folder))
     return [{"file": file.name, "bytes": file.stat().st_size} for file in sorted(folder.glob("*.safetensors"))]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from loralab.errors import ModelError
 from loralab.models.merge_source import INDEX_FILE, SINGLE_FILE, Checkpoint, KeyMap
-from loralab.models.merging import Skeleton
+from loralab.models.merging import Skeleton, narrow
+from loralab.models.new_tokens import lengthen
 from loralab.run import write_json
 
 # Beside a weight that is stored in 4 or 8 bits.
@@ -105,20 +106,20 @@ class ShardWriter:
         for name in self.checkpoint.names(file):
             weight = self.keys.weights.get(name)
             if weight is None:
-                out[name] = self._cast(self.checkpoint.read(name), None)
+                out[name] = self._cast(name, self.checkpoint.read(name), None)
                 continue
             layer = self._layer_of(weight)
             if weight != f"{layer}.weight" and layer in self.quantized and _is_beside(name):
                 continue  # belongs to a packed weight, which is written as it is dequantized
             if layer not in self.skeleton.layers and layer not in self.quantized:
-                out[name] = self._cast(self._rows(weight, self.checkpoint.read(name)), None)
+                out[name] = self._cast(name, self._rows(weight, self.checkpoint.read(name)), None)
             else:
                 value = self._layer(layer)[weight[len(layer) + 1 :]]
-                out[name] = self._cast(value, self._stored_type(name))
+                out[name] = self._cast(name, value, self._stored_type(name))
                 merged.add(layer)
             if self._untied and weight == self.skeleton.embedding and self.skeleton.head not in self._sources:
                 head = self._layer_of(self.skeleton.head)
-                out[self.skeleton.head] = self._cast(self._matrix(head), self._stored_type(name))
+                out[self.skeleton.head] = self._cast(self.skeleton.head, self._matrix(head), self._stored_type(name))
                 merged.add(head)
         self._ready = None
         return out, len(merged & set(self.skeleton.layers))
@@ -152,8 +153,7 @@ class ShardWriter:
         head_bias = f"{self._layer_of(skeleton.head)}.bias"
         if weight not in (skeleton.embedding, skeleton.head, head_bias) or value.shape[0] >= skeleton.rows:
             return value
-        mean = value.mean(dim=0, dtype=torch.float32).to(value.dtype)
-        return torch.cat([value, mean.expand(skeleton.rows - value.shape[0], *value.shape[1:])])
+        return lengthen(value, skeleton.rows)
 
     def _comes_apart(self) -> bool:
         skeleton = self.skeleton
@@ -180,10 +180,10 @@ class ShardWriter:
         kind = self.checkpoint.read(name).dtype
         return kind if kind in (torch.float32, torch.float16, torch.bfloat16, torch.float64) else self.stored
 
-    def _cast(self, value: Tensor, stored: torch.dtype | None) -> Tensor:
+    def _cast(self, name: str, value: Tensor, stored: torch.dtype | None) -> Tensor:
         if not value.is_floating_point():
             return value.contiguous()
-        return value.to(self.dtype or stored or value.dtype).contiguous()
+        return narrow(value, self.dtype or stored or value.dtype, name).contiguous()
 
 
 def _is_beside(name: str) -> bool:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loralab.config.schema import ModelConfig
-from loralab.errors import AdapterIntegrityError, ModelError, excerpt
+from loralab.errors import AdapterIntegrityError, ConfigError, ModelError, excerpt
 from loralab.models.adapters import WEIGHTS_FILE, read_adapter_config, wrap_blank
 from loralab.models.load import load_model_config
 from loralab.models.merge_source import Checkpoint, KeyMap, map_keys
@@ -130,6 +130,23 @@ def _merge_layer(layer: nn.Module, weights: Mapping[str, Tensor], name: str) -> 
             setattr(inner, key, value)
 
 
+def narrow(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return a weight in the type that it is written in.
+
+    Raises:
+        ConfigError: a number of it is too large for that type.
+    """
+    found = value.to(dtype)
+    if found.dtype != value.dtype and not torch.isfinite(found).all() and torch.isfinite(value).all():
+        raise ConfigError(
+            f"{name} has weights up to {float(value.abs().max()):.3g}, and {str(dtype).removeprefix('torch.')} ends at "
+            f"{torch.finfo(dtype).max:.3g}",
+            where="option --dtype",
+            fix="give --dtype bfloat16 or float32",
+        )
+    return found
+
+
 def _not_finite(name: str) -> AdapterIntegrityError:
     return AdapterIntegrityError(
         f"the merged weights of layer {name} are not all finite numbers",
@@ -166,6 +183,7 @@ def draw_skeleton(
     embedding, head, tied = _name_of(base.get_input_embeddings(), base), _head_of(base), is_tied(base)
     grow_vocabulary(base, tokens)
     rows = int(cast(Any, base.get_input_embeddings()).weight.shape[0])
+    grown = {key: value.shape for key, value in base.state_dict().items()}
     own = {id(value) for value in (*base.parameters(), *base.buffers())}
     configs = {name: _fitting(part.config, turned) for name, part in named(parts).items()}
     try:
@@ -177,11 +195,11 @@ def draw_skeleton(
             fix="merge them one by one, or name the base that they were trained on",
         ) from error
     _give_numbers(wrapped, own)
-    held = _fill(wrapped, parts)
+    layers = _find_layers(wrapped)
+    held = _fill(wrapped, parts, {key: shape for key, shape in grown.items() if key.rpartition(".")[0] not in layers})
     cast(Any, wrapped.base_model).set_adapter(list(configs))
     for name, part in named(parts).items():
         scale_adapter(wrapped, name, part.weight)
-    layers = _find_layers(wrapped)
     return Skeleton(base, layers, plain, held, tied, embedding, head, rows, turned, keys, quantizable)
 
 
@@ -223,9 +241,15 @@ def _give_numbers(model: nn.Module, own: set[int]) -> None:
                 store[name] = made[id(value)]
 
 
-def _fill(model: PeftModel, parts: Sequence[Part]) -> dict[str, Tensor]:
-    """Read the adapters' tensors; return the weights of the base that they bring along."""
-    held = {}
+def _fill(model: PeftModel, parts: Sequence[Part], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Read the adapters' tensors; return the weights of the base that they bring along.
+
+    Args:
+        model: base and adapters.
+        parts: the adapters.
+        shapes: of the weights of layers that have no adapter.
+    """
+    held: dict[str, Tensor] = {}
     for name, part in named(parts).items():
         try:
             tensors = load_file(str(part.folder / WEIGHTS_FILE))
@@ -236,16 +260,27 @@ def _fill(model: PeftModel, parts: Sequence[Part]) -> dict[str, Tensor]:
                     where=str(part.folder / WEIGHTS_FILE),
                     fix="train again, or restore the adapter folder from a copy",
                 )
+            held |= _take_held(tensors, shapes, part.folder)
             result = set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
         except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:
             raise _does_not_fit(part.folder, excerpt(error)) from error
         unexpected = list(getattr(result, "unexpected_keys", []))
         if unexpected:
             raise _does_not_fit(part.folder, f"{unexpected[0]} matches nothing")
-        for key, value in tensors.items():
-            if _HELD in key:
-                held[key.removeprefix(_PEFT_PREFIX).replace(_HELD, ".")] = value
     return held
+
+
+def _take_held(tensors: dict[str, Tensor], shapes: Mapping[str, torch.Size], folder: Path) -> dict[str, Tensor]:
+    """Take the weights of the base out of an adapter's tensors, as PEFT writes them where it was told to."""
+    found = {}
+    for key in list(tensors):
+        name = key.removeprefix(_PEFT_PREFIX).replace(_HELD, ".")
+        if name not in shapes and _HELD not in key:
+            continue  # the adapter's own
+        value = found[name] = tensors.pop(key)
+        if name in shapes and value.shape != shapes[name]:
+            raise _does_not_fit(folder, f"it holds a {name} of shape {tuple(value.shape)}, not {tuple(shapes[name])}")
+    return found
 
 
 def _does_not_fit(folder: Path, why: str) -> ModelError:

@@ -221,22 +221,27 @@ def _enlarge(base: PreTrainedModel, tables: Sequence[Any], rows: int) -> None:
         old = table.weight
         if old.shape[0] >= rows:
             continue
-        held = _longer(old, rows)
+        held = nn.Parameter(lengthen(old.detach(), rows), requires_grad=old.requires_grad)
         for user in {id(user): user for user in (table, head)}.values():
             if user is not None and user.weight is old:  # a head that is the embedding stays it
                 user.weight = held
                 setattr(user, "num_embeddings" if isinstance(user, nn.Embedding) else "out_features", rows)
     bias = getattr(head, "bias", None)
     if bias is not None and bias.shape[0] < rows:
-        head.bias = _longer(bias, rows)
+        head.bias = nn.Parameter(lengthen(bias.detach(), rows), requires_grad=bias.requires_grad)
 
 
-def _longer(old: Tensor, rows: int) -> nn.Parameter:
-    """Return a table with more rows, which all hold the mean: also those between that no token of ours has."""
-    new = torch.empty((rows, *old.shape[1:]), dtype=old.dtype, device=old.device)
-    new[: old.shape[0]] = old.detach()
-    new[old.shape[0] :] = old.detach().mean(dim=0, dtype=torch.float32)
-    return nn.Parameter(new, requires_grad=old.requires_grad)
+def lengthen(table: Tensor, rows: int) -> Tensor:
+    """Return a table with more rows, which all hold the mean: also those between that no token of ours has.
+
+    Args:
+        table: a row for each token, or a number for each.
+        rows: at least as many as it has.
+    """
+    longer = torch.empty((rows, *table.shape[1:]), dtype=table.dtype, device=table.device)
+    longer[: table.shape[0]] = table
+    longer[table.shape[0] :] = table.mean(dim=0, dtype=torch.float32)
+    return longer
 
 
 def _check_runs(base: PreTrainedModel, ids: Sequence[int]) -> None:

@@ -79,6 +79,7 @@ def _twin(module: Any, dtype: torch.dtype, equal: dict[Any, bool]) -> nn.RMSNorm
 def _is_bare(module: nn.Module) -> bool:
     """Return whether a module is a function of one input and its weight, and nothing hangs on it."""
     hooks = any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks))
+    hooks |= "forward" in vars(module)  # of a base that is spread: it takes its input to its device
     alone = len(list(module.parameters())) == 1 and not list(module.buffers()) and not hooks
     return alone and len(inspect.signature(module.forward).parameters) == 1  # gated norms take a second input
 

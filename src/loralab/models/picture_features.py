@@ -72,7 +72,8 @@ def nothing_of_vision(model: nn.Module) -> Tensor:
     family = vision_family(base.config)
     parts = [] if family is None else vision_modules(base, family)
     weights = {id(p): p for part in parts for p in part.parameters() if p.requires_grad}
-    return torch.stack([weight.sum() for weight in weights.values()]).sum() * 0.0
+    place = cast(Any, model).embedding.weight.device  # of a base that is spread, parts of a tower may be elsewhere
+    return torch.stack([weight.sum().to(place) for weight in weights.values()]).sum() * 0.0
 
 
 def encode_pictures(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -109,5 +110,6 @@ def put_in(embeddings: Tensor, features: Tensor, pictures: Pictures) -> Tensor:
         features: of all pictures (M, D).
         pictures: where they go.
     """
-    chosen = features[pictures.features].to(embeddings.dtype)
-    return embeddings.flatten(0, 1).index_copy(0, pictures.positions, chosen).view_as(embeddings)
+    chosen = features[pictures.features.to(features.device)].to(embeddings)
+    places = pictures.positions.to(embeddings.device)
+    return embeddings.flatten(0, 1).index_copy(0, places, chosen).view_as(embeddings)

@@ -13,6 +13,8 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModelForCausalLM
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -68,6 +70,24 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         # Once: where single tokens are trained, asking for the weight puts the whole matrix together.
         self._vocabulary = int(self.embedding.weight.shape[0])
         self._drops = key_dropout(self, self._keys, self._picture_keys) > 0
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """Save the adapter as PEFT does, without asking the Hub at each save how large the base's vocabulary is.
+
+        What it asks for, whether matrices that grew must be saved whole, is known: new tokens are trained as single
+        rows. The Hub would answer for the newest base, not for the one that was trained on.
+
+        Args:
+            save_directory: the adapter folder.
+            args: as PEFT takes them.
+            kwargs: as PEFT takes them.
+        """
+        adapted = any(
+            isinstance(module, BaseTunerLayer) and name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+            for name, module in self.named_modules()
+        )
+        tokens = any(getattr(each, "trainable_token_indices", None) is not None for each in self.peft_config.values())
+        super().save_pretrained(save_directory, *args, **{"save_embedding_layers": adapted and not tokens, **kwargs})
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -147,9 +167,10 @@ class SupervisedPeftModel(PeftModelForCausalLM):
             with trunk:
                 return self._model_losses(label_positions, labels, inputs, statistics=statistics)
         with trunk:
-            hidden = self.hidden_states(**inputs).flatten(0, 1)[label_positions]
-        head_module = self.head
+            hidden = _at(label_positions, self.hidden_states(**inputs))
+        head_module, place = self.head, label_positions.device
         trained = any(weight.requires_grad for weight in head_module.parameters())
+        hidden, labels = self._beside_head(hidden), self._beside_head(labels)
 
         def head(states: Tensor, chunk: slice) -> Tensor:
             with self._keys.narrowed(label_positions[chunk]):
@@ -157,16 +178,24 @@ class SupervisedPeftModel(PeftModelForCausalLM):
 
         size = self._vocabulary
         if statistics:
-            return token_statistics(head, hidden, labels, vocabulary=size, device_type=self.planned_device_type)
-        return token_losses(
-            head,
-            hidden,
-            labels,
-            vocabulary=size,
-            trained_head=trained,
-            spare=self.spares_logits,
-            device_type=self.planned_device_type,
-        )
+            found = token_statistics(head, hidden, labels, vocabulary=size, device_type=self.planned_device_type)
+        else:
+            found = token_losses(
+                head,
+                hidden,
+                labels,
+                vocabulary=size,
+                trained_head=trained,
+                spare=self.spares_logits,
+                device_type=self.planned_device_type,
+            )
+        further = [None if column is None else column.to(place) for column in found[1:]]
+        return TokenLosses(found.losses.to(place), *further)
+
+    def _beside_head(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on the head's device, which is another one than the input's where a base is spread."""
+        weight = next(self.head.parameters(), None)
+        return tensor if weight is None else tensor.to(weight.device)
 
     def _set_keys(self, key: tuple[int, int] | None, prefixes: Tensor | None, pictures: Pictures | None) -> None:
         """Set what the LoRA dropout of the coming forward is keyed by; nothing where there is none."""
@@ -257,8 +286,8 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         if self.full_logits_reason is not None:
             logits = self.logits(**inputs).flatten(0, 1)[label_positions]
             return lambda chunk: logits[chunk]
-        hidden = self.hidden_states(**inputs).flatten(0, 1)[label_positions]
-        return lambda chunk: self._tail(self.head(hidden[chunk]))
+        hidden = self._beside_head(_at(label_positions, self.hidden_states(**inputs)))
+        return lambda chunk: self._tail(self.head(hidden[chunk])).to(label_positions.device)
 
     def _attending(
         self, mask: Tensor, depth: Tensor | None, subtree_end: Tensor | None, roots: Sequence[TreeRoot] | None
@@ -303,7 +332,8 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         self.eval()
         with torch.no_grad():
             own = self.logits(**inputs)[0].float()
-            gathered = self._tail(self.head(self.hidden_states(**inputs)[0])).float()
+            hidden = self._beside_head(self.hidden_states(**inputs)[0])
+            gathered = self._tail(self.head(hidden)).to(own.device).float()
         self.train(was_training)
         if own.shape != gathered.shape:
             self.full_logits_reason = f"the model gives {own.shape[-1]} logits, its head {gathered.shape[-1]}"
@@ -312,6 +342,11 @@ class SupervisedPeftModel(PeftModelForCausalLM):
         if difference > _PROBE_TOLERANCE:
             self.full_logits_reason = f"the model changes logits behind its head (by {difference:.1e} of their spread)"
         return self.full_logits_reason
+
+
+def _at(positions: Tensor, hidden: Tensor) -> Tensor:
+    """Return hidden states (R, L, D) at positions in the flattened rows (N, D)."""
+    return hidden.flatten(0, 1)[positions.to(hidden.device)]
 
 
 def key_dropout(model: SupervisedPeftModel, keys: DropoutKeys, picture_keys: PictureKeys) -> int:

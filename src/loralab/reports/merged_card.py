@@ -15,7 +15,8 @@ from loralab.run import Json, write_text
 _FIGURES = (
     ("kl_adapter_merged", "Mean KL(adapter \\|\\| merged), nats"),
     ("kl_adapter_base", "Mean KL(adapter \\|\\| base), nats"),
-    ("greedy_agreement", "Greedy tokens that are the same"),
+    ("greedy_agreement", "Share of greedy tokens that are the same, or tied within two steps of the type"),
+    ("greedy_agreement_strict", "The same without ties"),
     ("max_logit_difference", "Largest difference of a logit"),
     ("logit_standard_deviation", "Standard deviation of the logits"),
 )

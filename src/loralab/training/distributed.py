@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from loralab.errors import ConfigError, LoralabError, Problem, StoppedBySignal, WorkerError, excerpt
+from loralab.training.deepspeed_library import check_deepspeed
 
 Value = TypeVar("Value")
 FloatArray = npt.NDArray[np.float64]
@@ -67,6 +68,7 @@ class Processes:
         local_count: number of processes on its machine.
         lockstep: whether every forward needs all of them, because each holds a part of the base: none may run
             more of them than another.
+        moments_in_parts: whether each holds a part of the gradients and moments of what is trained.
     """
 
     rank: int = 0
@@ -74,6 +76,7 @@ class Processes:
     local_rank: int = 0
     local_count: int = 1
     lockstep: bool = False
+    moments_in_parts: bool = False
     _board: Board | None = None
     _steps: dist.ProcessGroup | None = None
     _waits: dist.ProcessGroup | None = None
@@ -212,7 +215,7 @@ def joined(setting: str, distributed: str = "ddp") -> Iterator[Processes]:
         distributed: `training.distributed`.
 
     Raises:
-        ConfigError: the launcher asks for what does not exist here.
+        ConfigError: the launcher asks for what does not exist here, or a package is missing.
         WorkerError: another process ended without a word.
     """
     _check_launcher()
@@ -221,7 +224,9 @@ def joined(setting: str, distributed: str = "ddp") -> Iterator[Processes]:
     if count == 1:
         yield ALONE
         return
-    processes = _join(count, setting, lockstep=distributed == "fsdp2")
+    if distributed.startswith("zero"):
+        check_deepspeed(distributed)
+    processes = _join(count, setting, distributed)
     try:
         with _naming_end(processes), naming_losses(processes):
             yield processes
@@ -273,7 +278,7 @@ def _naming_end(processes: Processes) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _join(count: int, setting: str, *, lockstep: bool) -> Processes:
+def _join(count: int, setting: str, distributed: str) -> Processes:
     rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
     local_count = _number("LOCAL_WORLD_SIZE", count)
     device = Processes(rank, count, local_rank, local_count).device_setting(setting)
@@ -292,7 +297,8 @@ def _join(count: int, setting: str, *, lockstep: bool) -> Processes:
             where="environment variables MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE",
             fix=f"start all processes with a launcher that sets them: {_LAUNCHERS}",
         ) from error
-    return Processes(rank, count, local_rank, local_count, lockstep, store, steps, waits)
+    lockstep, moments = distributed in ("fsdp2", "zero3"), distributed == "zero2"
+    return Processes(rank, count, local_rank, local_count, lockstep, moments, store, steps, waits)
 
 
 def _number(name: str, default: int) -> int:
@@ -311,7 +317,7 @@ def _check_launcher() -> None:
             raise ConfigError(
                 f"the launcher asks for {what}; how processes share a run is set in training.distributed",
                 where=f"environment variable {name}",
-                fix=f"launch with {_LAUNCHERS}, and set training.distributed: fsdp2 for a base in parts",
+                fix=f"launch with {_LAUNCHERS}, and set training.distributed: fsdp2, zero2 or zero3",
             )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision != "no":

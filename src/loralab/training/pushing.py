@@ -19,7 +19,7 @@ class PushCallback(TrainerCallback):
     def __init__(
         self,
         push: Callable[[int], None],
-        look: Callable[[], None],
+        look: Callable[[], object],
         *,
         every_save: bool = False,
         steps: int | None = None,

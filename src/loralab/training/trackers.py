@@ -6,7 +6,6 @@ A tracker that fails is said once and left out; it never ends a run.
 """
 
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loralab.config.tracker_checks import NO_REPORTS, hide_secrets
+from loralab.config.tracker_checks import NO_REPORTS, hide_secrets, load_package
 from loralab.errors import excerpt
 from loralab.run import read_json, write_json
 from loralab.training.callbacks import LOGGED
@@ -78,7 +77,7 @@ class _TensorBoard:
     identity = "tensorboard"
 
     def __init__(self, run: TrackedRun) -> None:
-        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        writer = load_package("torch.utils.tensorboard").SummaryWriter
         purge = run.purge_from if run.identity else None
         self.writer = writer(log_dir=str(run.folder / "tensorboard"), purge_step=purge)
         if not purge:  # the text is of step 0
@@ -98,7 +97,7 @@ class _Wandb:
     """A run of Weights & Biases, with figures and configuration alone: no code, no output, no facts of the machine."""
 
     def __init__(self, run: TrackedRun) -> None:
-        wandb = importlib.import_module("wandb")
+        wandb = load_package("wandb")
         self.identity = run.identity or secrets.token_hex(4)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -133,10 +132,10 @@ class _MLflow:
     """A run of MLflow, on the server or store of MLFLOW_TRACKING_URI, else in a database below the run folder."""
 
     def __init__(self, run: TrackedRun) -> None:
-        entities = importlib.import_module("mlflow.entities")
+        entities = load_package("mlflow.entities")
         self.metric = entities.Metric
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.folder.absolute() / 'mlflow.db'}"
-        self.client = importlib.import_module("mlflow.tracking").MlflowClient(tracking_uri=uri)
+        self.client = load_package("mlflow.tracking").MlflowClient(tracking_uri=uri)
         if run.identity is not None:
             self.identity = run.identity
             self.client.set_terminated(self.identity, status="RUNNING")
@@ -165,7 +164,7 @@ class _Trackio:
     def __init__(self, run: TrackedRun) -> None:
         # trackio finds runs by name alone, so the name must be this run's own.
         self.identity = run.identity or f"{run.name}-{secrets.token_hex(3)}"
-        self.trackio = importlib.import_module("trackio")
+        self.trackio = load_package("trackio")
         self.run = self.trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),
             name=self.identity,

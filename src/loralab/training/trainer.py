@@ -27,6 +27,7 @@ from loralab.training.loss_scaling import resolve_loss_scaler
 from loralab.training.sharding import PlacedAccelerator, average_gradients
 from loralab.training.state import RunState
 from loralab.training.step_loader import next_step
+from loralab.training.zero import MomentsInParts
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class StepTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self._processes = processes  # asked while Trainer builds its accelerator
+        self._parts: MomentsInParts | None = None
         super().__init__(**kwargs)
         self._steps = steps
         self._run_state = run_state
@@ -72,13 +74,16 @@ class StepTrainer(Trainer):
         self._loraplus_lr_ratio = loraplus_lr_ratio
         trained: Any = self.model
         self._scaler = resolve_loss_scaler(trained, run_state, note=note if processes.first else _say_nothing)
-        self._reduced_once = processes.count == 1 or processes.lockstep
+        self._reduced_once = processes.count == 1 or processes.lockstep or processes.moments_in_parts
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Take an accelerator that wraps nothing, where the base lies in parts: DDP cannot hold these."""
+        """Take an accelerator that wraps nothing, where something lies in parts: DDP cannot hold these."""
         super().create_accelerator_and_postprocess()
-        if self._processes.lockstep:
-            self.accelerator = PlacedAccelerator()
+        if self._processes.lockstep or self._processes.moments_in_parts:
+            self.accelerator = PlacedAccelerator(norm=self._norm_of_parts)
+
+    def _norm_of_parts(self) -> Tensor | None:
+        return None if self._parts is None else self._parts.norm
 
     def get_train_dataloader(self) -> DataLoader[StepBatch]:
         """Return the steps as they are: the sampler knows the ranks, so nothing may shard it again."""
@@ -95,7 +100,17 @@ class StepTrainer(Trainer):
             trained: Any = self.model if model is None else model
             raised = [weight for name, weight in trained.named_parameters() if "lora_B" in name]
             raise_rates(optimizer, raised, self._loraplus_lr_ratio)
+        if fresh and self._processes.moments_in_parts:
+            max_norm, device = self.args.max_grad_norm, self.args.device
+            self._parts = MomentsInParts(optimizer, max_norm=max_norm, processes=self._processes, device=device)
+            self.optimizer = optimizer = self._parts
         return optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter; before a checkpoint, fetch what its optimizer's state is made of."""
+        if self._parts is not None:
+            self._parts.gather()
+        super().save_model(output_dir, _internal_call)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[StepBatch], num_batches: int, device: torch.device
@@ -138,6 +153,8 @@ class StepTrainer(Trainer):
             sums = self._processes.sum(np.array(own, dtype=np.float64))
             total, tokens, laid_out, examples, deepest, overflows = (float(value) for value in sums)
             self._run_state.attended = deepest > 0
+            if self._parts is not None and not self._run_state.alive:
+                self._parts.show_gradients()  # to the check of liveness
             if not math.isfinite(total):
                 parts = self._processes.gather((float(result.total), step.rows))
                 raise _diverged(parts, number, half=scaler is not None)
@@ -171,8 +188,8 @@ class StepTrainer(Trainer):
             return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
 
         key = (self.args.seed, self.state.global_step)
-        if self._processes.lockstep:
-            return self._run_in_lockstep(model, step, backward, key), step
+        if self._processes.lockstep or self._parts is not None:
+            return self._run_in_lockstep(model, step, scale, key), step
         if not self._reduced_once:
             # DDP orders its buckets anew after the first reduction, and with them the sums of three and more
             # processes. A reduction of zeros takes that out of the steps: a resumed run's sums are the same.
@@ -197,15 +214,37 @@ class StepTrainer(Trainer):
             step = self._lay_out_smaller(model, step)
 
     def _run_in_lockstep(
-        self, model: nn.Module, step: StepBatch, backward: Callable[[Tensor], None], key: tuple[int, int]
+        self, model: nn.Module, step: StepBatch, scale: float, key: tuple[int, int]
     ) -> LossSum:
         """Run a step's micro-batches, and as many more without weight as it takes to run as many as any process."""
         own = step.micro_batches
-        more = self._processes.largest(len(own)) - len(own)  # asked before: forwards of the others wait for this one
-        result = run_micro_batches(model, own, device=self.args.device, backward=backward, dropout_key=key)
+        more = self._processes.largest(len(own)) - len(own)  # asked before: sweeps of the others wait for this one
+        any_row = self._planner([self.train_dataset[0]]).micro_batches[:1]  # type: ignore[index]
+        left = len(own) + more
+
+        def backward(loss: Tensor) -> None:
+            nonlocal left
+            left -= 1
+            if not loss.requires_grad:
+                raise no_gradient_at_all(self.state.global_step + 1)
+            if self._parts is None:
+                self.accelerator.backward(loss)
+            else:
+                self._parts.backward(loss, last=left == 0)
+
+        result = run_micro_batches(
+            model, own, device=self.args.device, backward=lambda loss: backward(loss * scale), dropout_key=key
+        )
         for _ in range(more):
-            self._join_reduction(model, lambda _: contextlib.nullcontext(), key)
-        average_gradients(model, self._processes)
+            run_micro_batches(
+                model,
+                any_row,
+                device=self.args.device,
+                backward=lambda loss: backward(loss.nan_to_num() * 0.0),
+                dropout_key=key,
+            )
+        if self._parts is None:
+            average_gradients(model, self._processes)
         return result
 
     def _join_reduction(
@@ -223,8 +262,7 @@ class StepTrainer(Trainer):
             self.accelerator.backward(loss.nan_to_num() * 0.0)
 
         run_micro_batches(model, any_row, device=self.args.device, backward=backward, context=context, dropout_key=key)
-        if not self._processes.lockstep:
-            check_reached(model, step=self.state.global_step + 1)
+        check_reached(model, step=self.state.global_step + 1)
 
     def _check_divisible(self, step: StepBatch) -> None:
         """Check that a step that ran out of memory can be cut into smaller micro-batches.

@@ -44,7 +44,7 @@ def save_adapter(
             own = {"adapter_sha256": adapter_sha256(staging), **facts}
             (staging / FACTS_FILE).write_text(render_json(own) + "\n", encoding="utf-8")
         staging.chmod(0o755)
-        for path in staging.iterdir():
+        for path in (path for path in staging.iterdir() if path.is_file()):
             path.chmod(0o644)  # temporary folders and safetensors make theirs private
         replace_folder(staging, folder)
     finally:

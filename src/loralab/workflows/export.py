@@ -5,6 +5,7 @@ Owns the order of an export and its folder; what each program wants is in `loral
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,8 +21,7 @@ from loralab.export.gguf_file import FILE_TYPES, GgufContent, write_gguf
 from loralab.export.gguf_library import load_gguf
 from loralab.export.gguf_proof import Prompt, choose_blank, prove_gguf
 from loralab.export.gguf_vocabulary import build_vocabulary
-from loralab.export.merged_weights import MergedWeights
-from loralab.export.ollama import IMPORTED, Modelfile, adds_bos_itself, choose_weights, render_modelfile
+from loralab.export.ollama import IMPORTED, Modelfile, adds_bos_itself, check_form, choose_weights, render_modelfile
 from loralab.export.ollama_prompt import OllamaPrompt, derive_prompt, describe_prompt
 from loralab.export.vllm import (
     Served,
@@ -38,12 +38,13 @@ from loralab.export.vllm import (
 from loralab.lookup import look_up
 from loralab.models.adapters import CONFIG_FILE, WEIGHTS_FILE
 from loralab.models.load import load_model_config, max_positions
+from loralab.models.merge_source import open_checkpoint
 from loralab.models.vision import VISION_FAMILIES
 from loralab.progress import Reporter
 from loralab.run import file_sha256, read_json, write_json
-from loralab.workflows.export_folder import check_output, move_into_place, staging_beside
 from loralab.workflows.export_source import ExportSource, open_source
 from loralab.workflows.inspect_modules import rank_and_scale
+from loralab.workflows.new_folder import check_free, new_folder
 
 EXPORT_FILE = "export.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -111,11 +112,12 @@ def export(path: Path, request: ExportRequest, *, reporter: Reporter) -> dict[st
     dtype = _check_dtype(request)
     name = _check_name(request.name or re.sub(r"[^A-Za-z0-9._-]+", "-", path.absolute().name).strip("-._") or "model")
     output = request.output or path.absolute().with_name(f"{path.absolute().name}-{request.to}")
-    check_output(output)
+    check_free(output)
     if request.to == "gguf":
         load_gguf()
     source = open_source(path, request.base_model, reporter)
-    with staging_beside(output) as (staging, scratch):
+    check_free(output, source.reads())
+    with new_folder(output, work="exporting") as (staging, scratch):
         job = _Job(source, name, staging, scratch, output.absolute(), dtype, reporter)
         result = {"to": request.to, "name": name, "source": str(path), "loralab": __version__, **work(job)}
         result["files"] = {
@@ -124,7 +126,6 @@ def export(path: Path, request: ExportRequest, *, reporter: Reporter) -> dict[st
             if file.is_file()
         }
         write_json(staging / EXPORT_FILE, result)
-        move_into_place(staging, output)
     return {**result, "output": str(output)}
 
 
@@ -156,7 +157,7 @@ def _to_gguf(job: _Job) -> dict[str, Any]:
     folder = job.source.model_folder(job.scratch / "model", job.reporter)
     file, facts, content = _write_gguf(job, folder, job.dtype)
     found: dict[str, Any] = {"file": file.name, **facts}
-    line = f"llama-cli -m {job.output / file.name}"
+    line = shlex.join(["llama-cli", "-m", str(job.output / file.name)])
     try:
         prompt = _ollama_prompt(job, drops_bos=content.add_bos)
     except TemplateError as error:
@@ -185,7 +186,7 @@ def _write_gguf(job: _Job, folder: Path, dtype: str) -> tuple[Path, dict[str, An
     alone.mkdir()
     path = alone / f"{job.name}-{dtype}.gguf"
     job.reporter.say(f"writing {path.name}")
-    size = write_gguf(path, MergedWeights(folder), content, dtype=dtype)
+    size = write_gguf(path, open_checkpoint(_model_at(job, folder)), content, dtype=dtype)
     job.reporter.say("reading it back through transformers")
     proof = prove_gguf(path, folder, content, tokenizer=prompter.tokenizer, prompts=prompts)
     notes = [*vocabulary.notes, "not run in llama.cpp here: the proof is transformers' own reading of the file"]
@@ -237,7 +238,8 @@ def _write_modelfile(job: _Job, weights: str, prompt: OllamaPrompt, folder: Path
 
 
 def _create_command(job: _Job) -> list[str]:
-    return [f"ollama create {job.name} -f {job.output / 'Modelfile'}", f"ollama run {job.name}"]
+    file = str(job.output / "Modelfile")
+    return [shlex.join(["ollama", "create", job.name, "-f", file]), f"ollama run {job.name}"]
 
 
 def _to_ollama(job: _Job) -> dict[str, Any]:
@@ -245,7 +247,7 @@ def _to_ollama(job: _Job) -> dict[str, Any]:
     _ollama_prompt(job, drops_bos=False)  # before anything is merged
     base = job.source.base_config()
     if _architecture(base) not in IMPORTED:
-        choose_architecture(base)
+        check_form(_architecture(base), lambda: choose_architecture(base))
     folder = job.source.model_folder(job.scratch / "model", job.reporter)
     config: Any = load_model_config(_model_at(job, folder))
     tokenizer = job.source.prompter.tokenizer

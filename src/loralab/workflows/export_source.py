@@ -18,9 +18,9 @@ from loralab.progress import Reporter
 from loralab.run import read_json
 from loralab.workflows.configure import load_run_config
 from loralab.workflows.merge import MergeRequest, merge
+from loralab.workflows.merge_checks import MERGE_FILE
 from loralab.workflows.session import Target, find_target, load_target_config, open_prompter
 
-_MERGED = "merge.json"
 _QUESTIONS = ("What is the capital of France?", "Sort these: 3, 1, 2.")
 
 
@@ -53,12 +53,16 @@ class ExportSource:
         """Return the configuration of the base (or of the merged model), without its weights."""
         return load_model_config(self.config.model)
 
-    def model_folder(self, place: Path, reporter: Reporter, *, dtype: str | None = None) -> Path:
+    def reads(self) -> list[Path]:
+        """Return the folders that an export reads."""
+        base = Path(self.config.model.name).expanduser()
+        return [self.target.adapter, *([base] if base.is_dir() else [])]
+
+    def model_folder(self, place: Path, reporter: Reporter) -> Path:
         """Return a folder with the merged model: the one given, or one that is made in `place`."""
         if self.merged:
             return self.path
-        request = MergeRequest(output=place, dtype=dtype, base_model=self.base_model)
-        merge(self.path, request, reporter=reporter)
+        merge(self.path, MergeRequest(output=place, base_model=self.base_model), reporter=reporter)
         return place
 
     def conversations(self) -> list[list[Message]]:
@@ -85,7 +89,7 @@ def open_source(path: Path, base_model: str | None, reporter: Reporter) -> Expor
         UserError: there is no adapter and no merged model.
         PromptContractError: the tokenizer would prompt differently than in training.
     """
-    if (path / _MERGED).is_file() and (path / "config.json").is_file():
+    if (path / MERGE_FILE).is_file() and (path / "config.json").is_file():
         if base_model is not None:
             raise DataError(
                 "a merged folder needs no base", where="option --model", fix="remove the option, or give the run"

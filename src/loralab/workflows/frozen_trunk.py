@@ -10,6 +10,7 @@ from typing import Any
 
 from loralab.config.schema import Config
 from loralab.data.dataset import PreparedData
+from loralab.models.device_map import is_spread
 from loralab.models.families import find_positions, find_tree_obstacle
 from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
@@ -136,6 +137,8 @@ def _check_run(config: Config, model: SupervisedPeftModel, processes: int) -> No
         raise _NoCache("a model that reads pictures keeps the features of these instead (data.image.cache_features)")
     if processes > 1:
         raise _NoCache(f"{processes} processes share the run, and each would need all of it")
+    if is_spread(model):
+        raise _NoCache("model.device_map spreads the layers over several GPUs")
     if config.model.base_dropout == "as_configured":
         raise _NoCache("model.base_dropout is as_configured: the frozen layers may give something else each time")
     if positions.kind != "static" and config.data.max_length > (positions.threshold or 0):

@@ -6,25 +6,26 @@ end, and what of it stands in `run.json`. Training never waits for an upload and
 
 import dataclasses
 import secrets
+import shlex
 import shutil
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
-from loralab.errors import HubError, StoppedBySignal
-from loralab.hub.access import identify
+from loralab.errors import HubError, LoralabError, StoppedBySignal, excerpt
+from loralab.hub.access import SILENCE_SECONDS, identify
 from loralab.hub.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, pushable_files, stage_adapter
 from loralab.hub.repository import Repository, check_lineage, lineage, open_repository, resolve_name
 from loralab.hub.revisions import base_licence
-from loralab.hub.upload import BackgroundPushes, Push, Pushed, push_files
+from loralab.hub.upload import ATTEMPTS, BackgroundPushes, Push, Pushed, push_files
 from loralab.models.adapters import adapter_sha256
 from loralab.progress import Reporter
 from loralab.reports.model_card import render_model_card
 from loralab.run import Json, RunFolder, read_json, write_text
-from loralab.training.callbacks import catching_signals
+from loralab.training.callbacks import StopRequest, catching_signals
 from loralab.training.distributed import Processes
 from loralab.training.pushing import PushCallback
 from loralab.workflows.adapter_folder import save_prompting
@@ -99,7 +100,7 @@ def _settle(loaded: LoadedConfig, folder: RunFolder, record: Json, *, overwrite:
     if hub.repo is not None:
         account = identify(where=KEY)
         same = earlier.get("asked") == hub.repo
-        values = {"user": account.user, "run": folder.path.absolute().name, "timestamp": _timestamp()}
+        values = {"user": account.user, "run": folder.path.absolute().name, "timestamp": timestamp()}
         name = earlier["repo"] if same else resolve_name(hub.repo, values, where=KEY)
         repository = Repository(name, hub.private)
         open_repository(repository, account, where=KEY)
@@ -112,7 +113,8 @@ def _settle(loaded: LoadedConfig, folder: RunFolder, record: Json, *, overwrite:
     return HubPlan(pinned, revisions, repository, run_id, licence)
 
 
-def _timestamp() -> str:
+def timestamp() -> str:
+    """Return the time, UTC, as a part of a repository's name."""
     return now().replace("-", "").replace(":", "").partition("+")[0].replace("T", "-")
 
 
@@ -128,10 +130,12 @@ def base_on_hub(record: Json) -> tuple[str | None, str | None]:
     return (None, None) if model.get("sha256") or not model.get("name") else (model["name"], model.get("revision"))
 
 
-def note_push(record: Json, pushed: Pushed) -> None:
-    """Keep in a record how a push ended."""
+def note_push(record: Json, pushed: Pushed, repository: Repository) -> None:
+    """Keep in a record how a push ended; of another repository than the run's, also which."""
     hub = record["hub"]
     entry: Json = {"step": pushed.push.step, "when": now(), "seconds": round(pushed.seconds, 3)}
+    if repository.name != hub["repo"]:
+        entry["repo"] = repository.name
     if pushed.error is None:
         hub["pushes"].append({**entry, "commit": pushed.commit, "attempts": pushed.attempts})
     else:
@@ -195,8 +199,8 @@ class HubPushes:
         source, target = self._run.folder.checkpoints / f"checkpoint-{step}", self._snapshots / f"step-{step}"
         try:
             push = self._snapshot(source, target, step, only=(ADAPTER_CONFIG, ADAPTER_WEIGHTS))
-        except (OSError, HubError) as error:  # a full disk; training goes on as long as it can
-            self._note(f"step {step} is not pushed: {error}")
+        except Exception as error:  # noqa: BLE001 - a full disk, a card: whatever it is, training goes on
+            self._note(f"step {step} is not pushed: {_reason(error)}")
             return
         replaced = self._background.offer(push)
         if replaced is not None:
@@ -215,16 +219,20 @@ class HubPushes:
         title, description = commit_text(name, self._plan.run_id, step=step, adapter=adapter_sha256(source))
         return Push(pushable_files(target), title, description, step, own_folder=target)
 
-    def _look(self) -> None:
-        """Record the pushes that ended; the run's own thread writes its record, no other."""
-        for pushed in self._background.ended():
-            note_push(self._run.record.content, pushed)
+    def _look(self) -> list[Pushed]:
+        """Record and return the pushes that ended; the run's own thread writes its record, no other."""
+        ended, repository = self._background.ended(), self._plan.repository
+        if repository is None:
+            return ended
+        for pushed in ended:
+            note_push(self._run.record.content, pushed, repository)
             at = f"step {pushed.push.step}"
             if pushed.error is None:
                 self._run.reporter.say(f"pushed {at} to {pushed.url} ({pushed.seconds:.1f} s)")
                 self._run.record.update()
             else:
-                self._note(f"push of {at} failed, the run goes on: {pushed.error.problems[0].what}")
+                self._note(f"push of {at} failed after {_times(pushed.attempts)}: {pushed.error.problems[0].what}")
+        return ended
 
     def _note(self, what: str) -> None:
         self._run.reporter.say(what)
@@ -240,43 +248,54 @@ class HubPushes:
         run, repository = self._run, self._plan.repository
         if repository is None or not run.processes.first:
             return
-        run.reporter.say(f"pushing the adapter to {repository.url}")
+        run.reporter.say(
+            f"pushing the adapter to {repository.url}: {ATTEMPTS} attempts, each given up when the Hub is silent for "
+            f"{SILENCE_SECONDS:.0f} s; Ctrl-C leaves the run complete"
+        )
+        with catching_signals(lambda _: None) as request:
+            try:
+                self._push_final(request)
+            finally:
+                shutil.rmtree(self._snapshots, ignore_errors=True)
+        if run.record.content["hub"]["owed"]:
+            run.reporter.say(f"the run is complete; push later with: {push_command(run.folder.path)}")
+
+    def _push_final(self, request: StopRequest) -> None:
+        run = self._run
         try:
             push = self._snapshot(run.folder.adapter, self._snapshots / "final", run.record.content.get("steps"))
-        except (OSError, HubError) as error:
-            self._note(f"the adapter is not pushed: {error}")
-        else:
-            self._background.offer(push, hurry=True)
-            self._wait()
-            self._settle_final(push)
-        shutil.rmtree(self._snapshots, ignore_errors=True)
-        if run.record.content["hub"]["owed"]:
-            run.reporter.say(f"the run is complete; push later with: {push_command(run.folder)}")
+        except Exception as error:  # noqa: BLE001 - the run is complete, whatever is in the way of sharing it
+            self._note(f"the adapter is not pushed: {_reason(error)}")
+            return
+        self._background.offer(push, hurry=True)
+        self._wait(request)
+        if any(pushed.push is push and pushed.error is None for pushed in self._look()):
+            run.record.content["hub"]["owed"] = False
+            run.record.update()
 
-    def _wait(self) -> None:
-        waited = 0.0
-        with catching_signals(lambda _: None) as request:
-            while not self._background.wait(_LOOK_SECONDS):
-                waited += _LOOK_SECONDS
-                if request.signal_number is not None:
-                    self._look()
-                    raise StoppedBySignal(
-                        request.signal_number,
-                        where=f"the push to {self._plan.repository and self._plan.repository.name}",
-                        fix=f"the run is complete; push later with: {push_command(self._run.folder)}",
-                    )
-                if waited % _SAY_SECONDS < _LOOK_SECONDS:
-                    self._run.reporter.say(f"still pushing, {waited:.0f} s")
-
-    def _settle_final(self, push: Push) -> None:
-        pushed_before = len(self._run.record.content["hub"]["pushes"])
-        self._look()
-        pushes: list[dict[str, Any]] = self._run.record.content["hub"]["pushes"][pushed_before:]
-        if any(each["step"] == push.step for each in pushes):
-            self._run.record.content["hub"]["owed"] = False
-            self._run.record.update()
+    def _wait(self, request: StopRequest) -> None:
+        started = said = time.monotonic()
+        while not self._background.wait(_LOOK_SECONDS):
+            if request.signal_number is not None:
+                self._look()
+                raise StoppedBySignal(
+                    request.signal_number,
+                    where=f"the push to {self._plan.repository and self._plan.repository.name}",
+                    fix=f"the run is complete; push later with: {push_command(self._run.folder.path)}",
+                )
+            if time.monotonic() - said >= _SAY_SECONDS:
+                said = time.monotonic()
+                self._run.reporter.say(f"still pushing, {said - started:.0f} s")
 
 
-def push_command(folder: RunFolder) -> str:
-    """Return the command that pushes a run's adapter."""
-    return f"loralab push {folder.path}"
+def _reason(error: Exception) -> str:
+    return error.problems[0].what if isinstance(error, LoralabError) else excerpt(error)
+
+
+def _times(count: int) -> str:
+    return f"{count} attempt" + ("s" if count > 1 else "")
+
+
+def push_command(path: Path) -> str:
+    """Return the command that pushes what lies in a folder."""
+    return f"loralab push {shlex.quote(str(path))}"

@@ -59,7 +59,9 @@ def predict_run_memory(
     meter = StepMeter(blueprint, planner.layout)
     evaluated = find_evaluated(config, data.splits)
     batch = evaluation_batch(evaluated, planner, config.evaluation.batch_size) if evaluated is not None else None
-    return predict_memory(config, meter, batch=largest, typical=typical, evaluated=batch, data_bytes=data_bytes)
+    return predict_memory(
+        config, meter, batch=largest, typical=typical, evaluated=batch, data_bytes=data_bytes, processes=processes
+    )
 
 
 def _own(step: Sequence[int], rank: int, size: int) -> Sequence[int]:

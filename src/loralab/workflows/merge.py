@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from loralab.config.schema import Config
 from loralab.data.prompts.prompter import Prompter
 from loralab.errors import ModelError
-from loralab.evaluation.distances import DISTANCES
 from loralab.models.allocator import returning_memory
 from loralab.models.load import load_model_config
 from loralab.models.merge_source import snapshot_revision
 from loralab.models.merge_whole import add_parts
 from loralab.models.merging import Part
+from loralab.models.quiet_loading import quiet_loading
 from loralab.models.vision import auto_class
 from loralab.progress import Reporter
 from loralab.reports.merged_card import write_merged_card
@@ -39,6 +38,7 @@ from loralab.workflows.merge_checks import (
 )
 from loralab.workflows.merge_files import copy_companions
 from loralab.workflows.merge_proof import (
+    DEFINITIONS,
     LiveAnswers,
     ProofRow,
     ask_live,
@@ -131,7 +131,7 @@ def merge(path: Path, request: MergeRequest, *, reporter: Reporter) -> dict[str,
             "shards": written.shards,
             "compared_on": compared_on,
             "proof": proof,
-            "definitions": {"kl": DISTANCES["kl_adapter_base"]},
+            "definitions": DEFINITIONS,
             "verdict": "held",
             "peak_memory_bytes": {"writing": writing, "proof": proving},
             "reads_pictures": prompter.pictures is not None,
@@ -177,19 +177,25 @@ def _prove(
     """Compare the merged model with the live adapter; one model is in memory at a time."""
     rows, live, prompter, compared_on = _ask(path, world, world.overrides, reporter)
     trained = None
-    if world.trained_overrides is not None:  # the adapter was trained on other numbers than it is merged onto
-        _, trained, _, _ = _ask(path, world, world.trained_overrides, reporter, rows=rows)
+    if world.trained is not None:  # the adapter was trained on other numbers than it is merged onto
+        _, trained, _, _ = _ask(path, world, world.trained.value, reporter, rows=rows)
     merged, dtype = _reload(staging, written, world), getattr(torch, world.live_precision)
-    figures = compare_merged(merged, rows, live, dtype=dtype, pictures=prompter.pictures, reporter=reporter)
+
+    def compare(answers: LiveAnswers) -> dict[str, Any]:
+        return compare_merged(
+            merged, rows, answers, dtype=dtype, pictures=prompter.pictures, where=str(path), reporter=reporter
+        )
+
+    figures = compare(live)
     bars = bars_of(figures, written.dtype.value)
-    check_bars(figures, bars, str(staging.parent))
+    check_bars(figures, bars, str(path))
     figures |= {"bars": bars, "live_precision": world.live_precision, "kl_trained_merged": None}
-    if trained is not None:
-        far = compare_merged(merged, rows, trained, dtype=dtype, pictures=prompter.pictures, reporter=reporter)
-        figures["kl_trained_merged"] = far["kl_adapter_merged"]
+    if trained is not None and world.trained is not None:
+        far = compare(trained)["kl_adapter_merged"]
+        figures |= {"kl_trained_merged": far, "kl_trained_merged_reason": world.trained.reason}
         reporter.say(
-            f"KL(adapter on its quantized base || merged) {far['kl_adapter_merged']:.3g} nats: how far the merged "
-            "model is from what was trained, since it stands on other weights"
+            f"KL(adapter as it was trained || merged) {far:.3g} nats: how far the merged model is from what was "
+            f"trained; {world.trained.reason}"
         )
     return figures, prompter, compared_on
 
@@ -217,19 +223,15 @@ def _ask(
 def _reload(staging: Path, written: Written, world: MergeWorld) -> Any:
     """Load the merged model as its users will."""
     config = load_model_config(world.config.model.model_copy(update={"name": str(staging), "revision": None}))
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # progress is the reporter's
     try:
-        merged: Any = auto_class(config).from_pretrained(
-            str(staging), dtype=written.dtype.value, trust_remote_code=world.config.model.trust_remote_code
-        )
+        with quiet_loading():
+            merged: Any = auto_class(config).from_pretrained(
+                str(staging), dtype=written.dtype.value, trust_remote_code=world.config.model.trust_remote_code
+            )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"the merged model cannot be loaded: {error}", where=str(staging), fix="report this with the base's name"
         ) from error
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
     return merged.to(world.device).eval()
 
 

@@ -26,5 +26,5 @@ def copy_companions(folder: Path, prompter: Prompter, target: Target, base: Path
         for file in sorted(base.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-    for file in folder.iterdir():
+    for file in (file for file in folder.iterdir() if file.is_file()):
         file.chmod(0o644)

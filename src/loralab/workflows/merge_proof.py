@@ -38,6 +38,14 @@ LOGITS_BAR = 1e-4  # of the standard deviation of the live logits
 LEAST_KL, KL_SHARE, LEAST_AGREEMENT = 1e-4, 0.01, 0.99
 _KL_FIRST_SECOND = list(DISTANCES).index("kl_base_adapter")
 _KINDS = "mm_token_type_ids"
+# What the figures are, for `merge.json`.
+DEFINITIONS = {
+    "kl": "mean over the compared positions, in nats",
+    "greedy_agreement": "share of the places of the adapter's own greedy answers at which the merged model chooses "
+    "the same token, or one whose logit in the adapter is within two steps of the type of the largest: a tie",
+    "greedy_agreement_strict": "the same without ties",
+    "logits": "differences are at the compared positions; the standard deviation is that of the adapter's logits",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +248,7 @@ def compare_merged(
     *,
     dtype: torch.dtype,
     pictures: PictureProcessor | None,
+    where: str,
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Return how far a merged model is from what a live adapter answered.
@@ -250,13 +259,19 @@ def compare_merged(
         live: what it answered.
         dtype: that both computed in.
         pictures: reads pictures.
+        where: the adapter, for an error.
         reporter: told of progress.
+
+    Raises:
+        MergeParityError: the merged model computes no numbers.
     """
     largest, divergence, strict, equal, places, count, spare = 0.0, 0.0, 0, 0, 0, 0, 0
     for number, (row, logits, answer, choices) in enumerate(
         zip(rows, live.logits, live.answers, live.choices, strict=True), start=1
     ):
         own = _logits(merged, row, row.positions, pictures)
+        if not torch.isfinite(own).all():
+            raise _not_alike(["it gives logits that are no finite numbers"], where)
         spare = max(spare, abs(own.shape[-1] - logits.shape[-1]))
         width = min(own.shape[-1], logits.shape[-1])
         largest = max(largest, float((own[:, :width] - logits[:, :width]).abs().max()))
@@ -313,8 +328,12 @@ def check_bars(figures: dict[str, Any], bars: dict[str, float], where: str) -> N
     if figures["vocabulary_difference"]:
         failed.append(f"{figures['vocabulary_difference']} logits more or fewer than the live model has")
     if failed:
-        raise MergeParityError(
-            f"the merged model does not answer as the adapter does: {'; '.join(failed)}",
-            where=where,
-            fix="nothing was kept; try --dtype float32, which rounds least, or use the adapter as it is",
-        )
+        raise _not_alike(failed, where)
+
+
+def _not_alike(failed: Sequence[str], where: str) -> MergeParityError:
+    return MergeParityError(
+        f"the merged model does not answer as the adapter does: {'; '.join(failed)}",
+        where=where,
+        fix="nothing was kept; try --dtype float32, which rounds least, or use the adapter as it is",
+    )

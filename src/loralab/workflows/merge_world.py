@@ -35,7 +35,7 @@ class MergeWorld:
         device: where the live adapter computes.
         live_precision: type that the live base is held in.
         overrides: settings under which the live adapter is opened.
-        trained_overrides: settings under which it was trained, where it is merged onto other weights; else None.
+        trained: settings under which it was trained, where it is merged onto other numbers, and how these differ.
         base_model: base to use instead of the recorded one.
         notes: what is to be said of the choices.
     """
@@ -49,7 +49,7 @@ class MergeWorld:
     device: torch.device
     live_precision: str
     overrides: list[str]
-    trained_overrides: list[str] | None
+    trained: Resolved[list[str]] | None
     base_model: str | None
     notes: list[str] = field(default_factory=list)
 
@@ -80,8 +80,6 @@ def open_world(
     overrides = _first_overrides(targets[0], device_name)
     notes = [f"{text} (as the adapter's own facts say)" for text in overrides if "quantization=" in text]
     config = load_target_config(targets[0], overrides, base_model).config
-    if targets[0].folder is None and overrides:
-        config = _with(config, overrides)
     check_local_model(config.model.name)
     overrides += _pinned(config, known.revision, notes)
     config = _with(config, overrides)
@@ -90,10 +88,16 @@ def open_world(
     quantization = resolve_quantization(config.model, load_model_config(config.model), device).value
     what, chosen = _choose_onto(onto, quantization)
     precision = _live_precision(config, device, dtype)
-    trained = None
+    own = _trained_precision(config, device, known.precision)
     live = [*overrides, f"model.precision={precision}"]
+    trained = None
+    if own != precision:
+        notes.append(f"asked in {precision}, as the merged model is; the adapter was trained in {own}")
+    if quantization is not None and (chosen is None or own != precision):
+        how = "it stands on other weights" if chosen is None else f"its weights were quantized from {own} numbers"
+        trained = Resolved([*overrides, f"model.precision={own}"], how)
     if quantization is not None and chosen is None:
-        trained, live = live, [*live, "model.quantization=none", "model.double_quantization=true"]
+        live += ["model.quantization=none", "model.double_quantization=true"]
     tokens = new_tokens_in(targets[0], config, load_adapter_tokenizer(targets[0], config))
     notes.append(f"onto {what.value} ({what.reason})")
     return MergeWorld(config, parts, tokens, chosen, what, dtype, device, precision, live, trained, base_model, notes)
@@ -159,3 +163,11 @@ def _live_precision(config: Config, device: torch.device, dtype: torch.dtype | N
         dtype = resolve_precision(config.model, device).value
     chosen = str(dtype).removeprefix("torch.")
     return "float32" if chosen == "float16" and device.type != "cuda" else chosen
+
+
+def _trained_precision(config: Config, device: torch.device, recorded: str | None) -> str:
+    """Return the type that the base was held in in training, as far as this device computes with it."""
+    name = str(recorded or "").removeprefix("torch.")
+    if name not in DTYPES or (name == "float16" and device.type != "cuda"):
+        name = str(resolve_precision(config.model, device).value).removeprefix("torch.")
+    return name

@@ -8,12 +8,15 @@ import errno
 import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from safetensors import SafetensorError
 
-from loralab.errors import ConfigError, RunFolderError, StorageError, excerpt
+from loralab.errors import ConfigError, RunFolderError, StoppedBySignal, StorageError, excerpt
 
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
@@ -59,6 +62,7 @@ def new_folder(output: Path, *, work: str) -> Iterator[tuple[Path, Path]]:
 
     Raises:
         RunFolderError: another one has taken its place meanwhile.
+        StoppedBySignal: SIGINT or SIGTERM came; nothing is left.
         StorageError: something cannot be written; nothing is left.
     """
     output = output.absolute()
@@ -69,7 +73,8 @@ def new_folder(output: Path, *, work: str) -> Iterator[tuple[Path, Path]]:
         _sweep(output, work)
         for folder in (place / "kept", place / "scratch"):
             folder.mkdir(parents=True)
-        yield place / "kept", place / "scratch"
+        with _stoppable(output):
+            yield place / "kept", place / "scratch"
         _move(place / "kept", output)
         done = True
     except (OSError, SafetensorError) as error:
@@ -83,6 +88,37 @@ def new_folder(output: Path, *, work: str) -> Iterator[tuple[Path, Path]]:
         for folder in () if done else made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def _stoppable(output: Path) -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the work.
+
+    An error that is raised while Python lets go of an object is dropped, an interrupt too: what came is kept, and
+    asked for once more at the end.
+    """
+    came: list[int] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()  # others may not handle signals
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+        if came:
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        raise StoppedBySignal(
+            came[-1] if came else signal.SIGINT,
+            where=f"the work for {str(output)!r}",
+            fix="nothing was kept; run it again",
+        ) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _move(folder: Path, output: Path) -> None:

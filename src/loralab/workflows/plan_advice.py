@@ -13,6 +13,7 @@ from loralab.config.checks import check_config
 from loralab.config.schema import Config
 from loralab.data.example import Branch, TokenizedExample
 from loralab.layout.planner import Planner
+from loralab.training.distributed import ALONE, Processes
 from loralab.workflows.step_layout import sketch_blueprint
 from loralab.workflows.step_memory import StepMeter, needed_bytes, predict_memory
 
@@ -32,6 +33,7 @@ class Situation:
         device: where the run computes.
         dtype: compute type.
         data_bytes: what tokenizer and rows take.
+        processes: those that share the run.
     """
 
     config: Config
@@ -40,6 +42,7 @@ class Situation:
     device: torch.device
     dtype: torch.dtype
     data_bytes: int
+    processes: Processes = ALONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,10 @@ def _needed(config: Config, situation: Situation) -> int | None:
     examples = [_cut(example, config.data.max_length) for example in situation.examples]
     largest = max(planner(examples).micro_batches, key=lambda batch: batch.input_ids.numel())
     meter = StepMeter(blueprint, planner.layout)
-    return needed_bytes(predict_memory(config, meter, batch=largest, data_bytes=situation.data_bytes))
+    memory = predict_memory(
+        config, meter, batch=largest, data_bytes=situation.data_bytes, processes=situation.processes
+    )
+    return needed_bytes(memory)
 
 
 def _cut(example: TokenizedExample, length: int) -> TokenizedExample:

@@ -5,8 +5,10 @@ Owns what a folder is pushed as, to which repository, and what of it stands in t
 
 import secrets
 import shutil
+import signal
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +16,25 @@ from typing import Any
 from loralab.config.load import load_config
 from loralab.config.output_schema import HubConfig
 from loralab.config.schema import Config
-from loralab.errors import HubError, RunFolderError, StoppedBySignal, UserError
+from loralab.errors import AdapterIntegrityError, HubError, RunFolderError, StoppedBySignal, StorageError, UserError
 from loralab.hub.access import identify
-from loralab.hub.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, is_merged, pushable_files, stage_adapter
+from loralab.hub.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CARD,
+    MERGE_RECORD,
+    is_merged,
+    pushable_files,
+    stage_adapter,
+)
 from loralab.hub.repository import WEIGHTS, Repository, check_lineage, open_repository, resolve_name
 from loralab.hub.upload import Push, Pushed, push_files
-from loralab.models.adapters import adapter_sha256
 from loralab.progress import Reporter
-from loralab.reports.model_card import write_model_card
+from loralab.reports.model_card import HUB_ID, write_model_card
 from loralab.run import Json, RunFolder, file_sha256, read_json, write_json
-from loralab.workflows.hub_pushes import KEY, base_on_hub, commit_text, note_push, push_command
-from loralab.workflows.record import now
-
-_SIGINT = 2
+from loralab.workflows.hub_pushes import KEY, base_on_hub, commit_text, note_push, push_command, timestamp
+from loralab.workflows.merge_checks import check_adapter
+from loralab.workflows.session import Target, known_base
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +88,26 @@ def push(path: Path, request: PushRequest, *, reporter: Reporter) -> Json:
 
     Raises:
         UserError: there is nothing to push, it may not be pushed there, or the push failed.
+        AdapterIntegrityError: the weights are not those that were saved.
         StoppedBySignal: Ctrl-C.
     """
     source = _find_source(path)
+    weights = _check_weights(source)
     if source.run is not None and not (source.path / CARD).is_file():
         write_model_card(source.run)
     where = "option --repo" if request.repo is not None else KEY if source.hub.repo else "argument RUN"
     repository, run_id = _open(source, request, where=where)
     reporter.say(f"pushing {source.path} to {repository.url}")
-    staging = Path(tempfile.mkdtemp(prefix=".push-", dir=source.path.parent))
     try:
-        bundle = _bundle(source, staging, run_id)
-        pushed = push_files(repository, bundle, create_pr=request.create_pr, where=where, note=reporter.say)
-        files = _describe(bundle.files)
+        with _staging(source) as staging:
+            bundle = _bundle(source, staging, run_id, weights)
+            pushed = push_files(repository, bundle, create_pr=request.create_pr, where=where, note=reporter.say)
+            files = _describe(bundle.files)
     except KeyboardInterrupt:
-        again = f"push again: loralab push {path}; what arrived is not sent twice"
-        raise StoppedBySignal(_SIGINT, where=f"the push to {repository.name}", fix=again) from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        again = f"push again: {push_command(path)}; what arrived is not sent twice"
+        raise StoppedBySignal(signal.SIGINT, where=f"the push to {repository.name}", fix=again) from None
     if source.run is not None:
-        _keep(source.run, repository, pushed, run_id)
+        _keep(source.run, repository, pushed, run_id, settles=request.revision is None and not request.create_pr)
     if pushed.error is not None:
         raise pushed.error
     return {
@@ -130,7 +138,7 @@ def push_owed(folder: RunFolder, config: Config, reporter: Reporter) -> bool:
     try:
         result = push(folder.path, PushRequest(repo=hub.repo, private=hub.private), reporter=reporter)
     except UserError as error:
-        reporter.say(f"warning: {error.problems[0].what}; push later with: {push_command(folder)}")
+        reporter.say(f"warning: {error.problems[0].what}; push later with: {push_command(folder.path)}")
     else:
         reporter.say(f"pushed to {result['url']}")
     return True
@@ -142,11 +150,17 @@ def _find_source(path: Path) -> _Source:
         folder = RunFolder(path.resolve().parent)  # a run's adapter
     if folder.exists():
         record = read_json(folder.record)
-        if record.get("status") != "completed" or not (folder.adapter / ADAPTER_WEIGHTS).is_file():
+        if record.get("status") != "completed":
             raise RunFolderError(
                 f"the run is not complete ({record.get('status', 'unknown')}): its adapter is not final",
                 where=str(folder.path),
-                fix=f"finish it first: loralab train {folder.path} --resume; or push one of its checkpoints' folders",
+                fix=f"finish it first: loralab train {folder.config} --resume; or push one of its checkpoints' folders",
+            )
+        if not (folder.adapter / ADAPTER_WEIGHTS).is_file():
+            raise RunFolderError(
+                f"the run has no {ADAPTER_WEIGHTS}",
+                where=str(folder.adapter),
+                fix="restore its adapter folder, or train again",
             )
         hub = load_config(folder.config).config.output.hub if folder.config.is_file() else HubConfig()
         return _Source(folder.adapter, folder.path.absolute().name, folder, record, hub)
@@ -168,7 +182,7 @@ def _open(source: _Source, request: PushRequest, *, where: str) -> tuple[Reposit
     if earlier and template == earlier["asked"]:  # the time of the start is the run's
         name = earlier["repo"]
     else:
-        values = {"user": account.user, "run": source.name, "timestamp": now()[:19].replace(":", "").replace("-", "")}
+        values = {"user": account.user, "run": source.name, "timestamp": timestamp()}
         name = resolve_name(template, values, where=where)
     repository = Repository(name, private, request.revision)
     open_repository(repository, account, where=where)
@@ -192,25 +206,61 @@ def _own_id(source: _Source) -> str:
     return file_sha256(weights[0])[:16]
 
 
-def _bundle(source: _Source, staging: Path, run_id: str) -> Push:
+def _check_weights(source: _Source) -> str:
+    """Check that the weights are those that were saved, as far as that was recorded; return the adapter's hash."""
+    if not is_merged(source.path):
+        return check_adapter(Target(source.path, source.run))
+    record = read_json(source.path / MERGE_RECORD)
+    for name, sha256 in (record.get("files") or {}).items():
+        file = source.path / name
+        if not file.is_file() or file_sha256(file) != sha256:
+            raise AdapterIntegrityError(
+                f"{name} is not the file that the merge wrote and proved",
+                where=str(source.path),
+                fix="restore it from a copy, or merge again",
+            )
+    adapters = record.get("adapters") or [{}]
+    return str(adapters[0].get("sha256") or "unknown")
+
+
+@contextmanager
+def _staging(source: _Source) -> Iterator[Path]:
+    """Yield a folder for what is pushed: beside the files, which can be linked there, else where temporary files go."""
+    prefix = ".adapter-push-"  # what a kill leaves goes when the run's folder is used again
+    try:
+        path = Path(tempfile.mkdtemp(prefix=prefix, dir=source.path.absolute().parent))
+    except OSError:
+        path = Path(tempfile.mkdtemp(prefix=prefix))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _bundle(source: _Source, staging: Path, run_id: str, adapter: str) -> Push:
     if is_merged(source.path):
-        record = read_json(source.path / "merge.json")
-        title, description = commit_text(
-            source.name, run_id, step=None, adapter=str(record.get("adapter_sha256") or "merged")
-        )
+        title, description = commit_text(source.name, run_id, step=None, adapter=adapter)
         return Push(pushable_files(source.path), title.replace("adapter", "merged from adapter"), description)
     base, commit = base_on_hub(source.record) if source.run is not None else _named_base(source.path)
-    stage_adapter(source.path, staging, base_name=base, base_commit=commit)
+    try:
+        stage_adapter(source.path, staging, base_name=base, base_commit=commit)
+    except OSError as error:
+        raise StorageError(
+            f"the files to push cannot be laid out: {error.strerror}",
+            where=str(staging),
+            fix="free space there, or push from a folder on another disk",
+        ) from error
     step = source.record.get("steps")
-    title, description = commit_text(source.name, run_id, step=step, adapter=adapter_sha256(source.path))
+    title, description = commit_text(source.name, run_id, step=step, adapter=adapter)
     return Push(pushable_files(staging), title, description, step)
 
 
 def _named_base(path: Path) -> tuple[str | None, str | None]:
-    config = read_json(path / ADAPTER_CONFIG)
+    """Return Hub id and commit of a lone adapter's base; None for a folder, as its facts say, else its name's form."""
+    config, known = read_json(path / ADAPTER_CONFIG), known_base(Target(path, None))
     name = str(config.get("base_model_name_or_path") or "")
-    is_folder = not name or name.startswith((".", "/", "~")) or "\\" in name or Path(name).exists()
-    return (None, None) if is_folder else (name, config.get("revision"))
+    is_folder = not HUB_ID.fullmatch(name) or Path(name).exists()
+    return (None, None) if known.sha256 or is_folder else (name, config.get("revision") or known.revision)
 
 
 def _describe(files: Mapping[str, Path]) -> list[dict[str, Any]]:
@@ -220,7 +270,7 @@ def _describe(files: Mapping[str, Path]) -> list[dict[str, Any]]:
     ]
 
 
-def _keep(folder: RunFolder, repository: Repository, pushed: Pushed, run_id: str) -> None:
+def _keep(folder: RunFolder, repository: Repository, pushed: Pushed, run_id: str, *, settles: bool) -> None:
     record = read_json(folder.record)
     hub = record.setdefault(
         "hub",
@@ -235,8 +285,8 @@ def _keep(folder: RunFolder, repository: Repository, pushed: Pushed, run_id: str
             "owed": False,
         },
     )
-    note_push(record, pushed)
-    if pushed.error is None and repository.name == hub["repo"]:
+    note_push(record, pushed, repository)
+    if settles and pushed.error is None and repository.name == hub["repo"]:
         hub["owed"] = False
     try:
         write_json(folder.record, record)

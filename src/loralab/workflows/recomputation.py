@@ -18,7 +18,6 @@ from loralab.layout.planner import Layout
 from loralab.models.blueprint import Blueprint, describe_weights
 from loralab.models.memory import TokenMemory, activation_bytes, micro_batch_bytes, pair_bytes, usable_bytes
 from loralab.models.precision import Resolved
-from loralab.models.stored_weights import is_mapped
 from loralab.training.distributed import ALONE, Processes
 from loralab.workflows.step_layout import expect_layout, sketch_blueprint
 from loralab.workflows.step_memory import StepMeter, optimizer_bytes, trained_shapes
@@ -168,15 +167,3 @@ def _tokens_that_matter(training: TrainingConfig, rows: TokenStore, device_type:
     if longest >= tokens:
         return longest, f"the longest row, {longest:,} tokens,"
     return tokens, f"{name}, {tokens:,} tokens," if tokens == least else f"a step of {tokens:,} tokens"
-
-
-def frozen_bytes(config: Config, blueprint: Blueprint) -> int:
-    """Return what the base takes once it is there, of what is free before: no pages of its files.
-
-    Args:
-        config: the configuration.
-        blueprint: the model without numbers.
-    """
-    weights = describe_weights(blueprint.model)
-    frozen = weights["grown_bytes" if is_mapped(config.model, blueprint) else "frozen_bytes"]
-    return int(frozen + (weights["quantized"] or {}).get("bytes", 0))

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from loralab.config.schema import Config, LoraConfig
 from loralab.data.dataset import PreparedData
+from loralab.models.blueprint import Blueprint
+from loralab.models.device_map import tightest_free_bytes
 from loralab.models.layer_stack import enable_recomputation
 from loralab.models.load import check_vocabulary, count_parameters, load_base_model
-from loralab.models.memory import free_bytes
 from loralab.models.new_tokens import grow_vocabulary
 from loralab.models.placement import describe_placement
 from loralab.models.precision import Resolved
@@ -21,6 +22,7 @@ from loralab.models.trainable_tokens import new_tokens_of
 from loralab.models.variants import residual_rank
 from loralab.training.distributed import Processes
 from loralab.training.sharding import loading_device
+from loralab.workflows.base_share import held_base
 from loralab.workflows.recomputation import Recomputation, settle_recomputation
 from loralab.workflows.step_layout import sketch_blueprint
 
@@ -76,6 +78,9 @@ def load_run_base(
     own_parameters, _ = count_parameters(base)
     largest = max(*(split.largest_id for split in data.splits.values()), *data.prompter.stop.ids)
     check_vocabulary(base, largest)
+    free = tightest_free_bytes(base, device)
+    if where != device and isinstance(blueprint, Blueprint):  # its part is still to come there
+        free = max(free - held_base(config, blueprint, processes).own, 0)
     recomputation = settle_recomputation(
         config,
         lora,
@@ -84,7 +89,7 @@ def load_run_base(
         dtype=dtype,
         device=device,
         rows=data.splits["train"],
-        free=free_bytes(device),
+        free=free,
         processes=processes,
         recorded=recomputes,
     )

@@ -19,9 +19,10 @@ from loralab.data.prompts.prompter import Prompter, apply_stop_setting, choose_b
 from loralab.data.prompts.templates import prepare_template, resolve_template
 from loralab.errors import ConfigError, ModelError, Problem
 from loralab.models.adapters import load_adapter, read_adapter_config
+from loralab.models.device_map import put_whole, select_gpus
 from loralab.models.load import check_local_model, load_base_model, load_tokenizer, model_sha256
 from loralab.models.new_tokens import NewToken, find_new_tokens, grow_vocabulary
-from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
+from loralab.models.precision import Resolved, resolve_device, resolve_precision
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.models.threads import resolve_threads
 from loralab.models.trainable_tokens import trained_tokens
@@ -94,6 +95,12 @@ def find_target(path: Path) -> Target:
     Raises:
         ModelError: there is no adapter.
     """
+    if not path.exists() and len(path.parts) == 2 and not path.parent.exists():
+        raise ModelError(
+            f"no such folder: {str(path)!r}",
+            where="argument RUN",
+            fix=f"check the path; an adapter on the Hub is fetched first: hf download {path} --local-dir {path.name}",
+        )
     if RunFolder(path).exists():
         folder = RunFolder(path)
         read_adapter_config(folder.adapter)
@@ -116,10 +123,12 @@ def load_target_config(target: Target, overrides: Sequence[str], base_model: str
     ]
     if target.folder is not None and target.folder.config.is_file():
         return load_run_config(target.folder.config, chosen)
-    base = (
-        base_model if base_model is not None else str(read_adapter_config(target.adapter).base_model_name_or_path or "")
-    )
-    values: dict[str, Any] = {"model": {"name": base}, "data": {"train": "none"}}
+    adapter = read_adapter_config(target.adapter)
+    base = base_model if base_model is not None else str(adapter.base_model_name_or_path or "")
+    known = known_base(target)
+    # A base from the Hub is the one that was trained on, not what its branch holds by now.
+    commit = None if base_model is not None or known.sha256 else adapter.revision or known.revision
+    values: dict[str, Any] = {"model": {"name": base, "revision": commit}, "data": {"train": "none"}}
     return load_run_config(values, overrides, name=target.adapter.name)
 
 
@@ -155,7 +164,7 @@ def open_session(
         _check_effect(overrides, ("",), ("model.name",))
     check_local_model(config.model.name)
     _check_base(target, config)
-    note = select_single_gpu(config.model.device)
+    note = select_gpus(config.model)
     device = resolve_device("cuda:0" if note else config.model.device)
     precision = resolve_precision(config.model, device.value)
     threads = resolve_threads(device.value)
@@ -175,7 +184,7 @@ def open_session(
     for name, grown in _add_new_tokens(base, target, config, prompter.tokenizer).items():
         reporter.say(f"{name}: {grown.value} ({grown.reason})")
     model = load_adapter(base, target.adapter)
-    model.to(device.value)
+    put_whole(model, device.value)
     template = str(prompter.tokenizer.chat_template) if contracted else None
     return Session(model, prompter, config, target, device.value, template)
 
@@ -210,7 +219,7 @@ def known_base(target: Target) -> KnownBase:
     file = target.adapter / FACTS_FILE
     facts = read_json(file) if file.is_file() else {}
     record = read_json(target.folder.record) if target.folder is not None else {}
-    base, run = facts.get("base") or {}, record.get("model") or {}
+    base, run = ({} if not isinstance(each, dict) else each for each in (facts.get("base"), record.get("model")))
     return KnownBase(
         record.get("adapter_sha256") or facts.get("adapter_sha256"),
         run.get("sha256") or base.get("sha256"),

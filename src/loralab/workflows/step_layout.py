@@ -17,6 +17,7 @@ from loralab.errors import ConfigError, LoralabError
 from loralab.layout.grouping import find_prefix_groups, groups_per_step
 from loralab.layout.planner import Layout, Planner, SharingCost
 from loralab.models.blueprint import Blueprint, Untraceable, draw_blueprint, expect_tree_kernel
+from loralab.models.device_map import tightest_free_bytes
 from loralab.models.families import check_positions, find_positions
 from loralab.models.memory import TokenMemory, resolve_token_budget
 from loralab.models.picture_features import trains_vision
@@ -99,7 +100,15 @@ def resolve_planner(
     model.tree_kernel = kernel.value
     layout = resolve_layout(config.training.layout, kernel)
     counted = count_token_memory(config, blueprint, layout.value, known)
-    planner, budget = build_planner(model, config, layout=layout.value, device=device, sharing=sharing, counted=counted)
+    planner, budget = build_planner(
+        model,
+        config,
+        layout=layout.value,
+        device=device,
+        sharing=sharing,
+        counted=counted,
+        free=tightest_free_bytes(model, device),
+    )
     shown = Resolved(kernel.value or model.stock_attention, kernel.reason)
     noise = find_training_noise(model)
     if noise is not None:

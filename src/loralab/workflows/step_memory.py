@@ -25,10 +25,11 @@ from loralab.models.memory import TokenMemory
 from loralab.models.memory_trace import META, MemoryTrace
 from loralab.models.picture_features import trains_vision
 from loralab.models.self_check import kernels_to_try
-from loralab.models.stored_weights import is_mapped
 from loralab.models.token_loss import chunk_elements
 from loralab.models.vision_memory import count_patches, tower_memory
+from loralab.training.distributed import ALONE, Processes
 from loralab.training.loss import run_micro_batches
+from loralab.workflows.base_share import held_base
 
 # Threads, their stacks, kernels that are built on first use, and the rows of a run: seen in every run on a CPU.
 _RUNTIME_BYTES = 24 << 20
@@ -147,6 +148,7 @@ def predict_memory(
     typical: MicroBatch | None = None,
     evaluated: MicroBatch | None = None,
     data_bytes: int = 0,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Return the peak of a run and its parts.
 
@@ -157,6 +159,7 @@ def predict_memory(
         typical: one of the middle, or None.
         evaluated: the largest one of an evaluation, or None where there is none.
         data_bytes: what tokenizer and rows take of the device's memory.
+        processes: those that share the run; memory is that of one.
 
     Returns:
         `predicted_bytes` (None where it cannot be told, with `why`), `parts`, `mapped_bytes` (weights that are
@@ -165,13 +168,14 @@ def predict_memory(
     """
     blueprint = meter.blueprint
     weights = describe_weights(blueprint.model)
-    mapped = is_mapped(config.model, blueprint)
-    held = weights["grown_bytes" if mapped else "frozen_bytes"] + (weights["quantized"] or {}).get("bytes", 0)
+    base = held_base(config, blueprint, processes)
     optimizer = optimizer_bytes(config.training.optim, trained_shapes(blueprint))
+    # What is reduced over processes lies beside the gradients.
+    gradients = weights["trainable_bytes"] * (2 if processes.count > 1 else 1)
     runtime = _RUNTIME_BYTES if blueprint.device.type == "cpu" else 0
-    loading = runtime + data_bytes + held + _loading_extra(blueprint, weights, mapped=mapped)
+    loading = runtime + data_bytes + base.own + _loading_extra(blueprint, weights, mapped=base.mapped > 0)
     facts: dict[str, Any] = {
-        "mapped_bytes": weights["frozen_bytes"] - weights["grown_bytes"] if mapped else 0,
+        "mapped_bytes": base.mapped,
         "loading_bytes": loading,
         "tokens": int(batch.input_ids.numel()),
     }
@@ -181,10 +185,10 @@ def predict_memory(
         why = step if isinstance(step, str) else measured
         return {"predicted_bytes": None, "why": why, "parts": {}, **facts}
     parts = {
-        "weights": held,
+        "weights": base.own,
         "adapter": weights["trainable_bytes"],
         "optimizer": optimizer,
-        "gradients": weights["trainable_bytes"],
+        "gradients": gradients,
         **_step_parts(blueprint, weights, batch, step),
         "runtime": runtime,
         "data": data_bytes,

@@ -185,14 +185,16 @@ def grid_points(axes: Sequence[Axis]) -> list[Point]:
     Raises:
         ConfigError: a setting has a range, of which a grid cannot take all values.
     """
+    sides: list[tuple[str, ...]] = []
     for axis in axes:
         if isinstance(axis.values, Range):
             raise ConfigError(
                 f"{axis.key} has a range ({axis}), and a grid takes listed values",
                 where="option --grid",
-                fix=f"list them, or draw points with --random 10: {axis.key} takes part in each",
+                fix="list its values, or draw points with --random 10",
             )
-    combined = itertools.product(*(axis.values for axis in axes))
+        sides.append(axis.values)
+    combined = itertools.product(*sides)
     keys = [axis.key for axis in axes]
     return [Point(number, dict(zip(keys, values, strict=True))) for number, values in enumerate(combined, 1)]
 

@@ -20,7 +20,7 @@ from loralab.layout.planner import Planner
 from loralab.models.adapters import build_adapter
 from loralab.models.allocator import release_freed_memory
 from loralab.models.determinism import resolve_determinism, restored_algorithms
-from loralab.models.device_map import resolve_device_map
+from loralab.models.device_map import resolve_device_map, select_gpus
 from loralab.models.kernel_caches import bound_kernel_caches
 from loralab.models.load import (
     check_length,
@@ -30,7 +30,7 @@ from loralab.models.load import (
     load_model_config,
     load_tokenizer,
 )
-from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
+from loralab.models.precision import Resolved, resolve_device, resolve_precision
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.models.threads import resolve_threads
 from loralab.models.trainable_tokens import new_tokens_of, settle_tokens
@@ -331,7 +331,7 @@ def _choose_layout(
 
 def _choose_device(config: Config, processes: Processes, reporter: Reporter) -> dict[str, Resolved[Any]]:
     """Choose where and in which precision to compute, settle the libraries below, and check that the optimizer can."""
-    note = select_single_gpu(config.model.device)
+    note = select_gpus(config.model)
     device = resolve_device("cuda:0" if note else processes.device_setting(config.model.device))
     if processes.count > 1:
         device = replace(device, reason=f"each of {processes.count} processes takes its own")
@@ -341,9 +341,7 @@ def _choose_device(config: Config, processes: Processes, reporter: Reporter) -> 
     check_trackers(config.output.trackers)
     precision = resolve_precision(config.model, device.value)
     threads = resolve_threads(device.value, sharing=processes.local_count)
-    spread = resolve_device_map(
-        config.model.device_map, device.value, several_gpus=note is not None, processes=processes.count
-    )
+    spread = resolve_device_map(config.model, device.value, processes=processes.count)
     return {"device": device, "precision": precision, **spread, **threads, **bound_kernel_caches(device.value)}
 
 

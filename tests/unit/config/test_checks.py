@@ -304,6 +304,12 @@ BROKEN: list[tuple[str, Values, list[str], str]] = [
         ["output.hub.strategy"],
         "saves nothing to push",
     ),
+    (
+        "check_tracker_names",
+        {"output": {"trackers": ["wandb", "mlflow", "wandb"]}},
+        ["output.trackers"],
+        "'wandb' twice",
+    ),
     ("_check_effect", {"training": {"save_steps": 5}}, ["training.save_steps"], "save_strategy: steps"),
     ("_check_effect", {"training": {"save_steps": 5, "save_strategy": "no"}}, ["training.save_steps"], "strategy no"),
     ("_check_effect", {"evaluation": {"steps": 5}, "data": {"test": 3}}, ["evaluation.steps"], "strategy: steps"),

@@ -39,8 +39,9 @@ def build_mask(mask: Tensor | None, function: Any = causal_mask_function, **opti
 
 
 def masks(made: TreeMask) -> list[Any]:
-    assert isinstance(made.mask, PerTree)
-    return [mask if mask is None else (mask == 0).int().tolist() for mask in made.mask.masks]
+    mask = made.on(torch.device("cpu"))
+    assert isinstance(mask, PerTree)
+    return [each if each is None else (each == 0).int().tolist() for each in mask.masks]
 
 
 def ancestry() -> list[list[int]]:

@@ -30,7 +30,7 @@ from support import tiny
 
 CPU = torch.device("cpu")
 GIB = 2**30
-PATCHED = ("loralab.workflows.plan.free_bytes", "loralab.workflows.run_base.free_bytes")
+PATCHED = ("loralab.workflows.plan.free_bytes", "loralab.models.device_map.free_bytes")
 
 
 @pytest.fixture(scope="module")

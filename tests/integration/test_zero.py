@@ -1,0 +1,156 @@
+"""DeepSpeed's ZeRO trains, measures, answers, stops and resumes as one process does; where deepspeed is installed."""
+
+import importlib.util
+import json
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from support import tiny
+from support.command import read_problems, run_here, write_config
+from support.processes import run_team, start_team
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="the extra deepspeed is not installed"
+)
+WAYS = ("zero2", "zero3")
+
+
+def write_run(folder: Path, family: tiny.Family = "llama", **training: object) -> Path:
+    """Write the configuration of a run on 25 rows: in the last step of an epoch one of two processes has no row."""
+    base = tiny.save_base(folder / "base", family)
+    rows = tiny.write_rows(folder / "rows.json", tiny.alpaca_rows(31))
+    sections: dict[str, dict[str, Any]] = {
+        "data": {"validation": 6},
+        "lora": {"dropout": 0.1},
+        "training": {"num_train_epochs": 2, "token_budget": 64, "weight_decay": 0.01, **training},
+        "evaluation": {"batch_size": 4, "num_samples": 3, "max_new_tokens": 4, "metrics": ["exact_match"]},
+    }
+    return write_config(folder / "config.yaml", tiny.run_config(base, rows, folder / "run", **sections))
+
+
+def read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def check_same(one: Path, parts: Path) -> None:
+    before, after = metrics(one), metrics(parts)
+    assert len(before) == len(after)
+    for mine, other in zip(before, after, strict=True):
+        assert other == pytest.approx(mine, rel=1e-5)
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, parts))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert second[name].shape == tensor.shape
+        assert second[name].dtype == tensor.dtype
+        assert float((second[name] - tensor).norm() / tensor.norm()) <= 1e-4, name
+    old, new = read(one / "evaluation.json"), read(parts / "evaluation.json")
+    assert new["eval_loss"] == pytest.approx(old["eval_loss"], rel=1e-5)
+    assert new["base"]["eval_loss"] == pytest.approx(old["base"]["eval_loss"], rel=1e-6)
+    answers = [[s["adapter_output"] for s in read(run / "samples.json")["samples"]] for run in (one, parts)]
+    assert answers[0] == answers[1]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", ["training.layout=packed"]),
+        pytest.param("qwen2", ["training.layout=shared", "training.max_grad_norm=0"], marks=pytest.mark.slow),
+        pytest.param("gpt2", ["training.layout=padded", "training.max_grad_norm=0.01"], marks=pytest.mark.slow),
+        pytest.param("llama", ["training.gradient_checkpointing=true"], marks=pytest.mark.slow),
+        pytest.param("llama", ["training.token_budget=1"], marks=pytest.mark.slow),
+        pytest.param("llama", ["lora.modules_to_save=[lm_head]"], marks=pytest.mark.slow),
+        pytest.param("llama", ["lora.variant=lora_plus"], marks=pytest.mark.slow),
+    ],
+)
+def test_parts_give_the_curve_of_one_process(
+    way: str, family: tiny.Family, settings: Sequence[str], tmp_path: Path
+) -> None:
+    config = write_run(tmp_path, family)
+    alone = run_here(
+        "train", config, f"output.dir={tmp_path / 'one'}", "training.per_device_train_batch_size=8", *settings
+    )
+    assert alone.code == 0, alone.err
+    parts = f"training.distributed={way}"
+    answers = run_team("train", config, f"output.dir={tmp_path / 'parts'}", parts, *settings, folder=tmp_path)
+    assert [answer.code for answer in answers] == [0, 0], answers[0].err
+    assert read(tmp_path / "parts" / "run.json")["resolved"]["distributed"]["value"] == way
+    check_same(tmp_path / "one", tmp_path / "parts")
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_base_of_half_precision_keeps_masters_of_single(way: str, tmp_path: Path) -> None:
+    config = write_run(tmp_path)
+    answers = {
+        mode: run_team(
+            *("train", config, f"output.dir={tmp_path / mode}", "model.precision=bfloat16"),
+            f"training.distributed={mode}",
+            folder=tmp_path,
+        )
+        for mode in ("ddp", way)
+    }
+    assert all(answer.code == 0 for team in answers.values() for answer in team), answers[way][0].err
+    check_same(tmp_path / "ddp", tmp_path / way)
+    assert all(t.dtype.itemsize == 4 for t in load_file(tmp_path / way / "adapter/adapter_model.safetensors").values())
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_stopped_run_in_parts_goes_on_to_the_same_bits(way: str, tmp_path: Path) -> None:
+    config = write_run(tmp_path, save_strategy="steps", save_steps=2)
+    settings = [f"training.distributed={way}", "training.num_train_epochs=12"]
+    whole = run_team("train", config, f"output.dir={tmp_path / 'whole'}", *settings, folder=tmp_path)
+    assert [answer.code for answer in whole] == [0, 0], whole[0].err
+    run = tmp_path / "run"
+    team = start_team("train", config, f"output.dir={run}", *settings, folder=tmp_path)
+    team.wait_for(lambda: (run / "metrics.jsonl").is_file() and len(metrics(run)) >= 7)
+    team.members[1].send_signal(signal.SIGTERM)
+    assert [answer.code for answer in team.answers()] == [143, 143]
+    answers = run_team("train", config, f"output.dir={run}", *settings, "--resume", folder=tmp_path)
+    assert [answer.code for answer in answers] == [0, 0], answers[0].err
+    assert "resuming from step" in answers[0].err
+    assert read(run / "run.json")["adapter_sha256"] == read(tmp_path / "whole" / "run.json")["adapter_sha256"]
+    assert metrics(run) == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_process_says_that_it_has_nobody_to_share_with(way: str, tmp_path: Path) -> None:
+    config = write_run(tmp_path)
+    settings = [f"training.distributed={way}", "training.max_steps=1", "evaluation.num_samples=0"]
+    answer = run_here("train", config, *settings)
+    assert answer.code == 0, answer.err
+    assert f"distributed: none (one process has nobody to share with; {way} acts under `loralab launch`)" in answer.err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="the extra deepspeed is installed")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_missing_package_is_named_before_anything_is_read(way: str, tmp_path: Path) -> None:
+    config = write_run(tmp_path)
+    answers = run_team("train", config, f"training.distributed={way}", "data.train=nowhere.json", folder=tmp_path)
+    assert [answer.code for answer in answers] == [2, 2]
+    problem = read_problems(answers[0])[0]
+    assert f"{way} needs the package deepspeed" in problem.what
+    assert "pip install 'loralab[deepspeed]'" in problem.fix
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
+    config = write_run(tmp_path)
+    refused = read_problems(run_here("train", config, "training.distributed=zero3", "model.quantization=nf4"))[0]
+    assert "zero3 with quantization 'nf4'" in refused.what
+    refused = read_problems(run_here("train", config, "training.distributed=zero2", "training.optim=adafactor"))[0]
+    assert "zero2 with optim adafactor" in refused.what

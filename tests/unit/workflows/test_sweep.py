@@ -1,0 +1,55 @@
+"""What a sweep refuses before anything is written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loralab.errors import ConfigError
+from loralab.progress import Reporter
+from loralab.workflows.sweep import Search, sweep
+from support import tiny
+from support.command import write_config
+
+
+def config(folder: Path, **sections: dict[str, Any]) -> Path:
+    rows = tiny.write_rows(folder / "rows.json", tiny.alpaca_rows(8))
+    values = tiny.run_config(folder / "base", rows, folder / "none", **({"data": {"validation": 2}} | sections))
+    return write_config(folder / "tiny.yaml", values | {"output": {}})
+
+
+def refuse(folder: Path, search: Search) -> str:
+    with pytest.raises(ConfigError) as caught:
+        sweep(search, reporter=Reporter())
+    assert not (folder / "out").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ("lora.r=4,zero", "run 002 (lora.r=zero)"),
+        ("lora.rnak=4,8", "unknown key: 'lora.rnak'"),
+        ("data.validation=2,4", "data.validation cannot vary"),
+        ("output.dir=a,b", "output.dir cannot vary"),
+    ],
+)
+def test_a_point_that_cannot_be_trained(grid: str, words: str, tmp_path: Path) -> None:
+    assert words in refuse(tmp_path, Search(config(tmp_path), [grid], output=tmp_path / "out"))
+
+
+def test_the_validation_split_decides(tmp_path: Path) -> None:
+    search = Search(config(tmp_path, data={"validation": None}), ["lora.r=4,8"], output=tmp_path / "out")
+    assert "there is none" in refuse(tmp_path, search)
+    data = {"validation": 2, "test": 2}
+    on_test = config(tmp_path, data=data, evaluation={"split": "test"})
+    assert "must not choose by it" in refuse(tmp_path, Search(on_test, ["lora.r=4,8"], output=tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [("rougeL", "evaluation.metrics=[rouge]"), ("eval_los", "did you mean 'eval_loss'"), ("loss", "no such figure")],
+)
+def test_the_metric_must_be_measured(metric: str, words: str, tmp_path: Path) -> None:
+    search = Search(config(tmp_path), ["lora.r=4,8"], metric=metric, output=tmp_path / "out")
+    assert words in refuse(tmp_path, search)
