@@ -40,6 +40,7 @@ LAZY = {"cli", ""}
 # (module, imported package): why this import must wait. Only other people's packages.
 DEFERRED: dict[tuple[str, str], str] = {
     ("loralab.export.gguf_library", "gguf"): "an extra; where it is missing the error says what to install",
+    ("loralab.training.deepspeed_library", "deepspeed"): "an extra, and one that takes seconds to import",
 }
 
 TORCH_STACK = {"torch", "transformers", "peft", "datasets", "accelerate", "bitsandbytes"}

@@ -14,11 +14,21 @@ from support.tiny import alpaca_rows, run_config, save_base, write_rows
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a run on a tiny Llama, and one on a tiny GPT-2."""
     folder = tmp_path_factory.mktemp("export")
+    patch = pytest.MonkeyPatch()
+    patch.setattr("loralab.workflows.train.build_report", lambda _: None)
     rows = write_rows(folder / "rows.json", alpaca_rows(24))
     for family in ("llama", "gpt2"):
         base = save_base(folder / f"base-{family}", family)  # type: ignore[arg-type]
         train(run_config(base, rows, folder / family, training={"max_steps": 2}))
+    patch.undo()
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector's walk over all that tests have loaded takes more time than an export."""
+    monkeypatch.setattr("loralab.workflows.merge.release_models", lambda: None)
+    monkeypatch.setattr("loralab.export.gguf_proof.gc.collect", lambda: 0)
 
 
 def test_gguf_from_a_run(runs: Path) -> None:
@@ -38,13 +48,20 @@ def test_gguf_from_a_run(runs: Path) -> None:
 
 
 def test_ollama_says_which_form_its_weights_have(runs: Path, tmp_path: Path) -> None:
-    answer = run_here("export", runs / "llama", "--to", "ollama", "--output", tmp_path / "out")
+    answer = run_here("export", runs / "llama", "--to", "ollama", "--output", tmp_path / "the out")
     assert answer.code == 0, answer.err
     assert "weights: gguf" in answer.out
-    assert "ollama create llama -f" in answer.out
-    lines = (tmp_path / "out" / "Modelfile").read_text(encoding="utf-8").splitlines()
+    assert f"ollama create llama -f '{tmp_path / 'the out' / 'Modelfile'}'" in answer.out
+    assert "Loading weights" not in answer.err
+    lines = (tmp_path / "the out" / "Modelfile").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "FROM ./llama-f16.gguf"
     assert 'PARAMETER stop "<|end|>"' in lines
+
+
+def test_what_ollama_takes_in_no_form(runs: Path, tmp_path: Path) -> None:
+    (problem,) = read_problems(run_here("export", runs / "gpt2", "--to", "ollama", "--output", tmp_path / "out"))
+    assert problem.what.startswith("Ollama cannot take this model: Ollama's importer does not list GPT2LMHeadModel")
+    assert problem.where == "option --to ollama"
 
 
 def test_vllm_takes_the_adapter_or_a_merged_model(runs: Path, tmp_path: Path) -> None:
@@ -59,6 +76,13 @@ def test_vllm_takes_the_adapter_or_a_merged_model(runs: Path, tmp_path: Path) ->
     from_merged = run_here("export", tmp_path / "merged", "--to", "gguf", "--output", tmp_path / "no")
     assert "gpt2" in read_problems(from_merged)[0].what
     assert not (tmp_path / "no").exists()
+
+
+def test_an_output_in_what_is_read(runs: Path) -> None:
+    (problem,) = read_problems(
+        run_here("export", runs / "llama", "--to", "vllm", "--output", runs / "base-llama" / "x")
+    )
+    assert "which is read" in problem.what
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import loralab
+from loralab.cli.merging import _describe
 from support import tiny
 from support.command import read_problems, run_here, start
 
@@ -24,6 +25,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = loralab.train(tiny.run_config(base, rows, folder / "run", **sections)).path
     patch.undo()
     return found
+
+
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector's walk over all that tests have loaded takes more time than a merge."""
+    monkeypatch.setattr("loralab.workflows.merge.release_models", lambda: None)
 
 
 def test_prints_a_few_lines_or_one_document(run: Path, tmp_path: Path) -> None:
@@ -43,7 +50,19 @@ def test_adds_adapters_with_their_weights(run: Path, tmp_path: Path) -> None:
     other = f"{run / 'adapter'}=0.25"
     answer = run_here("merge", run, "--output", tmp_path / "sum", "--weight", 0.5, "--adapter", other, "--json")
     assert answer.code == 0, answer.err
+    assert "one adapter is named 2 times" in answer.err
+    assert "its weight is 0.75 in all" in answer.err
     assert [each["weight"] for each in json.loads(answer.out)["adapters"]] == [0.5, 0.25]
+
+
+def test_ties_are_told_from_tokens_that_are_the_same() -> None:
+    proof = {"rows": 2, "positions": 8, "max_logit_difference": 0.1, "relative_logit_difference": 0.1}
+    proof |= {"kl_adapter_merged": 0.0, "kl_adapter_base": 0.1, "kl_trained_merged": None, "greedy_tokens": 200}
+    content = {"onto": "", "dtype": "", "dtype_reason": "", "compared_on": "", "proof": proof}
+    content |= {"peak_memory_bytes": {"writing": 0, "proof": 0}}
+    for strict, words in ((1.0, ""), (0.985, " (98.50% strictly, the others are ties)")):
+        proof |= {"greedy_agreement": 1.0, "greedy_agreement_strict": strict}
+        assert f"greedy:       100.00% of 200 tokens the same{words}" in _describe(Path("out"), content)
 
 
 @pytest.mark.parametrize("given", ["other", "other=much", "=0.5", "other=nan"])
@@ -52,6 +71,7 @@ def test_refuses_an_adapter_without_a_weight(run: Path, tmp_path: Path, given: s
     assert problem.what == f"not an adapter with its weight: {given!r}"
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_nothing_and_the_next_merge_cleans_up(run: Path, tmp_path: Path) -> None:
     process = start("merge", run, "--output", "merged", folder=tmp_path)
     while process.poll() is None and not list(tmp_path.glob(".merged.merging-*")):

@@ -104,6 +104,7 @@ STAND_INS: dict[str, StandIn] = {
     "llama3.2-3b-price-qlora-full": StandIn("llama", price_rows, adapted=14),
     "llama3.2-3b-price-qlora-lite": StandIn("llama", price_rows, adapted=8),
     "qwen2.5-0.5b-chat-cpu": StandIn("qwen2", chat_rows, adapted=7, lora={"layers_to_transform": [-1]}, steps=6),
+    "qwen2.5-14b-chat-fsdp2": StandIn("qwen2", chat_rows, adapted=14),
     "qwen2.5-3b-wikitext2-qlora": StandIn("qwen2", text_rows, adapted=14),
     "qwen2-vl-vqa": StandIn("qwen2_vl", picture_rows, adapted=14, steps=2),
     "qwen2-vl-vqa-qlora": StandIn("qwen2_vl", picture_rows, adapted=14, steps=2),
@@ -134,7 +135,8 @@ def test_recipes_are_told_apart_in_one_line() -> None:
 @pytest.mark.parametrize("name", list_recipes())
 def test_recipe_explains_how_to_start(name: str, tmp_path: Path) -> None:
     text = write_recipe(name, tmp_path / "r.yaml").read_text(encoding="utf-8")
-    assert f"#   loralab init {name}\n#   loralab train {name}.yaml" in text
+    several = recipe_config(name, tmp_path).training.distributed != "ddp"
+    assert f"#   loralab init {name}\n#   loralab {'launch' if several else 'train'} {name}.yaml" in text
     assert all(len(line) <= 120 for line in text.splitlines())
 
 

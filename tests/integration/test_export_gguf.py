@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from loralab.data.prompts.templates import TEMPLATES
 from loralab.errors import ModelError
-from loralab.export import gguf_file
+from loralab.export import gguf_file, gguf_proof
 from loralab.export.gguf_architectures import choose_architecture
 from loralab.progress import Reporter
 from loralab.workflows.export import ExportRequest, export
@@ -37,6 +37,12 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector's walk over all that tests have loaded takes more time than a proof."""
+    monkeypatch.setattr(gguf_proof.gc, "collect", lambda: 0)
 
 
 def save_merged(folder: Path, family: str, *, tied: bool, **settings: Any) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoKrConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -16,35 +17,45 @@ import loralab
 from loralab.errors import LoralabError
 from loralab.models import merged_folder, merging
 from loralab.progress import Reporter
+from loralab.workflows import merge as merge_workflow
 from loralab.workflows import merge_checks, merge_proof
 from loralab.workflows.merge import MergeRequest, merge
 from support import tiny
 from support.command import snapshot, write_config
 
 ADAPTER = "adapter_model.safetensors"
+FACTS = "adapter_facts.json"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs on one base, one on another, and a run on a quantized base; copied, not touched."""
+    """A run, and adapters of other kinds, of another base and with another template; copied, not touched."""
     folder = tmp_path_factory.mktemp("world")
     rows = tiny.write_rows(folder / "rows.json", tiny.alpaca_rows(8))
     patch = pytest.MonkeyPatch()
     patch.setattr("loralab.workflows.train.build_report", lambda _: None)
-    for name, seed in (("base", 0), ("strange", 1)):
-        tiny.save_base(folder / name, "llama", seed=seed)
-    for name, base, sections in (
-        ("run", "base", {}),
-        ("second", "base", {"data": {"template": "vicuna"}}),
-        ("third", "strange", {}),
-        ("saving", "base", {"lora": {"modules_to_save": ["norm"]}}),
-        ("lokr", "base", {"lora": {"variant": "lokr"}}),
-        ("dora", "base", {"lora": {"variant": "dora"}}),
-    ):
-        merged = {"training": {"max_steps": 1}, "evaluation": {"split": "train"}, **sections}
-        loralab.train(tiny.run_config(folder / base, rows, folder / name, **merged))
+    tiny.save_base(folder / "base", "llama")
+    sections: dict[str, Any] = {"training": {"max_steps": 1}, "evaluation": {"split": "train"}}
+    adapter = loralab.train(tiny.run_config(folder / "base", rows, folder / "run", **sections)).path / "adapter"
     patch.undo()
+    edit(shutil.copytree(adapter, folder / "second") / "prompt_contract.json", template="another one")
+    third = shutil.copytree(adapter, folder / "third")
+    facts = json.loads((third / FACTS).read_text())
+    edit(third / FACTS, base=facts["base"] | {"sha256": "0" * 64})
+    edit(third / "adapter_config.json", base_model_name_or_path="strange")
+    kinds: dict[str, dict[str, Any]] = {
+        "saving": {"modules_to_save": ["norm"]},
+        "dora": {"use_dora": True},
+    }
+    for name, fields in kinds.items():
+        edit(shutil.copytree(adapter, folder / name) / "adapter_config.json", **fields)
+    lokr = shutil.copytree(adapter, folder / "lokr")
+    LoKrConfig(base_model_name_or_path=str(folder / "base"), target_modules=["q_proj"]).save_pretrained(str(lokr))
     return folder
+
+
+def edit(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 @pytest.fixture
@@ -145,10 +156,55 @@ def test_another_revision_of_the_base(run: Path, tmp_path: Path, monkeypatch: py
     assert "base_model: some/base" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_tensors_that_are_cut_short(run: Path, tmp_path: Path) -> None:
+    file = run / "adapter" / ADAPTER
+    file.write_bytes(file.read_bytes()[:-9])
+    assert "the adapter's tensors cannot be read" in refused(run, tmp_path / "out", code=3)
+
+
+def test_facts_that_are_nonsense(run: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(run / "adapter", tmp_path / "adapter"))
+    (adapter / FACTS).write_text(json.dumps({"base": 3, "quantization": 7}))
+    assert "model.quantization got 7" in refused(adapter, tmp_path / "out", code=2)
+
+
+@pytest.mark.parametrize(("weight", "said"), [(0.0, "leaves it out"), (float("nan"), "is no finite number")])
+def test_weights_that_are_none(world: Path, tmp_path: Path, weight: float, said: str) -> None:
+    assert said in refused(world / "run", tmp_path / "out", code=2, weight=weight)
+    assert said in refused(world / "run", tmp_path / "out", code=2, others=[(world / "second", weight)])
+
+
+def test_numbers_too_large_for_the_type(run: Path, tmp_path: Path) -> None:
+    """In an adapter that does not know its base by its hash."""
+    adapter = Path(shutil.copytree(run / "adapter", tmp_path / "adapter"))
+    (adapter / FACTS).unlink()
+
+    def grow(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = 1e5
+
+    change(tmp_path / "base" / "model.safetensors", grow)
+    base = str(tmp_path / "base")
+    said = refused(adapter, tmp_path / "out", code=2, base_model=base, dtype="float16")
+    assert "model.layers.0.mlp.down_proj.weight has weights up to 1e+05, and float16 ends at 6.55e+04" in said
+
+
+def test_an_adapter_that_holds_a_larger_embedding(world: Path, tmp_path: Path) -> None:
+    """As PEFT writes it where the vocabulary was resized."""
+    adapter = Path(shutil.copytree(world / "run" / "adapter", tmp_path / "adapter"))
+    (adapter / FACTS).unlink()
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["base_model.model.lm_head.weight"] = torch.zeros(999, 32)
+
+    change(adapter / ADAPTER, add)
+    said = refused(adapter, tmp_path / "out", code=2)
+    assert "it holds a lm_head.weight of shape (999, 32), not (" in said
+
+
 def test_places_that_are_taken_or_read(run: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("mine")
-    assert "is there already" in refused(run, tmp_path / "there", code=2)
+    assert "is already there" in refused(run, tmp_path / "there", code=2)
     assert "lies inside" in refused(run, run / "adapter" / "merged", code=2)
     assert "lies inside" in refused(run, tmp_path / "base" / "merged", code=2)
 
@@ -175,9 +231,9 @@ def test_a_disk_that_gets_full(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_adapters_that_name_different_bases(world: Path, tmp_path: Path) -> None:
     """Of both, nothing but the name of the base is known."""
-    for name in ("run", "third"):
-        shutil.copytree(world / name / "adapter", tmp_path / name)
-        (tmp_path / name / "adapter_facts.json").unlink()
+    for name, adapter in (("run", world / "run" / "adapter"), ("third", world / "third")):
+        shutil.copytree(adapter, tmp_path / name)
+        (tmp_path / name / FACTS).unlink()
     said = refused(tmp_path / "run", tmp_path / "out", code=2, others=[(tmp_path / "third", 0.5)])
     assert "adapters of different bases: base and strange" in said
 
@@ -238,6 +294,18 @@ def test_a_proof_of_numbers_that_are_none_fails() -> None:
     with pytest.raises(LoralabError) as caught:
         merge_proof.check_bars(figures, merge_proof.bars_of(figures, torch.float32), "here")
     assert caught.value.exit_code == 3
+
+
+def test_a_merged_model_that_computes_no_numbers(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = merge_workflow._reload
+
+    def broken(*given: Any) -> Any:
+        model = load(*given)
+        model.lm_head.weight.data[3, 3] = float("nan")
+        return model
+
+    monkeypatch.setattr(merge_workflow, "_reload", broken)
+    assert "logits that are no finite numbers" in refused(world / "run", tmp_path / "out", code=3)
 
 
 def test_the_run_is_as_it_was(run: Path, tmp_path: Path) -> None:

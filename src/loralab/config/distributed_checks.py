@@ -5,7 +5,6 @@ from collections.abc import Callable
 from loralab.config.findings import Finding
 from loralab.config.schema import Config
 
-
 # What cuts the frozen layers, and what wants optimizers that treat every number alone.
 _IN_PARTS = ("fsdp2", "zero3")
 _ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd")

@@ -6,6 +6,7 @@ Owns the client, the token's role and which errors may pass by themselves. The t
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,12 +135,11 @@ def explain(error: BaseException, what: str, *, where: str) -> HubError:
         )
     if isinstance(error, OfflineModeIsEnabled):
         return HubError(f"{what} cannot be had: HF_HUB_OFFLINE is set", where=where, fix="unset HF_HUB_OFFLINE")
-    if status is None and not isinstance(_innermost(error), NETWORK_ERRORS):
-        return HubError(
-            f"{what} failed: {_TOKEN.sub('hf_...', excerpt(_innermost(error)))}", where=where, fix="try again later"
-        )
+    causes = list(_causes(error))
+    said = _TOKEN.sub("hf_...", excerpt(causes[-1]))
+    if status is None and not any(isinstance(each, NETWORK_ERRORS) for each in causes):
+        return HubError(f"{what} failed: {said}", where=where, fix="try again later")
     if status is None:
-        said = _TOKEN.sub("hf_...", excerpt(_innermost(error)))
         return HubError(
             f"{what} cannot be had: the connection to {constants.ENDPOINT} failed ({said})",
             where=where,
@@ -159,7 +159,8 @@ _STATUS = {
 }
 
 
-def _innermost(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what it came from, outermost first."""
+    while error is not None:
+        yield error
         error = error.__cause__
-    return error

@@ -60,7 +60,8 @@ def resolve_device_map(model: ModelConfig, device: torch.device, *, processes: i
         return {}
     if processes > 1:
         raise ConfigError(
-            f"device_map {model.device_map!r} for the GPUs of {processes} processes: it spreads a base over those of one",
+            f"device_map {model.device_map!r} in a run of {processes} processes: it spreads a base over the GPUs of "
+            "one process",
             where="key model.device_map",
             fix="remove it and set training.distributed: fsdp2, or start one process",
         )

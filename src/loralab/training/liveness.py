@@ -158,6 +158,15 @@ def check_reached(model: nn.Module, *, step: int) -> None:
         raise _dead(missing, len(tensors), step=step)
 
 
+def trains_experts(model: nn.Module) -> bool:
+    """Return whether something is trained that only some tokens are sent to.
+
+    Args:
+        model: base with adapter.
+    """
+    return any(weight.requires_grad and _EXPERT.search(name) for name, weight in model.named_parameters())
+
+
 def no_gradient_at_all(step: int) -> DeadAdapterError:
     """Return the error of a step whose loss depends on nothing that is trained."""
     return DeadAdapterError(

@@ -21,6 +21,7 @@ from loralab.models.device_map import put_whole
 from loralab.models.precision import Resolved
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.training.distributed import Processes
+from loralab.training.liveness import trains_experts
 from loralab.training.zero import cut_layers, held_of
 
 
@@ -49,7 +50,7 @@ def place_model(
         How the processes share the model, where that is a question.
 
     Raises:
-        ConfigError: the base has no list of decoder layers that could be cut.
+        ConfigError: the base has no list of decoder layers that could be cut, or ZeRO-2 cannot sum its gradients.
     """
     if processes.moments_in_parts:
         return {"distributed": _keep_whole(model, device, processes)}
@@ -80,6 +81,14 @@ def _keep_whole(model: SupervisedPeftModel, device: torch.device, processes: Pro
             "zero2 with a base in float16, whose loss scale is found from whole gradients",
             where="keys model.precision, training.distributed",
             fix="set model.precision: bfloat16, or training.distributed: ddp",
+        )
+    if model.trains_vision or trains_experts(model):
+        what = "a vision tower" if model.trains_vision else "single experts"
+        raise ConfigError(
+            f"zero2 with an adapter in {what}: DeepSpeed sums gradients in the order in which they come, and that is "
+            "not the same in all processes here",
+            where="keys lora.target_modules, training.distributed",
+            fix="set training.distributed: ddp",
         )
     put_whole(model, device)
     reason = (

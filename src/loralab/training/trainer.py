@@ -22,7 +22,7 @@ from loralab.layout.planner import ShrinkingPlanner
 from loralab.training.arguments import raise_rates
 from loralab.training.distributed import ALONE, Processes
 from loralab.training.liveness import check_reached, no_gradient_at_all
-from loralab.training.loss import LossSum, run_micro_batches
+from loralab.training.loss import Backward, Context, LossSum, run_micro_batches
 from loralab.training.loss_scaling import resolve_loss_scaler
 from loralab.training.sharding import PlacedAccelerator, average_gradients
 from loralab.training.state import RunState
@@ -74,7 +74,7 @@ class StepTrainer(Trainer):
         self._loraplus_lr_ratio = loraplus_lr_ratio
         trained: Any = self.model
         self._scaler = resolve_loss_scaler(trained, run_state, note=note if processes.first else _say_nothing)
-        self._reduced_once = processes.count == 1 or processes.lockstep or processes.moments_in_parts
+        self._reduced_once = processes.count == 1 or processes.lockstep
 
     def create_accelerator_and_postprocess(self) -> None:
         """Take an accelerator that wraps nothing, where something lies in parts: DDP cannot hold these."""
@@ -213,56 +213,59 @@ class StepTrainer(Trainer):
             # Behind the handler: its traceback would hold the failed graph, and with it the memory.
             step = self._lay_out_smaller(model, step)
 
-    def _run_in_lockstep(
-        self, model: nn.Module, step: StepBatch, scale: float, key: tuple[int, int]
-    ) -> LossSum:
+    def _run_in_lockstep(self, model: nn.Module, step: StepBatch, scale: float, key: tuple[int, int]) -> LossSum:
         """Run a step's micro-batches, and as many more without weight as it takes to run as many as any process."""
         own = step.micro_batches
         more = self._processes.largest(len(own)) - len(own)  # asked before: sweeps of the others wait for this one
-        any_row = self._planner([self.train_dataset[0]]).micro_batches[:1]  # type: ignore[index]
         left = len(own) + more
+        if self._parts is not None and not self._reduced_once:  # DeepSpeed would wait for what is not reached
+            self._sweep_any_row(model, self._parts.probe, key)
+            check_reached(model, step=self.state.global_step + 1)
+            self._reduced_once = True
 
         def backward(loss: Tensor) -> None:
             nonlocal left
             left -= 1
-            if not loss.requires_grad:
-                raise no_gradient_at_all(self.state.global_step + 1)
             if self._parts is None:
                 self.accelerator.backward(loss)
             else:
                 self._parts.backward(loss, last=left == 0)
 
-        result = run_micro_batches(
-            model, own, device=self.args.device, backward=lambda loss: backward(loss * scale), dropout_key=key
-        )
-        for _ in range(more):
-            run_micro_batches(
-                model,
-                any_row,
-                device=self.args.device,
-                backward=lambda loss: backward(loss.nan_to_num() * 0.0),
-                dropout_key=key,
-            )
+        def backward_own(loss: Tensor) -> None:
+            if not loss.requires_grad:
+                raise no_gradient_at_all(self.state.global_step + 1)
+            backward(loss * scale)
+
+        try:
+            result = run_micro_batches(model, own, device=self.args.device, backward=backward_own, dropout_key=key)
+            for _ in range(more):
+                self._sweep_any_row(model, backward, key)
+        except torch.OutOfMemoryError:
+            self._check_divisible(step)
+            raise
         if self._parts is None:
             average_gradients(model, self._processes)
         return result
 
-    def _join_reduction(
-        self,
-        model: nn.Module,
-        context: Callable[[bool], contextlib.AbstractContextManager[object]],
-        key: tuple[int, int],
-    ) -> None:
+    def _join_reduction(self, model: nn.Module, context: Context, key: tuple[int, int]) -> None:
         """Take part in a reduction of gradients with zeros, as where this process has no row of a short step."""
+        self._sweep_any_row(model, self.accelerator.backward, key, context=context)
+        check_reached(model, step=self.state.global_step + 1)
+
+    def _sweep_any_row(
+        self, model: nn.Module, backward: Backward, key: tuple[int, int], *, context: Context | None = None
+    ) -> None:
+        """Run forward and backward of a row whose loss has no weight."""
         any_row = self._planner([self.train_dataset[0]]).micro_batches[:1]  # type: ignore[index]
 
-        def backward(loss: Tensor) -> None:
+        def backward_zeros(loss: Tensor) -> None:
             if not loss.requires_grad:
                 raise no_gradient_at_all(self.state.global_step + 1)
-            self.accelerator.backward(loss.nan_to_num() * 0.0)
+            backward(loss.nan_to_num() * 0.0)
 
-        run_micro_batches(model, any_row, device=self.args.device, backward=backward, context=context, dropout_key=key)
-        check_reached(model, step=self.state.global_step + 1)
+        run_micro_batches(
+            model, any_row, device=self.args.device, backward=backward_zeros, context=context, dropout_key=key
+        )
 
     def _check_divisible(self, step: StepBatch) -> None:
         """Check that a step that ran out of memory can be cut into smaller micro-batches.

@@ -69,6 +69,17 @@ class MomentsInParts(torch.optim.Optimizer):
         self.norm = torch.zeros((), device=device)
         super().__init__(optimizer.param_groups, optimizer.defaults)
 
+    def probe(self, loss: Tensor) -> None:
+        """Sweep back without summing anything; the gradients, or None, lie where they usually are until `step`.
+
+        Args:
+            loss: of a micro-batch (scalar, with graph).
+        """
+        for weight, gradient in zip(
+            self._trained, torch.autograd.grad(loss, self._trained, allow_unused=True), strict=True
+        ):
+            weight.grad = gradient
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Sweep back, and add the gradients' mean over the processes to each one's part.
 
@@ -151,7 +162,7 @@ def cut_layers(model: SupervisedPeftModel, layers: Sequence[nn.Module], device: 
     """
     deepspeed = load_deepspeed(device)
     root = _Layers(layers)
-    trained = [weight for weight in root.parameters() if weight.requires_grad]
+    trained: list[Any] = [weight for weight in root.parameters() if weight.requires_grad]
     # A layer is gathered as a whole: our forwards read weights of modules that they do not call.
     deepspeed.utils.set_z3_leaf_modules(root, sorted({type(layer) for layer in layers}, key=lambda kind: kind.__name__))
     # No tensor below this size is cut: then none that is trained.

@@ -88,7 +88,7 @@ def open_world(
     quantization = resolve_quantization(config.model, load_model_config(config.model), device).value
     what, chosen = _choose_onto(onto, quantization)
     precision = _live_precision(config, device, dtype)
-    own = _trained_precision(config, device, known.precision)
+    own = _trained_precision(known.precision, precision, device)
     live = [*overrides, f"model.precision={precision}"]
     trained = None
     if own != precision:
@@ -165,9 +165,7 @@ def _live_precision(config: Config, device: torch.device, dtype: torch.dtype | N
     return "float32" if chosen == "float16" and device.type != "cuda" else chosen
 
 
-def _trained_precision(config: Config, device: torch.device, recorded: str | None) -> str:
-    """Return the type that the base was held in in training, as far as this device computes with it."""
+def _trained_precision(recorded: str | None, live: str, device: torch.device) -> str:
+    """Return the type that the base was held in in training, as far as that is known and this device computes in it."""
     name = str(recorded or "").removeprefix("torch.")
-    if name not in DTYPES or (name == "float16" and device.type != "cuda"):
-        name = str(resolve_precision(config.model, device).value).removeprefix("torch.")
-    return name
+    return live if name not in DTYPES or (name == "float16" and device.type != "cuda") else name

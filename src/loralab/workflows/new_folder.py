@@ -46,7 +46,7 @@ def check_free(output: Path, reads: Sequence[Path] = ()) -> None:
 
 def _taken(output: Path) -> RunFolderError:
     return RunFolderError(
-        f"the output is there already: {str(output)!r}",
+        f"the output is already there: {str(output)!r}",
         where="option --output",
         fix="name a folder that does not exist, or is empty; nothing is replaced",
     )

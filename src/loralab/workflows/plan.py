@@ -94,7 +94,7 @@ def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter, processes: in
     trees = blueprint.model.tree_kernel is not None or planner.layout != "padded"
     possible, blind = possible_layouts(planner.layout, trees), replace(planner, pictures=None)
     tokens = count_layouts(run, data.splits["train"], blind, possible=possible, reporter=reporter)
-    needed = needed_bytes(memory)
+    needed, strategy = needed_bytes(memory), choices["evaluation_strategy"].value
     return {
         "name": loaded.name,
         "choices": describe_choices(choices),
@@ -122,7 +122,7 @@ def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter, processes: in
             checkpoints=schedule["checkpoints"],
             folder=run_path(loaded),
         )
-        | {"frozen_trunk_bytes": expected_bytes(config, data, blueprint.model, choices["evaluation_strategy"].value)},
+        | {"frozen_trunk_bytes": None if processes > 1 else expected_bytes(config, data, blueprint.model, strategy)},
     }
 
 

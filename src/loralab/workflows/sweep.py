@@ -8,32 +8,25 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loralab.config.load import LoadedConfig, dump_config
-from loralab.config.metric_checks import asked_metrics
-from loralab.config.metric_facts import ALWAYS, better_of, figure_name, is_outside, owner_of
-from loralab.config.schema import Config
-from loralab.errors import ConfigError, Problem, RunFolderError, StoppedBySignal, UserError
-from loralab.lookup import suggest
+from loralab.config.metric_facts import figure_name
+from loralab.errors import ConfigError, RunFolderError, StoppedBySignal, StorageError, UserError
 from loralab.progress import Reporter
 from loralab.reports.sweep_page import write_sweep_page
 from loralab.reports.sweep_reading import read_sweep
 from loralab.run import RunFolder, read_json, write_json, write_text
 from loralab.workflows.configure import load_run_config
 from loralab.workflows.output import LOCK, locked
-from loralab.workflows.sweep_runs import Stop, is_complete, passing_signals, read_result, run_process
-from loralab.workflows.sweep_space import Axis, Point, grid_points, random_points, read_space
+from loralab.workflows.sweep_checks import check_alone, check_axes, check_base, check_points, comparable, direction
+from loralab.workflows.sweep_runs import Stop, is_complete, passing_signals, read_result, run_process, was_stopped
+from loralab.workflows.sweep_space import Point, grid_points, random_points, read_space
 
 MANIFEST = "sweep.json"
-# What decides which rows the metric is measured on, or where a run goes: the same for all runs.
-_FIXED = ("data.validation", "data.test", "data.split_seed", "data.split_method", "evaluation.split", "output.dir")
-# Where a configuration says the same of every machine and folder, it is the same sweep's.
-_PLACES = ("output", "cache_dir", "num_workers")
-# Figures of every evaluation.
-_ALWAYS_MEASURED = {*ALWAYS, "token_accuracy"} - {"loss"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +98,14 @@ def sweep(search: Search, *, reporter: Reporter) -> dict[str, Any]:
         RunFolderError: the folder holds another sweep.
         StoppedBySignal: SIGINT or SIGTERM; the run under way has written a checkpoint.
     """
-    found = _prepare(search)
+    found = _prepare(search, reporter)
     with contextlib.ExitStack() as stack:
-        found.folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(found.folder / LOCK, note=""))
-        _take_up(found, search)
+        try:
+            stack.enter_context(_claim(found.folder))
+        except RunFolderError as error:
+            what, fix = error.problems[0].what, "wait for it or stop it (its run writes a checkpoint), or name another"
+            raise RunFolderError(what, where="option --output", fix=fix) from None
+        _take_up(found)
         write_text(found.config, dump_config(found.base.config))
         found.save()
         stop = stack.enter_context(passing_signals(reporter))
@@ -123,100 +119,69 @@ def sweep(search: Search, *, reporter: Reporter) -> dict[str, Any]:
 
 
 def check_all_completed(result: dict[str, Any]) -> None:
-    """Check that no run of a sweep failed.
+    """Check that every run of a sweep came to its end.
 
     Raises:
-        UserError: one did.
+        UserError: one did not.
     """
-    failed = [entry for entry in result["runs"] if entry["status"] != "completed"]
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {len(result['runs'])} runs failed: {failed[0]['name']}: {failed[0]['reason']}",
-            where=str(Path(result["folder"]) / "logs"),
-            fix="read the logs there; the same command with --retry-failed runs them again",
-        )
+    lacking = [entry for entry in result["runs"] if entry["status"] != "completed"]
+    if not lacking:
+        return
+    failed = any(entry["status"] == "failed" for entry in lacking)
+    fix = "the same command with --retry-failed runs them again" if failed else "the same command goes on with them"
+    raise UserError(
+        f"{len(lacking)} of {len(result['runs'])} runs have no result: {lacking[0]['name']}: {lacking[0]['reason']}",
+        where=str(Path(result["folder"]) / "logs"),
+        fix=f"read the logs there; {fix}",
+    )
 
 
-def _prepare(search: Search) -> _Sweep:
+def _prepare(search: Search, reporter: Reporter) -> _Sweep:
     """Read the space and check every point, before anything is written."""
+    check_alone()
     axes, overrides = read_space(search.grid, search.given)
-    _check_axes(axes, overrides)
+    check_axes(axes, overrides)
     base = load_run_config(search.config, overrides)
+    check_base(base.config, axes)
     points = grid_points(axes) if search.random is None else random_points(axes, search.random, seed=search.seed)
     figure = figure_name(search.metric)
-    problems: dict[tuple[str, str], Problem] = {}
-    for point in points:
-        for problem in _point_problems(search, overrides, point, figure):
-            problems.setdefault((problem.what, problem.fix), problem)
-    if problems:
-        raise ConfigError.from_problems(list(problems.values()))
-    better = better_of(figure)
-    if search.mode is None and better is None:
-        what = f"neither direction of {search.metric!r} is better by itself"
-        raise ConfigError(what, where="option --metric", fix="say it with --mode min or --mode max")
+    check_points(points, [_load_point(search, overrides, point) for point in points], figure)
+    settings = comparable(base.config)
     content: dict[str, Any] = {
         "metric": figure,
         "split": "validation",
-        "mode": search.mode or {"lower": "min", "higher": "max"}[str(better)],
+        "mode": direction(search.metric, search.mode),
         "search": "grid" if search.random is None else "random",
         "seed": None if search.random is None else search.seed,
         "space": {axis.key: str(axis) for axis in axes},
-        "config_sha256": hashlib.sha256(json.dumps(_comparable(base.config), sort_keys=True).encode()).hexdigest(),
-        "config": _comparable(base.config),
+        "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "config": settings,
     }
-    folder = search.output or Path("sweeps") / base.name
-    return _Sweep(folder.expanduser(), base, points, content)
+    folder = (search.output or Path("sweeps") / base.name).expanduser()
+    if base.config.output.dir is not None:
+        reporter.say(f"output.dir of {search.config} is not used: the runs go to {folder}")
+    return _Sweep(folder, base, points, content)
 
 
-def _check_axes(axes: Sequence[Axis], overrides: Sequence[str]) -> None:
-    for axis in axes:
-        if axis.key in _FIXED or axis.key.startswith("output."):
-            what = f"{axis.key} cannot vary: all runs are measured on the same rows, each in a folder of its own"
-            raise ConfigError(what, where="option --grid", fix="leave it out of the space")
-    if any(text.partition("=")[0].strip() == "output.dir" for text in overrides):
-        raise ConfigError("output.dir of a sweep", where="command line", fix="name its folder with --output")
-
-
-def _point_problems(search: Search, overrides: Sequence[str], point: Point, figure: str) -> list[Problem]:
+def _load_point(search: Search, overrides: Sequence[str], point: Point) -> LoadedConfig | ConfigError:
     try:
-        config = load_run_config(search.config, [*overrides, *point.overrides]).config
+        return load_run_config(search.config, [*overrides, *point.overrides])
     except ConfigError as error:
-        return [Problem(each.what, f"{point}: {each.where}", each.fix) for each in error.problems]
-    return [Problem(each.what, f"{point}: {each.where}", each.fix) for each in _metric_problems(config, figure)]
+        return error
 
 
-def _metric_problems(config: Config, figure: str) -> list[Problem]:
-    problems = []
-    if config.data.validation is None:
-        fix = "set data.validation: 0.1, a number of rows or a file"
-        problems.append(Problem("a sweep chooses by the validation split, and there is none", "data.validation", fix))
-    if config.evaluation.split not in ("auto", "validation"):
-        what = f"the final evaluation is on the {config.evaluation.split} split: a sweep must not choose by it"
-        fix = "add evaluation.split=validation, and measure the best run on test with: loralab eval RUN --split test"
-        problems.append(Problem(what, "evaluation.split", fix))
-    named = asked_metrics(config.evaluation)
-    owner = owner_of(figure)
-    if figure in _ALWAYS_MEASURED or owner in named or (owner is None and any(map(is_outside, named))):
-        return problems
-    if owner is not None:
-        fix = f"add evaluation.metrics=[{owner}]"
-        problems.append(Problem(f"no run measures {figure!r}", "option --metric", fix))
-    else:
-        fix = suggest(figure, sorted(_ALWAYS_MEASURED))
-        problems.append(Problem(f"no such figure: {figure!r}", "option --metric", fix))
-    return problems
+def _claim(folder: Path) -> AbstractContextManager[str]:
+    """Make the folder of a sweep, and return what keeps other processes out of it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot make {str(folder)!r}: {error.strerror}", where="option --output", fix="name another folder"
+        ) from None
+    return locked(folder / LOCK, note="")
 
 
-def _comparable(config: Config) -> dict[str, Any]:
-    values = config.model_dump(mode="json")
-    return {
-        section: {key: value for key, value in fields.items() if key not in _PLACES}
-        for section, fields in values.items()
-        if section not in _PLACES
-    }
-
-
-def _take_up(found: _Sweep, search: Search) -> None:
+def _take_up(found: _Sweep) -> None:
     """Go on with the sweep that the folder holds; refuse another one."""
     path, content = found.folder / MANIFEST, found.content
     old: dict[str, Any] = {}
@@ -264,11 +229,11 @@ def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _settle(found: _Sweep, point: Point, entry: dict[str, Any], *, retry: bool, stop: Stop, reporter: Reporter) -> None:
     """Bring one run to its end, and its entry up to date."""
     folder = RunFolder(found.folder / point.name)
-    if entry["status"] == "failed" and not retry:
-        reporter.say(f"{point}: failed before ({entry['reason']}); --retry-failed runs it again")
-        return
     reason = ""
     if not is_complete(folder):
+        if entry["status"] == "failed" and not retry:
+            reporter.say(f"{point}: failed before ({entry['reason']}); --retry-failed runs it again")
+            return
         entry |= {"status": "running", "reason": ""}
         found.save()
         reporter.say(f"{point} of {len(found.points)}")
@@ -276,7 +241,8 @@ def _settle(found: _Sweep, point: Point, entry: dict[str, Any], *, retry: bool, 
         log = found.folder / "logs" / f"{point.name}.log"
         code, reason = run_process(folder, found.config, overrides, log=log, stop=stop, reporter=reporter)
         if code != 0 and not is_complete(folder):
-            entry |= {"status": "interrupted" if stop.number is not None else "failed", "reason": reason}
+            interrupted = stop.number is not None or was_stopped(code)
+            entry |= {"status": "interrupted" if interrupted else "failed", "reason": reason}
             reporter.say(f"{point}: {entry['status']}: {reason}")
             found.save()
             return

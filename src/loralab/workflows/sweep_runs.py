@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,8 +24,10 @@ from loralab.run import RunFolder, read_json
 from loralab.workflows.output import LOCK, has_begun, locked
 
 # Lines of a run that the sweep passes on; the log has all.
-_PASSED_ON = ("train ", "step ", "warning:", "error:")
+_PASSED_ON = ("train ", "step ", "warning:")
 _WAIT_SECONDS = 0.2
+# How long a process that ended may leave its stderr open to others, such as workers that outlive it.
+_LAST_WORDS_SECONDS = 5.0
 _OUT_OF_MEMORY = "killed by SIGKILL, as a system does that runs out of memory"
 
 
@@ -39,6 +42,12 @@ class Stop:
 
     number: int | None = None
     process: subprocess.Popen[str] | None = None
+
+    def attach(self, process: subprocess.Popen[str]) -> None:
+        """Pass signals on to a process from now on, and one that came before."""
+        self.process = process
+        if self.number is not None:
+            process.send_signal(self.number)
 
 
 @contextmanager
@@ -88,33 +97,48 @@ def run_process(
     command = [sys.executable, "-m", "loralab.cli.sweep_child", "train", str(config), *overrides]
     command += [f"output.dir={folder.path}", *(["--resume"] if has_begun(folder) else [])]
     log.parent.mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,  # closed when this process is gone, however that came about
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on once
+    )
+    stop.attach(process)
     lines: list[str] = []
-    with log.open("a", encoding="utf-8") as copy:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,  # closed when this process is gone, however that came about
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-            start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on once
-        )
-        stop.process = process
-        if stop.number is not None:  # it came before there was somebody to pass it on to
-            process.send_signal(stop.number)
+    reader = threading.Thread(target=_read, args=(process, log, lines, reporter), daemon=True)
+    reader.start()
+    code = process.wait()
+    stop.process = None
+    reader.join(_LAST_WORDS_SECONDS)
+    if process.stdin is not None:
+        process.stdin.close()
+    return code, _reason(code, lines)
+
+
+def _read(process: subprocess.Popen[str], log: Path, lines: list[str], reporter: Reporter) -> None:
+    """Read what a run says to its end; a log that cannot be written must not stop the run."""
+    with contextlib.ExitStack() as stack:
+        copy = None
+        with contextlib.suppress(OSError):
+            copy = stack.enter_context(log.open("a", encoding="utf-8", buffering=1))
         for line in process.stderr or ():
-            copy.write(line)
-            copy.flush()
             lines.append(line.rstrip())
             if line.startswith(_PASSED_ON):
-                reporter.say(f"  {line.rstrip()}")
-        code = process.wait()
-        stop.process = None
-        if process.stdin is not None:
-            process.stdin.close()
-    return code, _reason(code, lines)
+                reporter.say(f"  {lines[-1]}")
+            if copy is not None:
+                with contextlib.suppress(OSError):
+                    copy.write(line)
+
+
+def was_stopped(code: int) -> bool:
+    """Return whether an exit code says that somebody stopped the process, so that it may go on."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+    return code in {-number for number in numbers} | {128 + number for number in numbers}
 
 
 def _wait_until_free(folder: RunFolder, reporter: Reporter) -> None:

@@ -21,7 +21,9 @@ _OPENS, _CLOSES = "[{(", "]})"
 _LOG_FROM = 10.0
 _TRIES = 100
 _DIGITS = 4
-_UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")
+# What a folder, and a repository on the Hub, is not named with.
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+|\.{2,}|-{2,}")
+_MOST_POINTS = 1000
 _LONGEST_NAME = 60
 
 
@@ -95,7 +97,7 @@ class Point:
     def name(self) -> str:
         """Name of the run folder: the number, and what varies in short."""
         short = "-".join(f"{key.rpartition('.')[2]}{value}" for key, value in self.settings.items())
-        return f"{self.number:03}-{_UNSAFE.sub('_', short)[:_LONGEST_NAME].strip('_')}"
+        return f"{self.number:03}-{_UNSAFE.sub('_', short)[:_LONGEST_NAME].strip('_.-')}"
 
     def __str__(self) -> str:
         return f"run {self.number:03} ({', '.join(self.overrides)})"
@@ -183,7 +185,7 @@ def grid_points(axes: Sequence[Axis]) -> list[Point]:
     """Return every combination of values, the last setting changing fastest.
 
     Raises:
-        ConfigError: a setting has a range, of which a grid cannot take all values.
+        ConfigError: a setting has a range, of which a grid cannot take all values, or they are too many.
     """
     sides: list[tuple[str, ...]] = []
     for axis in axes:
@@ -194,6 +196,7 @@ def grid_points(axes: Sequence[Axis]) -> list[Point]:
                 fix="list its values, or draw points with --random 10",
             )
         sides.append(axis.values)
+    _check_count(math.prod(map(len, sides)), "option --grid", "give fewer values, or draw points with --random 10")
     combined = itertools.product(*sides)
     keys = [axis.key for axis in axes]
     return [Point(number, dict(zip(keys, values, strict=True))) for number, values in enumerate(combined, 1)]
@@ -208,8 +211,9 @@ def random_points(axes: Sequence[Axis], count: int, *, seed: int) -> list[Point]
         seed: of the drawing.
 
     Raises:
-        ConfigError: the space has fewer points.
+        ConfigError: the space has fewer points, or they are too many.
     """
+    _check_count(count, "option --random", f"set --random {_MOST_POINTS} at most")
     source = random.Random(seed)
     found: list[dict[str, str]] = []
     for _ in range(count * _TRIES):
@@ -228,3 +232,8 @@ def random_points(axes: Sequence[Axis], count: int, *, seed: int) -> list[Point]
             fix=f"set --random {len(found)}, or widen the space",
         )
     return [Point(number, settings) for number, settings in enumerate(found, 1)]
+
+
+def _check_count(count: int, where: str, fix: str) -> None:
+    if count > _MOST_POINTS:
+        raise ConfigError(f"{count:,} runs; a sweep has {_MOST_POINTS:,} at most", where=where, fix=fix)

@@ -5,13 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import get_session
 
-from loralab.hub import upload
+from loralab.errors import HubError
+from loralab.hub import access, upload
 from loralab.hub.access import identify
 from loralab.hub.repository import Repository, open_repository
 from loralab.hub.upload import Abandoned, BackgroundPushes, Push, Pushed, push_files
 from support.hub_client import talking_to
-from support.hub_server import USER, HubServer
+from support.hub_server import USER, WRITER, HubServer
 
 WHERE = "key output.hub.repo"
 REPO = Repository(f"{USER}/price", private=True)
@@ -181,3 +183,40 @@ def test_a_push_that_waits_is_given_up_for_the_last_one() -> None:
     background.offer(Push({}, "t", step=1), hurry=True)
     assert background.wait(5)
     assert [each.push.step for each in background.ended()] == [1]
+
+
+def test_large_files_go_up_one_by_one(hub: HubServer, push: Push, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload, "_LARGE_BYTES", 1)
+    assert push_files(REPO, push, where=WHERE).error is None
+    assert arrived(hub) == content(push)
+    assert [each.partition("/")[0] for each in hub.requests if "/lfs/" in each and "batch" not in each] == ["PUT "] * 1
+
+
+def test_a_silent_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "SILENCE_SECONDS", 0.2)
+    with HubServer() as hub, talking_to(hub, tmp_path / "home"):
+        hub.arm("GET /api/whoami-v2", seconds=60)
+        with pytest.raises(HubError) as caught:
+            identify(where=WHERE)
+    assert "the connection to" in caught.value.problems[0].what
+
+
+def test_limits_of_somebody_else_are_kept(tmp_path: Path) -> None:
+    with HubServer() as hub, talking_to(hub, tmp_path / "home"):
+        get_session().timeout = 7.0
+        access.open_hub()
+        assert get_session().timeout.read == 7.0
+
+
+def test_a_hub_that_stays_silent_ends_the_attempts(push: Push, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload, "LONGEST_SILENCE_SECONDS", -1.0)
+    with HubServer() as hub, talking_to(hub, next(iter(push.files.values())).parent / "home"):
+        hub.add("models", REPO.name, {"README.md": b""})
+        hub.arm("POST .*/commit/", status=0, times=9)
+        pushed = push_files(REPO, push, where=WHERE)
+    assert (pushed.commit, pushed.attempts) == (None, 1)
+
+
+def test_no_token_is_in_an_error(hub: HubServer) -> None:
+    for error in (OSError(f"refused for {WRITER}"), RuntimeError(f"Bearer {WRITER}")):
+        assert WRITER not in str(access.explain(error, "the push", where=WHERE))

@@ -1,5 +1,8 @@
 """What `loralab launch` starts: how many processes, on which machines."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from loralab.config.schema import Config
@@ -59,3 +62,13 @@ def test_machines() -> None:
 def test_machines_that_contradict_each_other(count: int, rank: int | None, address: str | None, what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         resolve_machines(count, rank, address)
+
+
+def test_the_script_for_slurm_is_one() -> None:
+    script = Path(__file__).parents[3] / "docs" / "slurm" / "train.sbatch"
+    checked = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    text = script.read_text(encoding="utf-8")
+    options = ("--num-machines", "--machine-rank", "--main-address")
+    assert all(option in text for option in options)
+    assert 'launch "$@"' in text
