@@ -65,8 +65,9 @@ def gone(pids: dict[int, int]) -> bool:
 
 
 def test_one_interrupt_writes_one_checkpoint(config: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start("launch", config, f"output.dir={run}", "--num-processes", 2, folder=tmp_path)
+    """Of a base in parts, where a process that ended alone would leave the other one waiting."""
+    run, parts = tmp_path / "run", "training.distributed=fsdp2"
+    process = start("launch", config, f"output.dir={run}", parts, "--num-processes", 2, folder=tmp_path)
     wait_for_steps(process, run)
     process.send_signal(signal.SIGINT)
     answer = finish(process)
@@ -76,6 +77,7 @@ def test_one_interrupt_writes_one_checkpoint(config: Path, tmp_path: Path) -> No
     assert "Traceback" not in answer.err
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     assert (record["status"], record["processes"]) == ("interrupted", 2)
+    assert record["resolved"]["distributed"]["value"] == "fsdp2"
     assert list((run / "checkpoints").glob("checkpoint-*/manifest.json"))
 
 

@@ -63,7 +63,7 @@ def check_same(one: Path, parts: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("llama", ["training.layout=packed"]),
+        pytest.param("llama", ["training.layout=packed"], marks=pytest.mark.slow),
         pytest.param("qwen2", ["training.layout=shared"], marks=pytest.mark.slow),
         pytest.param("gpt2", ["training.layout=padded"], marks=pytest.mark.slow),
         pytest.param("llama", ["training.gradient_checkpointing=true"], marks=pytest.mark.slow),

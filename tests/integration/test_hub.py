@@ -127,7 +127,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         hub.faults.clear()
         hub.start()
         hub.model(BASE).commit("moved on", {"config.json": b"{}"})
-        pushed = run_program(hub, folder / "home", _PROGRAM, "push", folder / "run", "--json")
+        with talking_to(hub, folder / "home"):
+            pushed = run_here("push", folder / "run", "--json")
         yield Story(
             hub,
             folder / "home",

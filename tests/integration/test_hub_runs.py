@@ -131,15 +131,37 @@ def test_a_hub_id_is_no_run(place: Place) -> None:
         assert "hf download ada/price --local-dir price" in problem.fix
 
 
-# The client itself tries the latter two again for 20 s.
 @pytest.mark.parametrize(
-    "status", [401, 403, 404, 0, *(pytest.param(each, marks=pytest.mark.slow) for each in (429, 500))]
+    ("status", "said"),
+    [
+        (401, "HTTP 401"),
+        (403, "no right"),
+        (404, "not there"),
+        (429, "too many requests"),
+        (500, "the Hub has a problem"),
+        (0, "the connection to"),
+    ],
 )
-def test_what_measuring_cannot_fetch_is_three_lines(place: Place, run: Path, tmp_path: Path, status: int) -> None:
+def test_what_measuring_cannot_fetch_is_three_lines(
+    place: Place, run: Path, tmp_path: Path, status: int, said: str
+) -> None:
     place.hub.arm(f" /{BASE}/resolve/|/api/models/{BASE}", status=status, times=999)
     with talking_to(place.hub, tmp_path / "home"):
         problem = read_problems(run_here("eval", run))[0]
     assert BASE in problem.what
+    assert said in problem.what
+
+
+@pytest.mark.slow  # the client asks a dead Hub for optional files again and again, for 24 s a command
+def test_what_is_fetched_needs_no_hub(place: Place, run: Path) -> None:
+    commit = read_json(run / "run.json")["model"]["revision"]
+    place.hub.stop()
+    try:
+        answer = place.train("cached", "output.hub={}", f"model.revision={commit}")
+        assert answer.code == 0, answer.err
+        assert run_here("eval", run, "--split", "train").code == 0
+    finally:
+        place.hub.start()
 
 
 def test_a_gated_base_is_told_before_anything_is_fetched(place: Place) -> None:
@@ -243,19 +265,14 @@ def test_pushes_by_steps_need_no_saves(place: Place) -> None:
 
 def test_a_run_killed_in_a_push_goes_on_and_pushes(place: Place) -> None:
     process: list[subprocess.Popen[str]] = []
-    place.hub.arm("PUT /lfs/", seconds=0.2, then=lambda: process[0].kill())
-    options = (
-        "output.hub.strategy=steps",
-        "output.hub.steps=2",
-        f"output.dir={place.folder / 'killed'}",
-        "training.seed=2",
-    )
-    process.append(place.start("train", place.config, *options))
+    place.hub.arm("PUT /lfs/", seconds=0.2, then=lambda: process[0].send_signal(signal.SIGKILL))
+    options = ("output.hub.strategy=steps", "output.hub.steps=2", "training.seed=2")
+    process.append(place.start("train", place.config, f"output.dir={place.folder / 'killed'}", *options))
     process[0].communicate(timeout=120)
     assert process[0].returncode == -signal.SIGKILL
     assert place.record("killed")["status"] == "running"
     assert not place.titles("ada/killed")
-    answer = place.train("killed", *options[:2], options[3], "--resume")
+    answer = place.train("killed", *options, "--resume")
     assert answer.code == 0, answer.err
     record = place.record("killed")
     assert not record["hub"]["owed"]

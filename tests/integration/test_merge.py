@@ -1,8 +1,7 @@
 """A merged model answers as the live adapter: families, quantizations, variants, trained layers, pictures, sums."""
 
-import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ from support.tiny_vision import save_vision_base, vqa_rows
 FAMILIES: tuple[tiny.Family, ...] = ("llama", "gpt2", "qwen2")
 SHARD = "60KB"
 IDS = torch.arange(3, 24)[None]
+# Variants that differ in training alone: what they leave is merged as "lora" is.
+PLAIN_FILES = ("rslora", "lora_plus", "pissa", "olora", "eva")
 Train = Callable[..., Path]
 
 
@@ -38,15 +39,6 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots, and the collector's walk over all that tests have loaded, take more time than everything else here."""
     monkeypatch.setattr("loralab.workflows.train.build_report", lambda _: None)
     monkeypatch.setattr("loralab.workflows.merge.release_models", lambda: None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def old_objects_are_not_walked() -> Iterator[None]:
-    """Every model that goes is followed by the collector's walk; over all imported modules it takes longer than a merge."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +108,13 @@ def assert_equal(merged: Path, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "held"), [*((family, held) for family in FAMILIES for held in ("none", "nf4")), ("gpt2", "int8")]
+    ("family", "held"),
+    [
+        *((family, "none") for family in FAMILIES),
+        ("gpt2", "nf4"),
+        ("gpt2", "int8"),
+        *(pytest.param(family, "nf4", marks=pytest.mark.slow) for family in ("llama", "qwen2")),
+    ],
 )
 def test_a_merge_is_the_adapter_in_plain_transformers(
     bases: dict[str, Path], tmp_path: Path, family: str, held: str
@@ -174,7 +172,9 @@ def test_a_merged_model_is_the_base_of_a_new_run(trained: Path, train: Train, tm
     assert content["verdict"] == "held"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(each, marks=pytest.mark.slow) if each in PLAIN_FILES else each for each in VARIANTS]
+)
 def test_every_variant_merges(bases: dict[str, Path], tmp_path: Path, variant: str) -> None:
     """From an adapter folder alone, whose weights were moved from where the variant starts."""
     quantization = "nf4" if variant == "loftq" else "none"

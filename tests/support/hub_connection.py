@@ -1,5 +1,6 @@
 """One connection to the Hub on the loopback: requests in, answers out, and going wrong where a test wants it."""
 
+import contextlib
 import json
 import re
 import time
@@ -42,6 +43,17 @@ class Connection(BaseHTTPRequestHandler):
     routes: Sequence[tuple[str, tuple[str, ...], Callable[..., None]]] = ()
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+
+    def setup(self) -> None:
+        """Be known, so that a server that goes away takes its open connections along."""
+        super().setup()
+        self.hub.connections.add(self.connection)
+
+    def finish(self) -> None:
+        """Be forgotten."""
+        self.hub.connections.discard(self.connection)
+        with contextlib.suppress(OSError):
+            super().finish()
 
     def log_message(self, *_: object) -> None:
         pass

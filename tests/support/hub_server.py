@@ -4,6 +4,8 @@ Owns starting and stopping, repositories, tokens with roles, and faults. Large f
 or in several; the Xet protocol is not spoken: clients run with HF_HUB_DISABLE_XET=1.
 """
 
+import contextlib
+import socket
 import threading
 from collections.abc import Mapping
 from http.server import ThreadingHTTPServer
@@ -39,6 +41,7 @@ class HubServer:
         self.part_bytes: int | None = None
         self.tokens = {WRITER: (USER, "write"), READER: (USER, "read")}
         self.lock = threading.RLock()
+        self.connections: set[socket.socket] = set()
         self._server: ThreadingHTTPServer | None = None
         self.port = 0
 
@@ -63,11 +66,14 @@ class HubServer:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def stop(self) -> None:
-        """Listen no more; the repositories stay."""
+        """Listen no more and end what is open; the repositories stay."""
         server, self._server = self._server, None
         if server is not None:
             server.shutdown()
             server.server_close()
+            for connection in list(self.connections):
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     @property
     def is_up(self) -> bool:

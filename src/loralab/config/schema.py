@@ -42,8 +42,8 @@ class ModelConfig(Section):
     )
     device_map: Literal["auto"] | None = Field(
         None,
-        description="Accepted for one device, which holds all layers (auto); several GPUs share a base by "
-        "training.distributed: fsdp2 instead.",
+        description="How one process uses several GPUs: null takes one of them, auto spreads the layers of a base that "
+        "is larger than one over all. They compute one after another; training.distributed: fsdp2 uses all at once.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model; only for sources that you trust."

@@ -76,8 +76,8 @@ def find_commit(kind: Kind, name: str, revision: str | None, *, where: str) -> P
 def _cached_commit(kind: Kind, name: str, revision: str | None) -> str | None:
     if kind != "model":
         return None  # prepared data is not kept under its commit
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    found = _in_cache(name, "config.json", revision)
+    return None if found is None else found.parent.name
 
 
 def fetch_model(name: str, commit: str, *, where: str, progress: Callable[[int, int], None]) -> None:
@@ -93,7 +93,7 @@ def fetch_model(name: str, commit: str, *, where: str, progress: Callable[[int, 
         HubError: a file cannot be had, or there are no safetensors weights.
     """
     what = f"the model {name!r}"
-    if is_offline():
+    if is_offline() or is_fetched(name, commit):
         return  # loading takes what the cache has, and says what it lacks
     try:
         files = [file.rfilename for file in open_hub().model_info(name, revision=commit).siblings or []]
@@ -108,6 +108,24 @@ def fetch_model(name: str, commit: str, *, where: str, progress: Callable[[int, 
         raise explain(error, what, where=where) from error
 
 
+def is_fetched(name: str, revision: str | None) -> bool:
+    """Return whether the cache has a base model's configuration and weights, so that the Hub need not be asked."""
+    if _in_cache(name, "config.json", revision) is None:
+        return False
+    index = _in_cache(name, _INDEX, revision)
+    weights = [constants.SAFETENSORS_SINGLE_FILE] if index is None else _shards(index)
+    return all(_in_cache(name, file, revision) is not None for file in weights)
+
+
+def _in_cache(name: str, file: str, revision: str | None) -> Path | None:
+    found = try_to_load_from_cache(name, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _shards(index: Path) -> list[str]:
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
 def _is_small(file: str) -> bool:
     path = PurePosixPath(file)
     return len(path.parts) == 1 and path.suffix in _SMALL
@@ -117,8 +135,7 @@ def _weights(name: str, commit: str, files: list[str], *, where: str) -> list[st
     if constants.SAFETENSORS_SINGLE_FILE in files:
         return [constants.SAFETENSORS_SINGLE_FILE]
     if _INDEX in files:
-        index = Path(hf_hub_download(name, _INDEX, revision=commit)).read_text(encoding="utf-8")
-        return sorted(set(json.loads(index)["weight_map"].values()))
+        return _shards(Path(hf_hub_download(name, _INDEX, revision=commit)))
     others = sorted(file for file in files if PurePosixPath(file).suffix in {".bin", ".pt", ".pth", ".gguf", ".ckpt"})
     raise HubError(
         f"the model {name!r} has no safetensors weights" + (f"; found {', '.join(others[:3])}" if others else ""),

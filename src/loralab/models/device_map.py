@@ -88,8 +88,9 @@ def describe_spread(base: Any, model: ModelConfig) -> dict[str, Resolved[str]]:
     places = Counter(str(place) for place in base.hf_device_map.values())
     outside = places["cpu"] + places["disk"]
     if outside:
+        gpus = len(places.keys() - {"cpu", "disk"})
         raise ModelError(
-            f"{outside} parts of {model.name!r} find no room on {len(spread_devices(base))} GPUs",
+            f"{outside} parts of {model.name!r} find no room on {gpus} GPUs",
             where="key model.device_map",
             fix="set model.quantization: nf4, free the GPUs of other work, or take a smaller base",
         )
@@ -119,9 +120,8 @@ def put_whole(model: nn.Module, device: torch.device) -> None:
 
 
 def spread_devices(model: nn.Module) -> list[torch.device]:
-    """Return the GPUs that hold a model's weights, in order."""
-    found = {weight.device for weight in model.parameters() if weight.device.type == "cuda"}
-    return sorted(found, key=lambda device: device.index or 0)
+    """Return the devices that hold a model's weights, in order."""
+    return sorted({weight.device for weight in model.parameters()}, key=str)
 
 
 def visible_devices(model: ModelConfig, device: torch.device) -> list[torch.device]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from loralab.reports.html import render_page
 from loralab.reports.sweep_plots import draw_curves, draw_map, draw_setting
-from loralab.reports.sweep_reading import read_sweep
+from loralab.reports.sweep_reading import as_number, read_sweep
 from loralab.reports.wording import (
     MISSING,
     format_bytes,
@@ -69,7 +69,10 @@ def _row(entry: Mapping[str, Any], keys: list[str], *, best: str | None) -> dict
     return {
         "number": f"{entry['number']:03}",
         "name": entry["name"],
-        "values": [entry["settings"].get(key, MISSING) for key in keys],
+        "values": [
+            {"text": value, "number": as_number(value) is not None}
+            for value in (entry["settings"].get(key, MISSING) for key in keys)
+        ],
         "status": entry["status"],
         "reason": entry["reason"],
         "completed": entry["status"] == "completed",
@@ -92,10 +95,10 @@ def _plots(folder: Path, content: Mapping[str, Any], best: str | None) -> list[t
     pictures: list[tuple[str, bytes | None]] = []
     if len(keys) == 2:
         lower = content["mode"] == "min"
-        caption = f"{metric} over both settings; darker is better"
+        caption = f"{metric} over both settings; darker is better, grey has no result"
         pictures.append((caption, draw_map(runs, (keys[0], keys[1]), metric=metric, lower=lower)))
     for key in keys:
-        caption = f"{metric} of every run against {key}; the best run in orange, lines are 95 % intervals"
+        caption = f"{metric} of every run against {key}; the best run in orange, lines are 95 % intervals, runs with one value stand side by side"
         pictures.append((caption, draw_setting(runs, key, metric=metric, best=best)))
     pictures.append(("Validation loss of every run while training", draw_curves(folder, runs, best=best)))
     return [

@@ -1,6 +1,7 @@
 """Pictures of a sweep, as PNG bytes: the metric against each setting, over two of them, and all validation losses."""
 
 import io
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,7 +11,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from loralab.reports.curves import read_curve
 from loralab.reports.plots import BLUE, DOTS_PER_INCH, GREY, INK, SIZE_INCHES, STYLE, VERMILION
@@ -22,6 +24,15 @@ from loralab.run import RunFolder, read_metrics
 _LOG_FROM = 8.0
 _MOST_CELLS = 20
 _NAMED_LINES = 10
+_LONGEST_LABEL = 22
+# Between runs with the same value, so that one does not hide another; in points, and for all of them together.
+_STEP_POINTS, _SPREAD_POINTS = 9.0, 36.0
+# Below this ratio a log axis names more than its powers of ten.
+_SHORT_LOG = 200.0
+# Characters below an axis before they touch.
+_ROOM = 80
+_MOST_DIGITS = 6
+_NO_RUN = "#e6e6e6"
 
 
 def own_style() -> AbstractContextManager[Any]:
@@ -51,30 +62,66 @@ def draw_setting(runs: list[Mapping[str, Any]], key: str, *, metric: str, best: 
         best: name of the best run.
     """
 
-    def act(axes: Axes, _figure: Figure) -> None:
-        numbers = [as_number(entry["settings"][key]) for entry in runs]
-        texts = list(dict.fromkeys(entry["settings"][key] for entry in runs))
-        numeric = None not in numbers
-        places = [n if n is not None else 0.0 for n in numbers] if numeric else [
-            float(texts.index(entry["settings"][key])) for entry in runs
-        ]  # fmt: skip
-        for entry, place in zip(runs, places, strict=True):
-            value, color = entry["metric"], VERMILION if entry["name"] == best else BLUE
+    texts = [entry["settings"][key] for entry in runs]
+    numbers = [as_number(text) for text in texts]
+    numeric = None not in numbers
+    order = list(dict.fromkeys(texts))
+    places = [number if numeric and number is not None else float(order.index(text))
+              for text, number in zip(texts, numbers, strict=True)]  # fmt: skip
+
+    def act(axes: Axes, figure: Figure) -> None:
+        for entry, place, points in zip(runs, places, _apart(places), strict=True):
+            color = VERMILION if entry["name"] == best else BLUE
+            aside = axes.transData + ScaledTranslation(points / 72, 0, figure.dpi_scale_trans)
             if entry["interval"]:
-                axes.plot([place, place], entry["interval"], color=color, linewidth=1.0, alpha=0.55)
-            axes.plot([place], [value], marker="o", markersize=7, color=color, linestyle="none", zorder=4)
-        ticks = sorted(set(places))
-        if numeric and ticks[0] > 0 and ticks[-1] / ticks[0] >= _LOG_FROM:
-            axes.set_xscale("log")
-            axes.xaxis.set_minor_formatter(NullFormatter())
-        if len(ticks) <= _NAMED_LINES:
-            axes.set_xticks(ticks, [format_number(t) for t in ticks] if numeric else texts)
+                axes.plot([place, place], entry["interval"], color=color, linewidth=1.0, alpha=0.55, transform=aside)
+            axes.plot(
+                [place], [entry["metric"]], marker="o", markersize=6, color=color, linestyle="none", zorder=4,
+                transform=aside,
+            )  # fmt: skip
+        _scale(axes, dict(zip(places, texts, strict=True)), numeric=numeric)
         axes.ticklabel_format(axis="y", style="plain", useOffset=False)
         axes.set_xlabel(key)
         axes.set_ylabel(metric)
         axes.set_title(f"{metric} against {key}", loc="left", pad=12)
 
     return draw(act)
+
+
+def _apart(places: list[float]) -> list[float]:
+    """Return how far each run is moved aside, in points, from others with the same value."""
+    found = []
+    for number, place in enumerate(places):
+        alike = places.count(place)
+        step = min(_STEP_POINTS, _SPREAD_POINTS / alike)
+        found.append((places[:number].count(place) - (alike - 1) / 2) * step)
+    return found
+
+
+def _scale(axes: Axes, ticks: Mapping[float, str], *, numeric: bool) -> None:
+    """Name values as they were given, where there is room for all, and choose the scale of numbers."""
+    low, high = min(ticks), max(ticks)
+    if numeric and low > 0 and high / low >= _LOG_FROM:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < _SHORT_LOG else (1.0,)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
+    if len(ticks) <= _NAMED_LINES:
+        names = [shorten(text) for text in ticks.values()]
+        slanted = max(map(len, names)) * len(names) > _ROOM
+        axes.set_xticks(list(ticks), names, rotation=20 if slanted else 0, ha="right" if slanted else "center")
+    if len(ticks) == 1 or not numeric:  # what is moved aside must not leave the picture
+        axes.set_xlim(low - 0.5, high + 0.5)
+    else:
+        axes.margins(x=0.08)
+
+
+def shorten(text: str) -> str:
+    """Return a value without its middle where it is long."""
+    if len(text) <= _LONGEST_LABEL:
+        return text
+    half = (_LONGEST_LABEL - 1) // 2
+    return f"{text[:half]}…{text[-half:]}"
 
 
 def draw_map(runs: list[Mapping[str, Any]], keys: tuple[str, str], *, metric: str, lower: bool) -> bytes | None:
@@ -99,14 +146,21 @@ def draw_map(runs: list[Mapping[str, Any]], keys: tuple[str, str], *, metric: st
         grid = [
             [means.get((row, column), float("nan")) for column in range(len(sides[1]))] for row in range(len(sides[0]))
         ]
-        image = axes.imshow(grid, cmap="Blues_r" if lower else "Blues", aspect="auto")
+        colors = matplotlib.colormaps["Blues_r" if lower else "Blues"].with_extremes(bad=_NO_RUN)
+        image = axes.imshow(grid, cmap=colors, aspect="auto")
         low, high = min(means.values()), max(means.values())
+        digits = min(max(2 - math.floor(math.log10(high - low)), 0), _MOST_DIGITS) if high > low else None
         for (row, column), value in means.items():
             share = (value - low) / (high - low or 1.0)
             dark = share < 0.45 if lower else share > 0.55
-            axes.text(column, row, format_measured(value), ha="center", va="center", color="white" if dark else INK)
-        axes.set_xticks(range(len(sides[1])), sides[1])
-        axes.set_yticks(range(len(sides[0])), sides[0])
+            text = format_measured(value) if digits is None else f"{value:.{digits}f}"
+            axes.text(column, row, text, ha="center", va="center", color="white" if dark else INK)
+        names = [[shorten(value) for value in side] for side in sides]
+        slanted = max(map(len, names[1])) * len(names[1]) > _ROOM
+        axes.set_xticks(
+            range(len(sides[1])), names[1], rotation=20 if slanted else 0, ha="right" if slanted else "center"
+        )
+        axes.set_yticks(range(len(sides[0])), names[0])
         axes.grid(False)
         axes.set_xlabel(keys[1])
         axes.set_ylabel(keys[0])
@@ -138,6 +192,7 @@ def draw_curves(folder: Path, runs: list[Mapping[str, Any]], *, best: str) -> by
     if not curves:
         return None
     few = len(curves) <= _NAMED_LINES
+    labels = {entry["name"]: f"{entry['number']:03}: {_values(entry)}" for entry in runs}
 
     def act(axes: Axes, _figure: Figure) -> None:
         palette = matplotlib.colormaps["viridis"]
@@ -146,12 +201,26 @@ def draw_curves(folder: Path, runs: list[Mapping[str, Any]], *, best: str) -> by
             color = VERMILION if first else palette(0.9 * place / max(len(curves) - 1, 1)) if few else GREY
             axes.plot(
                 curve.steps, curve.values, color=color, linewidth=2.2 if first else 1.1, marker="o",
-                markersize=5 if first else 3.5, label=name if few or first else None, zorder=5 if first else 3,
+                markersize=5 if first else 3.5, label=labels[name] if few or first else None, zorder=5 if first else 3,
             )  # fmt: skip
         axes.ticklabel_format(axis="y", style="plain", useOffset=False)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("nats per supervised token")
         axes.set_title("Validation loss", loc="left", pad=12)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9, borderaxespad=0.2, handlelength=1.8)
+        keys = ", ".join(key.rpartition(".")[2] for key in runs[0]["settings"])
+        axes.legend(
+            title=f"run: {keys}",
+            alignment="left",
+            title_fontsize=9,
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1.0),
+            fontsize=9,
+            borderaxespad=0.2,
+            handlelength=1.8,
+        )
 
     return draw(act)
+
+
+def _values(entry: Mapping[str, Any]) -> str:
+    return ", ".join(shorten(value) for value in entry["settings"].values())

@@ -40,12 +40,12 @@ def _noise(metric: str, ordered: Sequence[Mapping[str, Any]]) -> str:
     if best["interval"] is None:
         return f"No interval of {metric} is known: small differences between runs may be chance."
     low, high = best["interval"]
-    near = [entry["name"] for entry in others if low <= entry["metric"] <= high]
+    near = [f"{entry['number']:03}" for entry in others if low <= entry["metric"] <= high]
     if not near:
         return ""
     return (
         f"Within the noise of the validation rows: {', '.join(near)}. Their {metric} lies within the 95 % interval of "
-        f"{best['name']} ({format_number(low)} to {format_number(high)}), so they may be as good."
+        f"{best['number']:03} ({format_number(low)} to {format_number(high)}), so they may be as good."
     )
 
 

@@ -46,7 +46,26 @@ def load_deepspeed(device: torch.device) -> Any:
     except ImportError as error:
         raise _missing(f"the package deepspeed cannot be imported: {error}") from error
     found.utils.logger.setLevel(logging.ERROR)  # it logs every object that it makes
+    if device.type == "cpu":
+        found.accelerator.set_accelerator(_plain_cpu())
     return found
+
+
+def _plain_cpu() -> Any:
+    """Return DeepSpeed's idea of a CPU, without the sums in shared memory that it would compile in every process.
+
+    A compilation that is killed leaves a lock, and all later runs would wait for it without a word.
+    """
+    from_library: Any = importlib.import_module("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator
+
+    class PlainCpu(from_library):  # type: ignore[misc]
+        """Sums by gloo."""
+
+        def create_op_builder(self, class_name: str) -> Any:
+            """Return what compiles a kernel; None for that of sums."""
+            return None if class_name == "ShareMemCommBuilder" else super().create_op_builder(class_name)
+
+    return PlainCpu()
 
 
 def _missing(what: str) -> ConfigError:

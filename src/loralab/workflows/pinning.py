@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from loralab.config.schema import Config, DataSource
+from loralab.config.schema import Config, DataSource, ModelConfig
 from loralab.data.pools import is_split_name
 from loralab.data.reading.sources import find_hub_id
-from loralab.hub.revisions import Pin, fetch_model, find_commit
+from loralab.hub.access import is_offline
+from loralab.hub.revisions import Pin, fetch_model, find_commit, is_fetched
 from loralab.models.load import check_local_model
 from loralab.progress import Reporter
 from loralab.run import Json
@@ -67,6 +68,23 @@ def as_pinned(config: Config, recorded: Mapping[str, Any]) -> Config:
         return known.get((kind, name, asked)) or Pin(name, asked, None, where)
 
     return _apply(config, find)
+
+
+def fetch_base(model: ModelConfig, reporter: Reporter) -> None:
+    """Fetch what the cache lacks of a base from the Hub; a local folder, and what is there already, ask nothing.
+
+    Args:
+        model: names it.
+        reporter: told of files that are fetched.
+
+    Raises:
+        HubError: it is not there, not allowed, or the Hub cannot be reached.
+    """
+    if Path(model.name).expanduser().exists() or is_offline() or is_fetched(model.name, model.revision):
+        return
+    commit = find_commit("model", model.name, model.revision, where="key model.name").commit
+    if commit is not None:
+        _fetch(model.name, commit, reporter)
 
 
 def _fetch(name: str, commit: str, reporter: Reporter) -> None:

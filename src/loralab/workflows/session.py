@@ -31,6 +31,7 @@ from loralab.run import RunFolder, read_json
 from loralab.workflows.adapter_folder import FACTS_FILE
 from loralab.workflows.configure import load_run_config
 from loralab.workflows.pictures import open_pictures
+from loralab.workflows.pinning import fetch_base
 
 # No dropout runs where nothing trains.
 _NEVER_READ = ("model.base_dropout",)
@@ -163,6 +164,7 @@ def open_session(
     if base_model is not None:
         _check_effect(overrides, ("",), ("model.name",))
     check_local_model(config.model.name)
+    fetch_base(config.model, reporter)
     _check_base(target, config)
     note = select_gpus(config.model)
     device = resolve_device("cuda:0" if note else config.model.device)

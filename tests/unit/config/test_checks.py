@@ -55,6 +55,12 @@ BROKEN: list[tuple[str, Values, list[str], str]] = [
         "device_map auto with fsdp2",
     ),
     (
+        "_check_moments_in_parts",
+        {"training": {"distributed": "zero2", "optim": "adafactor"}},
+        ["training.optim"],
+        "set training.optim: adamw_torch",
+    ),
+    (
         "_check_optimizer",
         {"model": {"device": "cpu"}, "training": {"optim": "paged_adamw_8bit"}},
         ["training.optim"],

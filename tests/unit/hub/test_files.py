@@ -10,7 +10,7 @@ from loralab.hub.files import pushable_files, stage_adapter
 from loralab.run import write_text
 
 FILES = {
-    "adapter_config.json": json.dumps({"base_model_name_or_path": "/home/ada/models/llama", "r": 4}),
+    "adapter_config.json": json.dumps({"base_model_name_or_path": "/srv/models/llama", "r": 4}),
     "adapter_model.safetensors": "weights",
     "adapter_facts.json": "{}",
     "README.md": "card",

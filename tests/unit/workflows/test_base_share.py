@@ -18,12 +18,12 @@ from loralab.workflows.step_layout import build_blueprint
 from support import tiny
 from support.command import write_config
 
-LAYERS = 10
+LAYERS = 6
 
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A configuration on a base of ten layers, whose numbers nobody reads."""
+    """A configuration on a base of six layers, whose numbers nobody reads."""
     folder = tmp_path_factory.mktemp("share")
     base = tiny.save_base(folder / "base")
     shape = json.loads((base / "config.json").read_text(encoding="utf-8"))
