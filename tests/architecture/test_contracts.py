@@ -20,6 +20,7 @@ TRAINER_OVERRIDES = {
     "get_batch_samples",
     "get_train_dataloader",
     "log",
+    "save_model",
     "training_step",
 }
 PROMPTER = "loralab.data.prompts.prompter"

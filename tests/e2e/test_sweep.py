@@ -7,13 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
+import loralab
+from loralab.errors import RunFolderError
+from loralab.progress import Reporter
+from loralab.workflows.sweep import Search, sweep
 from support import tiny
 from support.command import write_config
 
@@ -61,39 +67,48 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(folder)
 
 
-def wait_for_checkpoint(world: World, output: str, number: int, process: subprocess.Popen[str]) -> None:
-    """Wait until a run of a sweep has written a checkpoint, or the sweep has ended."""
-    while process.poll() is None and not list((world.folder / output).glob(f"{number:03}-*/checkpoints/checkpoint-*")):
+def wait(process: subprocess.Popen[str], until: Callable[[], bool]) -> None:
+    """Wait until something has come about, or the process has ended."""
+    while process.poll() is None and not until():
         time.sleep(0.01)
 
 
-def test_a_sweep_that_is_killed_and_stopped_gives_the_table_of_a_whole_one(world: World) -> None:
-    """Of three runs the last fails, which ends no sweep; lists are values like others."""
-    arguments = ("--grid", "lora.target_modules=[q_proj],[v_proj],[nowhere]")
-    code, out, err = world.run(*arguments, "--output", "whole", "--json")
-    assert code == 2, err
-    assert "1 of 3 runs failed: 003" in err
-    assert "nowhere" in world.runs("whole")[2]["reason"]
-    assert [run["status"] for run in json.loads(out)["runs"]] == ["completed", "completed", "failed"]
-    assert len({run["adapter_sha256"] for run in world.runs("whole")[:2]}) == 2
-    assert (world.folder / "whole/sweep.html").is_file()
-
-    killed = world.start(*arguments, "--output", "other")
-    wait_for_checkpoint(world, "other", 1, killed)
+def test_a_sweep_that_is_killed_and_stopped_goes_on(world: World) -> None:
+    """The first of two runs gives the adapter of a run by itself; the last fails, which ends no sweep."""
+    arguments = ("--grid", "lora.target_modules=[q_proj],[nowhere]", "--output", "out")
+    run = world.folder / "out/001-target_modules_q_proj"
+    killed = world.start(*arguments)
+    wait(killed, lambda: any(run.glob("checkpoints/checkpoint-*")))
     killed.kill()
     killed.communicate()
-    stopped = world.start(*arguments, "--output", "other")
-    wait_for_checkpoint(world, "other", 2, stopped)
+
+    stopped = world.start(*arguments)
+    wait(stopped, lambda: [each["status"] for each in world.runs("out")] == ["running", "pending"])
+    wait(stopped, lambda: any(psutil.Process(stopped.pid).children()))
     stopped.send_signal(signal.SIGINT)
     _, err = stopped.communicate()
     assert stopped.returncode == 130, err
-    assert [run["status"] for run in world.runs("other")] == ["completed", "interrupted", "pending"]
-    assert world.run(*arguments, "--output", "other")[0] == 2
-    assert world.table("other") == world.table("whole")
+    assert [each["status"] for each in world.runs("out")] == ["interrupted", "pending"]
 
-    code, _, err = world.run("--grid", "lora.r=4,8", "--output", "whole")
-    assert code == 2
-    assert "the folder holds another sweep" in err
+    code, out, err = world.run(*arguments, "--json")
+    assert code == 2, err
+    assert "1 of 2 runs have no result: 002" in err
+    assert "--retry-failed" in err
+    assert [each["status"] for each in json.loads(out)["runs"]] == ["completed", "failed"]
+    assert "nowhere" in world.runs("out")[1]["reason"]
+    assert (world.folder / "out/sweep.html").is_file()
+
+    alone = world.folder / "alone"
+    settings = {"lora": {"target_modules": ["q_proj"]}, "evaluation": {"split": "validation"}}
+    loralab.train(world.folder / "tiny.yaml", output={"dir": str(alone)}, **settings)
+    record = json.loads((alone / "run.json").read_text(encoding="utf-8"))
+    evaluation = json.loads((alone / "evaluation.json").read_text(encoding="utf-8"))
+    assert world.runs("out")[0]["adapter_sha256"] == record["adapter_sha256"]
+    assert world.runs("out")[0]["metric"] == evaluation["eval_loss"]
+
+    another = Search(world.folder / "tiny.yaml", ["lora.r=4,8"], output=world.folder / "out")
+    with pytest.raises(RunFolderError, match="holds another sweep"):
+        sweep(another, reporter=Reporter())
 
 
 @pytest.fixture(scope="module")
@@ -103,18 +118,43 @@ def whole(world: World) -> World:
     return world
 
 
+def begun(world: World, output: str) -> int:
+    return len(list((world.folder / output).glob("0*/run.json")))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_six_runs_killed_twice_at_random(whole: World, seed: int) -> None:
+@pytest.mark.parametrize("seed", range(2))
+def test_six_runs_of_a_sweep_that_is_killed_twice_at_random(whole: World, seed: int) -> None:
     output, draw = f"killed-{seed}", random.Random(seed)
     for kill in range(2):
         process = whole.start(*SIX, "--output", output)
-        while process.poll() is None and len(list((whole.folder / output).glob("0*/run.json"))) <= 2 * kill:
-            time.sleep(0.01)
+        wait(process, lambda kill=kill: begun(whole, output) > 2 * kill)
         time.sleep(draw.uniform(0, 6))
         process.kill()
         process.communicate()
     assert [run["status"] for run in whole.runs(output)] != ["completed"] * 6
+    code, _, err = whole.run(*SIX, "--output", output)
+    assert code == 0, err
+    assert whole.table(output) == whole.table("six")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_six_runs_of_which_two_are_killed_at_random(whole: World, seed: int) -> None:
+    """The sweep goes on with the next run, and the same command with those that were killed."""
+    output, draw = f"runs-killed-{seed}", random.Random(seed)
+    process = whole.start(*SIX, "--output", output)
+    for kill in range(2):
+        wait(process, lambda kill=kill: begun(whole, output) > 2 * kill)
+        time.sleep(draw.uniform(0, 3))
+        for child in psutil.Process(process.pid).children():
+            child.kill()
+    _, err = process.communicate()
+    assert process.returncode == 2, err
+    assert "the same command goes on with them" in err
+    statuses = [run["status"] for run in whole.runs(output)]
+    assert statuses.count("interrupted") in (1, 2)  # one of the two may have been killed behind its end
+    assert statuses.count("completed") == 6 - statuses.count("interrupted")
     code, _, err = whole.run(*SIX, "--output", output)
     assert code == 0, err
     assert whole.table(output) == whole.table("six")

@@ -98,7 +98,7 @@ def _plots(folder: Path, content: Mapping[str, Any], best: str | None) -> list[t
         caption = f"{metric} over both settings; darker is better, grey has no result"
         pictures.append((caption, draw_map(runs, (keys[0], keys[1]), metric=metric, lower=lower)))
     for key in keys:
-        caption = f"{metric} of every run against {key}; the best run in orange, lines are 95 % intervals, runs with one value stand side by side"
+        caption = f"{metric} against {key}: the best run in orange, lines are 95 % intervals; equal values side by side"
         pictures.append((caption, draw_setting(runs, key, metric=metric, best=best)))
     pictures.append(("Validation loss of every run while training", draw_curves(folder, runs, best=best)))
     return [

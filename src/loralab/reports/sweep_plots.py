@@ -61,7 +61,6 @@ def draw_setting(runs: list[Mapping[str, Any]], key: str, *, metric: str, best: 
         metric: its name.
         best: name of the best run.
     """
-
     texts = [entry["settings"][key] for entry in runs]
     numbers = [as_number(text) for text in texts]
     numeric = None not in numbers
@@ -70,6 +69,9 @@ def draw_setting(runs: list[Mapping[str, Any]], key: str, *, metric: str, best: 
               for text, number in zip(texts, numbers, strict=True)]  # fmt: skip
 
     def act(axes: Axes, figure: Figure) -> None:
+        for entry, place in zip(runs, places, strict=True):  # unseen: what is moved aside sets no bounds
+            values = entry["interval"] or [entry["metric"]]
+            axes.plot([place] * len(values), values, linestyle="none")
         for entry, place, points in zip(runs, places, _apart(places), strict=True):
             color = VERMILION if entry["name"] == best else BLUE
             aside = axes.transData + ScaledTranslation(points / 72, 0, figure.dpi_scale_trans)

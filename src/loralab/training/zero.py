@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, WorkerError
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.training.deepspeed_library import load_deepspeed
 from loralab.training.distributed import Processes
 
 # Elements that are reduced at once; the buffer for it is as large.
 _BUCKET = 50_000_000
+# Stands for a module that never ends; those of a model are numbered from 0.
+_IN_USE = -1
 # Optimizers that treat every number alone: a moment may be cut anywhere.
 _ELEMENTWISE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
@@ -159,6 +161,9 @@ def cut_layers(model: SupervisedPeftModel, layers: Sequence[nn.Module], device: 
         model: base with adapter, in main memory.
         layers: its decoder layers.
         device: where the run computes.
+
+    Raises:
+        ConfigError: deepspeed cannot be imported.
     """
     deepspeed = load_deepspeed(device)
     root = _Layers(layers)
@@ -167,12 +172,27 @@ def cut_layers(model: SupervisedPeftModel, layers: Sequence[nn.Module], device: 
     deepspeed.utils.set_z3_leaf_modules(root, sorted({type(layer) for layer in layers}, key=lambda kind: kind.__name__))
     # No tensor below this size is cut: then none that is trained.
     kept = max((weight.numel() for weight in trained), default=0)
-    settings = _settings(3, {"stage3_param_persistence_threshold": max(kept, 1)})
+    settings = _settings(3, {"stage3_param_persistence_threshold": max(kept, 1), "stage3_max_reuse_distance": 0})
     deepspeed.zero.Init(module=root, config_dict_or_path=settings)
-    deepspeed.initialize(model=root, config=settings, dist_init_required=False)
+    engine = deepspeed.initialize(model=root, config=settings, dist_init_required=False)[0]
     for weight in trained:
         weight.all_gather()
-    model.body.register_forward_pre_hook(lambda *_: root())
+        # While something uses a weight, it is not let go. Small ones stay by themselves, but only where forwards
+        # come in an order that DeepSpeed has seen before; and what comes back is what was cut, not what was learnt.
+        weight.ds_active_sub_modules.add(_IN_USE)
+    places = [weight.data_ptr() for weight in trained]
+
+    def begin(*_: object) -> None:
+        if [weight.data_ptr() for weight in trained] != places:
+            raise WorkerError(
+                "DeepSpeed has let go of trained weights, and what they learnt may be lost",
+                where="key training.distributed",
+                fix="set training.distributed: fsdp2; the last checkpoint is unharmed",
+            )
+        engine.optimizer.release_backward_leftovers()  # a layer whose input has no gradient is not let go otherwise
+        root()
+
+    model.body.register_forward_pre_hook(begin)
 
 
 def held_of(weight: Tensor) -> int:

@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+from matplotlib.figure import Figure
+
 from loralab.reports.sweep_page import write_sweep_page
+from loralab.reports.sweep_plots import draw_setting, shorten
 from loralab.reports.sweep_reading import read_sweep
 
 
@@ -75,10 +79,32 @@ def test_the_page_has_every_run_and_its_pictures(tmp_path: Path) -> None:
     assert page.count("<figure>") == 4  # both settings in one, each alone, the curves
     assert "3 of 4 runs complete" in page
     assert "ran out of &lt;memory&gt;" in page
-    assert 'class="best"><th scope="row" title="002"' in page
+    assert 'class="best"><th scope="row" title="002"><a href="002/report.html">002</a>' in page
 
 
 def test_a_page_without_results(tmp_path: Path) -> None:
     page = write_sweep_page(tmp_path, content(entry(1, None, r="4"))).read_text(encoding="utf-8")
     assert "No run has been completed." in page
     assert "<figure>" not in page
+
+
+@pytest.mark.parametrize(
+    "values", [("4", "4", "64"), ("1e-5", "1e-4", "1e-3"), ("[q_proj,v_proj]", "attention", "all")]
+)
+def test_every_run_stands_within_the_picture(values: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are moved aside from equal ones, which matplotlib's own bounds know nothing of."""
+    runs = [entry(n, 1.0 + n, interval=[0.5 + n, 1.5 + n], r=value) for n, value in enumerate(values, 1)]
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
+    draw_setting(runs, "lora.r", metric="eval_loss", best="002")
+    axes = figures[0].axes[0]
+    seen = [line for line in axes.lines if line.get_marker() == "o"]
+    places = [tuple(line.get_transform().transform(line.get_xydata()[0])) for line in seen]
+    assert len(set(places)) == 3  # none hides another
+    assert all(axes.bbox.contains(*place) for place in places)
+
+
+def test_long_values_lose_their_middle() -> None:
+    assert shorten("[q_proj,v_proj]") == "[q_proj,v_proj]"
+    assert shorten("[q_proj,k_proj,v_proj,down_proj]") == "[q_proj,k_…down_proj]"

@@ -31,6 +31,7 @@ OVERRIDDEN = {
     "get_batch_samples",
     "get_train_dataloader",
     "log",
+    "save_model",
     "training_step",
 }
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, StorageError
 from loralab.progress import Reporter
 from loralab.workflows.sweep import Search, sweep
 from support import tiny
@@ -32,10 +32,29 @@ def refuse(folder: Path, search: Search) -> str:
         ("lora.rnak=4,8", "unknown key: 'lora.rnak'"),
         ("data.validation=2,4", "data.validation cannot vary"),
         ("output.dir=a,b", "output.dir cannot vary"),
+        ("lora.r=4,8,4.0", "run 003 (lora.r=4.0) is the same as run 001 (lora.r=4)"),
+        ("data.train=a.json,b.json", "measured on different rows"),
     ],
 )
 def test_a_point_that_cannot_be_trained(grid: str, words: str, tmp_path: Path) -> None:
     assert words in refuse(tmp_path, Search(config(tmp_path), [grid], output=tmp_path / "out"))
+
+
+def test_runs_do_not_push_to_one_repository(tmp_path: Path) -> None:
+    for repo in ("me/price", "{user}/price-{timestamp}"):
+        search = Search(config(tmp_path), ["lora.r=4,8"], [f"output.hub.repo={repo}"], output=tmp_path / "out")
+        assert "one repository" in refuse(tmp_path, search)
+
+
+def test_a_sweep_is_no_process_of_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one of 2 processes" in refuse(tmp_path, Search(config(tmp_path), ["lora.r=4,8"], output=tmp_path / "out"))
+
+
+def test_a_file_in_the_way_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot make"):
+        sweep(Search(config(tmp_path), ["lora.r=4,8"], output=tmp_path / "file"), reporter=Reporter())
 
 
 def test_the_validation_split_decides(tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 import math
 import random
+import re
 
 import pytest
 
 from loralab.errors import ConfigError
-from loralab.workflows.sweep_space import Range, grid_points, random_points, read_space, split_values
+from loralab.workflows.sweep_space import Point, Range, grid_points, random_points, read_space, split_values
 
 
 def test_both_forms_say_the_same() -> None:
@@ -86,3 +87,18 @@ def test_a_grid_has_no_ranges_and_a_small_space_no_more_points() -> None:
         grid_points(read_space(["lora.r=2..8"], [])[0])
     with pytest.raises(ConfigError, match="only 2 were found"):
         random_points(read_space(["lora.r=2,8"], [])[0], 5, seed=0)
+
+
+def test_a_sweep_has_an_end() -> None:
+    with pytest.raises(ConfigError, match="1,002 runs"):
+        grid_points(read_space(["lora.r=4,8", f"training.seed={','.join(map(str, range(501)))}"], [])[0])
+    with pytest.raises(ConfigError, match="2,000 runs"):
+        random_points(read_space(["training.seed=1..9000"], [])[0], 2000, seed=0)
+
+
+@pytest.mark.parametrize("value", ["[q_proj,v_proj]", "../a.json", "1e+3", "a--b", "-1", "x" * 200])
+def test_a_run_is_named_as_a_repository_may_be(value: str) -> None:
+    name = Point(1, {"lora.r": value}).name
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,70}", name)
+    assert not {"--", ".."} & {name[at : at + 2] for at in range(len(name))}
+    assert name[-1] not in "-."
