@@ -84,7 +84,7 @@ def test_a_sweep_that_is_killed_and_stopped_goes_on(world: World) -> None:
 
     stopped = world.start(*arguments)
     wait(stopped, lambda: [each["status"] for each in world.runs("out")] == ["running", "pending"])
-    wait(stopped, lambda: any(psutil.Process(stopped.pid).children()))
+    wait(stopped, lambda: any(children(stopped)))
     stopped.send_signal(signal.SIGINT)
     _, err = stopped.communicate()
     assert stopped.returncode == 130, err
@@ -118,6 +118,13 @@ def whole(world: World) -> World:
     return world
 
 
+def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def begun(world: World, output: str) -> int:
     return len(list((world.folder / output).glob("0*/run.json")))
 
@@ -147,14 +154,15 @@ def test_six_runs_of_which_two_are_killed_at_random(whole: World, seed: int) -> 
     for kill in range(2):
         wait(process, lambda kill=kill: begun(whole, output) > 2 * kill)
         time.sleep(draw.uniform(0, 3))
-        for child in psutil.Process(process.pid).children():
+        wait(process, lambda: any(children(process)))
+        for child in children(process):
             child.kill()
     _, err = process.communicate()
-    assert process.returncode == 2, err
-    assert "the same command goes on with them" in err
     statuses = [run["status"] for run in whole.runs(output)]
-    assert statuses.count("interrupted") in (1, 2)  # one of the two may have been killed behind its end
-    assert statuses.count("completed") == 6 - statuses.count("interrupted")
+    assert statuses.count("completed") + statuses.count("interrupted") == 6
+    if "interrupted" in statuses:  # else both were killed behind their ends
+        assert process.returncode == 2, err
+        assert "the same command goes on with them" in err
     code, _, err = whole.run(*SIX, "--output", output)
     assert code == 0, err
     assert whole.table(output) == whole.table("six")

@@ -5,10 +5,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from loralab.cli.application import print_json
 from loralab.console import ConsoleReporter, ResultConsole
 from loralab.options import AsJson, usable_path
+from loralab.reports.sweep_reading import shorten
 from loralab.reports.wording import format_bytes, format_count, format_interval, format_measured, format_seconds
 
 _LEAST_WIDTH = 110
@@ -26,17 +28,18 @@ def sweep(
     *,
     grid: Annotated[
         list[str] | None,
-        typer.Option("--grid", help="section.key=V1,V2,V3 (or LOW..HIGH with --random); may be repeated."),
+        typer.Option("--grid", help="section.key=V1,V2,V3, or LOW..HIGH with --random; may be repeated."),
     ] = None,
     random: Annotated[
-        int | None, typer.Option("--random", min=1, help="Draw this many points instead of taking all combinations.")
+        int | None, typer.Option("--random", min=1, help="Draw so many points (1,000 at most) instead of taking all.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the drawing.")] = 0,
     metric: Annotated[
         str, typer.Option("--metric", help="Figure of the final evaluation, on the validation split.")
     ] = "eval_loss",
     mode: Annotated[
-        Literal["min", "max"] | None, typer.Option("--mode", help="Which direction is better; known of every metric.")
+        Literal["min", "max"] | None,
+        typer.Option("--mode", help="Which direction is better; by default known by the metric."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -72,7 +75,7 @@ def _print_sweep(result: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     order = {name: place for place, name in enumerate(result["reading"]["order"])}
     for entry in sorted(result["runs"], key=lambda each: (order.get(each["name"], len(order)), each["number"])):
-        settings = [entry["settings"][key] for key in keys]
+        settings = [Text(shorten(entry["settings"][key])) for key in keys]  # lists in brackets are no markup
         if entry["status"] == "completed":
             low, high = entry["interval"] or (None, None)
             figures = [
@@ -88,7 +91,7 @@ def _print_sweep(result: dict[str, Any]) -> None:
         table.add_row(f"{entry['number']:03}", *settings, *figures)
     console.print(table)
     if result["reading"]["best"]:
-        console.print(f"best: {Path(result['folder']) / result['reading']['best']}", soft_wrap=True)
+        console.print(f"best: {Path(result['folder']) / result['reading']['best']}", soft_wrap=True, markup=False)
     for caution in result["reading"]["cautions"]:
         console.print(f"note: {caution}", soft_wrap=True, markup=False)
-    console.print(f"page: {Path(result['folder']) / 'sweep.html'}", soft_wrap=True)
+    console.print(f"page: {Path(result['folder']) / 'sweep.html'}", soft_wrap=True, markup=False)

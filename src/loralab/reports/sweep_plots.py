@@ -16,7 +16,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from loralab.reports.curves import read_curve
 from loralab.reports.plots import BLUE, DOTS_PER_INCH, GREY, INK, SIZE_INCHES, STYLE, VERMILION
-from loralab.reports.sweep_reading import as_number
+from loralab.reports.sweep_reading import as_number, shorten
 from loralab.reports.wording import format_measured, format_number
 from loralab.run import RunFolder, read_metrics
 
@@ -24,7 +24,6 @@ from loralab.run import RunFolder, read_metrics
 _LOG_FROM = 8.0
 _MOST_CELLS = 20
 _NAMED_LINES = 10
-_LONGEST_LABEL = 22
 # Between runs with the same value, so that one does not hide another; in points, and for all of them together.
 _STEP_POINTS, _SPREAD_POINTS = 9.0, 36.0
 # Below this ratio a log axis names more than its powers of ten.
@@ -116,14 +115,6 @@ def _scale(axes: Axes, ticks: Mapping[float, str], *, numeric: bool) -> None:
         axes.set_xlim(low - 0.5, high + 0.5)
     else:
         axes.margins(x=0.08)
-
-
-def shorten(text: str) -> str:
-    """Return a value without its middle where it is long."""
-    if len(text) <= _LONGEST_LABEL:
-        return text
-    half = (_LONGEST_LABEL - 1) // 2
-    return f"{text[:half]}…{text[-half:]}"
 
 
 def draw_map(runs: list[Mapping[str, Any]], keys: tuple[str, str], *, metric: str, lower: bool) -> bytes | None:

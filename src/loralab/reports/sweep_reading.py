@@ -6,6 +6,7 @@ from typing import Any
 from loralab.reports.wording import format_number
 
 _SEED = "training.seed"
+_LONGEST_LABEL = 22
 
 
 def read_sweep(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,3 +95,11 @@ def as_number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def shorten(text: str) -> str:
+    """Return a value without its middle where it is long."""
+    if len(text) <= _LONGEST_LABEL:
+        return text
+    half = (_LONGEST_LABEL - 1) // 2
+    return f"{text[:half]}…{text[-half:]}"

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loralab.config.tracker_checks import NO_REPORTS, hide_secrets, load_package
-from loralab.errors import excerpt
+from loralab.errors import RunFolderError, excerpt
 from loralab.run import read_json, write_json
 from loralab.training.callbacks import LOGGED
 
@@ -237,13 +237,7 @@ class Trackers:
     def open(self) -> None:
         """Begin, or go on where an earlier start of the run ended."""
         start = self.beginning()
-        path = self.folder / _STATE
-        known = read_json(path) if path.is_file() else {}
-        if known.get("run") != start.run:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            known = {"run": start.run, "trackers": {}}
-        self._state = known
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._state = self._take_up(start.run)
         last = max((int(line["step"]) for line in start.lines), default=0)
         for tracker in self.names:
             earlier = self._state["trackers"].setdefault(tracker, {"identity": None, "sent": {}})
@@ -257,6 +251,20 @@ class Trackers:
         self._save()
         for line in start.lines:
             self.send(line)
+
+    def _take_up(self, run: str) -> dict[str, Any]:
+        """Return what an earlier start of the run has sent, and make room for what this one sends."""
+        path, known = self.folder / _STATE, {}
+        try:
+            known = read_json(path) if path.is_file() else {}
+        except RunFolderError as error:
+            self.note(f"trackers begin anew, {path} cannot be used: {error.problems[0].what}")
+        if known.get("run") != run:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            known = {"run": run, "trackers": {}}
+        with contextlib.suppress(OSError):  # told when it is written to
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return known
 
     def send(self, line: Mapping[str, Any]) -> None:
         """Send a line of `metrics.jsonl` to those that have not got it; what is no number is left out.
@@ -275,7 +283,7 @@ class Trackers:
         for name in waiting:
             self._state["trackers"][name]["sent"][kind] = step
         self._save()  # before: behind a kill, a figure that is missing is better than one that is there twice
-        for name in waiting:
+        for name in filter(self._open.__contains__, waiting):
             with self._failing(name):
                 self._open[name].send(figures, step)
 
@@ -295,7 +303,13 @@ class Trackers:
         self._open.clear()
 
     def _save(self) -> None:
-        write_json(self.folder / _STATE, self._state)
+        """Write down what is sent; where that cannot be, no tracker gets more: it might get it twice."""
+        try:
+            write_json(self.folder / _STATE, self._state)
+        except OSError as error:
+            if self._open:
+                self.note(f"trackers get nothing more, {self.folder} cannot be written: {excerpt(error)}")
+            self.close(None, step=0, failed=True)
 
     @contextlib.contextmanager
     def _failing(self, name: str) -> Iterator[None]:

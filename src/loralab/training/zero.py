@@ -109,7 +109,8 @@ class MomentsInParts(torch.optim.Optimizer):
 
     def gather(self) -> None:
         """Fetch all processes' parts to the first, for `state_dict`; all processes together."""
-        parts = self._processes.gather(_on_cpu(self._own.state_dict()["state"]))
+        own = self._own.state_dict()
+        parts = self._processes.gather({**own, "state": _on_cpu(own["state"])})
         self._gathered = parts if self._processes.first else []
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,8 +120,7 @@ class MomentsInParts(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take this process's part of a gathered state."""
         if state_dict["parts"]:
-            groups = self._own.state_dict()["param_groups"]
-            self._own.load_state_dict({"state": state_dict["parts"][self._processes.rank], "param_groups": groups})
+            self._own.load_state_dict(state_dict["parts"][self._processes.rank])
             self.param_groups = self._own.param_groups
 
 
@@ -180,10 +180,11 @@ def cut_layers(model: SupervisedPeftModel, layers: Sequence[nn.Module], device: 
         # While something uses a weight, it is not let go. Small ones stay by themselves, but only where forwards
         # come in an order that DeepSpeed has seen before; and what comes back is what was cut, not what was learnt.
         weight.ds_active_sub_modules.add(_IN_USE)
-    places = [weight.data_ptr() for weight in trained]
+    sizes = [weight.numel() for weight in trained]
 
     def begin(*_: object) -> None:
-        if [weight.data_ptr() for weight in trained] != places:
+        kept = [weight.numel() if _IN_USE in weight.ds_active_sub_modules else 0 for weight in trained]
+        if kept != sizes:
             raise WorkerError(
                 "DeepSpeed has let go of trained weights, and what they learnt may be lost",
                 where="key training.distributed",

@@ -78,9 +78,21 @@ class _Sweep:
         return self.folder / f"{self.base.name}.yaml"
 
     def save(self) -> None:
-        """Write manifest and page."""
-        write_json(self.folder / MANIFEST, self.content)
-        write_sweep_page(self.folder, self.content)
+        """Write configuration, manifest and page.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
+        try:
+            write_text(self.config, dump_config(self.base.config))
+            write_json(self.folder / MANIFEST, self.content)
+            write_sweep_page(self.folder, self.content)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write to {str(self.folder)!r}: {error.strerror}",
+                where="option --output",
+                fix="make room or allow yourself to write there; the same command goes on",
+            ) from None
 
 
 def sweep(search: Search, *, reporter: Reporter) -> dict[str, Any]:
@@ -96,6 +108,7 @@ def sweep(search: Search, *, reporter: Reporter) -> dict[str, Any]:
     Raises:
         ConfigError: a point cannot be trained, or the metric is not measured.
         RunFolderError: the folder holds another sweep.
+        StorageError: the folder cannot be written.
         StoppedBySignal: SIGINT or SIGTERM; the run under way has written a checkpoint.
     """
     found = _prepare(search, reporter)
@@ -106,7 +119,6 @@ def sweep(search: Search, *, reporter: Reporter) -> dict[str, Any]:
             what, fix = error.problems[0].what, "wait for it or stop it (its run writes a checkpoint), or name another"
             raise RunFolderError(what, where="option --output", fix=fix) from None
         _take_up(found)
-        write_text(found.config, dump_config(found.base.config))
         found.save()
         stop = stack.enter_context(passing_signals(reporter))
         for point, entry in zip(found.points, found.content["runs"], strict=True):

@@ -96,7 +96,6 @@ def run_process(
     _wait_until_free(folder, reporter)
     command = [sys.executable, "-m", "loralab.cli.sweep_child", "train", str(config), *overrides]
     command += [f"output.dir={folder.path}", *(["--resume"] if has_begun(folder) else [])]
-    log.parent.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,  # closed when this process is gone, however that came about
@@ -125,6 +124,7 @@ def _read(process: subprocess.Popen[str], log: Path, lines: list[str], reporter:
     with contextlib.ExitStack() as stack:
         copy = None
         with contextlib.suppress(OSError):
+            log.parent.mkdir(parents=True, exist_ok=True)
             copy = stack.enter_context(log.open("a", encoding="utf-8", buffering=1))
         for line in process.stderr or ():
             lines.append(line.rstrip())

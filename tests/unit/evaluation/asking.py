@@ -40,6 +40,7 @@ class _Thread:
     rank: int
     meeting: _Meeting
     count: int = 2
+    lockstep: bool = False
 
     def gather(self, value: Value) -> list[Value]:
         self.meeting.values[self.rank] = value

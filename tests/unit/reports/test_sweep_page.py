@@ -8,8 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from loralab.reports.sweep_page import write_sweep_page
-from loralab.reports.sweep_plots import draw_setting, shorten
-from loralab.reports.sweep_reading import read_sweep
+from loralab.reports.sweep_plots import draw_setting
+from loralab.reports.sweep_reading import read_sweep, shorten
 
 
 def entry(number: int, metric: float | None, *, interval: list[float] | None = None, **settings: str) -> dict[str, Any]:

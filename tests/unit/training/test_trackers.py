@@ -95,6 +95,27 @@ def test_a_failure_is_said_once_without_secrets(tmp_path: Path, monkeypatch: pyt
     assert "hunter2" not in notes[0]
 
 
+def test_a_damaged_state_begins_anew(tmp_path: Path, sent: Sent) -> None:
+    notes: list[str] = []
+    begin(tmp_path, [line(1, loss=2.0)])
+    (tmp_path / "state.json").write_text("{", encoding="utf-8")
+    begin(tmp_path, [line(1, loss=2.0)], notes.append)
+    assert [step for step, _ in sent] == [1, 1]
+    assert len(notes) == 1
+    assert "begin anew" in notes[0]
+
+
+def test_a_folder_that_cannot_be_written_ends_no_run(tmp_path: Path, sent: Sent) -> None:
+    notes: list[str] = []
+    (tmp_path / "file").write_text("")
+    found = begin(tmp_path / "file", [line(1, loss=2.0)], notes.append)
+    found.send(line(2, loss=1.5))
+    found.close({"final/eval_loss": 1.0}, step=2, failed=False)
+    assert sent == [(-1, {"failed": 1.0})]
+    assert len(notes) == 1
+    assert "cannot be written" in notes[0]
+
+
 def test_secrets_are_hidden_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "abcdefgh12345")
     hidden = hide_secrets({"a": ["x abcdefgh12345 y", 3, None], "b": {"c": "s3://me:word@bucket/rows"}})
