@@ -93,7 +93,7 @@ with joined("cpu", "zero2") as processes:
     parts.gather()
     state = parts.state_dict()["parts"]
     assert len(state) == (2 if processes.first else 0)
-    sizes = [sum(held["exp_avg"].numel() for held in part.values()) for part in state]
+    sizes = [sum(held["exp_avg"].numel() for held in part["state"].values()) for part in state]
     numbers = sum(weight.numel() for weight in trained)
     assert all(numbers // 2 <= size <= numbers // 2 + 8 for size in sizes), (sizes, numbers)
 """
