@@ -189,6 +189,7 @@ def test_train_writes_the_run_folder(world: World) -> None:
     assert {name for name in files if name.startswith("adapter/")} == {
         "adapter/README.md",
         "adapter/adapter_config.json",
+        "adapter/adapter_facts.json",
         "adapter/adapter_model.safetensors",
         "adapter/chat_template.jinja",
         "adapter/generation_config.json",

@@ -103,7 +103,11 @@ def test_a_base_of_half_precision_keeps_masters_of_single(way: str, tmp_path: Pa
         for mode in ("ddp", way)
     }
     assert all(answer.code == 0 for team in answers.values() for answer in team), answers[way][0].err
-    check_same(tmp_path / "ddp", tmp_path / way)
+    before, after = metrics(tmp_path / "ddp"), metrics(tmp_path / way)
+    assert after[0] == pytest.approx(before[0], rel=1e-5)
+    # Later a last digit of a weight turns into one of bfloat16's own, which are 4e-3 apart.
+    assert len(after) == len(before)
+    assert all(new == pytest.approx(old, rel=1e-2) for new, old in zip(after, before, strict=True))
     assert all(t.dtype.itemsize == 4 for t in load_file(tmp_path / way / "adapter/adapter_model.safetensors").values())
 
 
