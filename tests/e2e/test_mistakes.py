@@ -600,10 +600,13 @@ def test_adapter_of_another_base(other: tuple[Callable[[Path], Path], str], fini
             fix="give the base that it was trained on",
         )
         assert "sha256" in problem.what
-    # An adapter alone does not say which its base was; its tensors must fit.
     bare = Path(shutil.copytree(finished / "adapter", tmp_path / "bare"))
+    command = ("generate", bare, "-p", "red", "--model", base)
+    refused(run_here(*command), what="not the base of this adapter", where=str(bare), fix="give the base")
+    # One that does not say which its base was: its tensors must fit.
+    (bare / "adapter_facts.json").unlink()
     problem = refused(
-        run_here("generate", bare, "-p", "red", "--model", base),
+        run_here(*command),
         what="the adapter does not fit this base",
         where=str(bare),
         fix="name the base that it was trained on",
