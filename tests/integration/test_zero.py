@@ -1,63 +1,22 @@
 """DeepSpeed's ZeRO trains, measures, answers, stops and resumes as one process does; where deepspeed is installed."""
 
 import importlib.util
-import json
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from support import tiny
-from support.command import read_problems, run_here, write_config
+from support.command import read_problems, run_here
+from support.parts import check_same, metrics, read, write_run
 from support.processes import run_team, start_team
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="the extra deepspeed is not installed"
 )
 WAYS = ("zero2", "zero3")
-
-
-def write_run(folder: Path, family: tiny.Family = "llama", **training: object) -> Path:
-    """Write the configuration of a run on 25 rows: in the last step of an epoch one of two processes has no row."""
-    base = tiny.save_base(folder / "base", family)
-    rows = tiny.write_rows(folder / "rows.json", tiny.alpaca_rows(31))
-    sections: dict[str, dict[str, Any]] = {
-        "data": {"validation": 6},
-        "lora": {"dropout": 0.1},
-        "training": {"num_train_epochs": 2, "token_budget": 64, "weight_decay": 0.01, **training},
-        "evaluation": {"batch_size": 4, "num_samples": 3, "max_new_tokens": 4, "metrics": ["exact_match"]},
-    }
-    return write_config(folder / "config.yaml", tiny.run_config(base, rows, folder / "run", **sections))
-
-
-def read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-
-
-def check_same(one: Path, parts: Path) -> None:
-    before, after = metrics(one), metrics(parts)
-    assert len(before) == len(after)
-    for mine, other in zip(before, after, strict=True):
-        assert other == pytest.approx(mine, rel=1e-5)
-    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, parts))
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert second[name].shape == tensor.shape
-        assert second[name].dtype == tensor.dtype
-        assert float((second[name] - tensor).norm() / tensor.norm()) <= 1e-4, name
-    old, new = read(one / "evaluation.json"), read(parts / "evaluation.json")
-    assert new["eval_loss"] == pytest.approx(old["eval_loss"], rel=1e-5)
-    assert new["base"]["eval_loss"] == pytest.approx(old["base"]["eval_loss"], rel=1e-6)
-    answers = [[s["adapter_output"] for s in read(run / "samples.json")["samples"]] for run in (one, parts)]
-    assert answers[0] == answers[1]
 
 
 @needs_deepspeed
@@ -77,7 +36,7 @@ def check_same(one: Path, parts: Path) -> None:
 def test_parts_give_the_curve_of_one_process(
     way: str, family: tiny.Family, settings: Sequence[str], tmp_path: Path
 ) -> None:
-    config = write_run(tmp_path, family)
+    config = write_run(tmp_path, family, weight_decay=0.01)
     alone = run_here(
         "train", config, f"output.dir={tmp_path / 'one'}", "training.per_device_train_batch_size=8", *settings
     )
@@ -93,7 +52,7 @@ def test_parts_give_the_curve_of_one_process(
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_base_of_half_precision_keeps_masters_of_single(way: str, tmp_path: Path) -> None:
-    config = write_run(tmp_path)
+    config = write_run(tmp_path, weight_decay=0.01)
     answers = {
         mode: run_team(
             *("train", config, f"output.dir={tmp_path / mode}", "model.precision=bfloat16"),
@@ -115,7 +74,7 @@ def test_a_base_of_half_precision_keeps_masters_of_single(way: str, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_stopped_run_in_parts_goes_on_to_the_same_bits(way: str, tmp_path: Path) -> None:
-    config = write_run(tmp_path, save_strategy="steps", save_steps=2)
+    config = write_run(tmp_path, weight_decay=0.01, save_strategy="steps", save_steps=2)
     settings = [f"training.distributed={way}", "training.num_train_epochs=12"]
     whole = run_team("train", config, f"output.dir={tmp_path / 'whole'}", *settings, folder=tmp_path)
     assert [answer.code for answer in whole] == [0, 0], whole[0].err
@@ -133,7 +92,7 @@ def test_a_stopped_run_in_parts_goes_on_to_the_same_bits(way: str, tmp_path: Pat
 
 @pytest.mark.parametrize("way", WAYS)
 def test_one_process_says_that_it_has_nobody_to_share_with(way: str, tmp_path: Path) -> None:
-    config = write_run(tmp_path)
+    config = write_run(tmp_path, weight_decay=0.01)
     settings = [f"training.distributed={way}", "training.max_steps=1", "evaluation.num_samples=0"]
     answer = run_here("train", config, *settings)
     assert answer.code == 0, answer.err
@@ -143,7 +102,7 @@ def test_one_process_says_that_it_has_nobody_to_share_with(way: str, tmp_path: P
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="the extra deepspeed is installed")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_missing_package_is_named_before_anything_is_read(way: str, tmp_path: Path) -> None:
-    config = write_run(tmp_path)
+    config = write_run(tmp_path, weight_decay=0.01)
     answers = run_team("train", config, f"training.distributed={way}", "data.train=nowhere.json", folder=tmp_path)
     assert [answer.code for answer in answers] == [2, 2]
     problem = read_problems(answers[0])[0]
@@ -153,7 +112,7 @@ def test_a_missing_package_is_named_before_anything_is_read(way: str, tmp_path: 
 
 
 def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
-    config = write_run(tmp_path)
+    config = write_run(tmp_path, weight_decay=0.01)
     refused = read_problems(run_here("train", config, "training.distributed=zero3", "model.quantization=nf4"))[0]
     assert "zero3 with quantization 'nf4'" in refused.what
     refused = read_problems(run_here("train", config, "training.distributed=zero2", "training.optim=adafactor"))[0]

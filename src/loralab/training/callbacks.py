@@ -30,6 +30,20 @@ from loralab.training.state import RunState
 LOGGED = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 
 
+def logged_line(state: TrainerState, logs: Mapping[str, float] | None) -> dict[str, Any] | None:
+    """Return a line of `metrics.jsonl`, or None where what was logged is neither of training nor of an evaluation.
+
+    Args:
+        state: Trainer's, at the step that was logged.
+        logs: what was logged; numbers that JSON does not have become None.
+    """
+    chosen = {k: v for k, v in (logs or {}).items() if k in LOGGED or k.startswith("eval_")}
+    if not chosen:
+        return None
+    finite = {k: (v if math.isfinite(v) else None) for k, v in chosen.items()}
+    return {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **finite}
+
+
 class MetricsWriter(TrainerCallback):
     """Appends one JSON object per logged step to `metrics.jsonl`.
 
@@ -53,11 +67,9 @@ class MetricsWriter(TrainerCallback):
         **_: Any,
     ) -> None:
         """Write what was logged, when it is a training or evaluation line."""
-        chosen = {k: v for k, v in (logs or {}).items() if k in LOGGED or k.startswith("eval_")}
-        if not chosen or self.path is None:
+        line = logged_line(state, logs)
+        if line is None or self.path is None:
             return
-        finite = {k: (v if math.isfinite(v) else None) for k, v in chosen.items()}
-        line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **finite}
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 

@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from loralab.config.tracker_checks import NO_REPORTS, hide_secrets, load_package
 from loralab.errors import RunFolderError, excerpt
 from loralab.run import read_json, write_json
-from loralab.training.callbacks import LOGGED
+from loralab.training.callbacks import logged_line
 
 PROJECT = "loralab"
 FOLDER = "trackers"
@@ -364,6 +364,6 @@ class TrackerCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Send a training or evaluation line."""
-        chosen = {key: value for key, value in (logs or {}).items() if key in LOGGED or key.startswith("eval_")}
-        if chosen:
-            self.trackers.send({"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **chosen})
+        line = logged_line(state, logs)
+        if line is not None:
+            self.trackers.send(line)
