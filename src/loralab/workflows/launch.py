@@ -151,12 +151,13 @@ def launch(arguments: Sequence[str], *, processes: int, machines: Machines, repo
         WorkerError: a process was lost, and the run's first one could not say so.
     """
     store = _meet(machines)
-    counts = _exchange(store, machines, processes, arguments)
-    first, total = sum(counts[: machines.rank]), sum(counts)
-    place = f"machine {machines.rank} of {machines.count}: " if machines.count > 1 else ""
-    reporter.say(f"{place}starting {processes} process{'es' if processes > 1 else ''} of {total}")
+    _claim_rank(store, machines)
     workers: list[_Worker] = []
     try:
+        counts = _exchange(store, machines, processes, arguments)
+        first, total = sum(counts[: machines.rank]), sum(counts)
+        place = f"machine {machines.rank} of {machines.count}: " if machines.count > 1 else ""
+        reporter.say(f"{place}starting {processes} process{'es' if processes > 1 else ''} of {total}")
         with _forwarding_signals(workers) as asked:
             for local in range(processes):
                 shared = {
@@ -193,14 +194,33 @@ def _meet(machines: Machines) -> TCPStore:
         ) from error
 
 
-def _exchange(store: TCPStore, machines: Machines, processes: int, arguments: Sequence[str]) -> list[int]:
-    """Return how many processes each machine runs, once all of them have said so."""
+def _claim_rank(store: TCPStore, machines: Machines) -> None:
     if store.add(f"loralab/machine-claimed/{machines.rank}", 1) > 1:
         raise ConfigError(
             f"two machines say that they are number {machines.rank}",
             where="option --machine-rank",
             fix="give each machine its own number, from 0",
         )
+
+
+def _exchange(store: TCPStore, machines: Machines, processes: int, arguments: Sequence[str]) -> list[int]:
+    """Return how many processes each machine runs, once all of them have said so.
+
+    Raises:
+        ConfigError: a machine did not come, or was started with other arguments.
+        WorkerError: the first machine has ended.
+    """
+    try:
+        return _compare_machines(store, machines, processes, arguments)
+    except RuntimeError as error:
+        raise WorkerError(
+            f"the first machine has ended before all had come ({excerpt(error)})",
+            where=f"machine {machines.rank} of {machines.count}, option --main-address",
+            fix="see what it said, and start `loralab launch` on all machines again",
+        ) from error
+
+
+def _compare_machines(store: TCPStore, machines: Machines, processes: int, arguments: Sequence[str]) -> list[int]:
     own = {
         "processes": processes,
         "machines": machines.count,
