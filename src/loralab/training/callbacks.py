@@ -170,8 +170,10 @@ class StopRequest:
 
     def agree(self, processes: Processes) -> bool:
         """Return whether any process was asked; all of them are, from here on."""
-        self.signal_number = processes.largest(self.signal_number or 0) or None
-        return bool(self)
+        agreed = processes.largest(self.signal_number or 0)
+        if agreed:  # never back to None: a signal may have come while the others were asked, and counts next time
+            self.signal_number = agreed
+        return agreed > 0
 
 
 @contextmanager

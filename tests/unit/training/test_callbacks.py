@@ -219,3 +219,19 @@ def test_saved_checkpoint_is_sealed_with_state_and_contract(tmp_path: Path) -> N
     assert checkpoint is not None
     assert checkpoint.contract == {"seed": 1}
     assert RunState.load(checkpoint.path).window_total == 9.0
+
+
+def test_a_signal_that_comes_while_the_others_are_asked_is_not_lost() -> None:
+    request = StopRequest()
+
+    class Asking:
+        """Two processes, in both of which the signal comes while they say that there was none."""
+
+        def largest(self, value: int) -> int:
+            request.signal_number = signal.SIGINT
+            return value
+
+    asking: Any = Asking()
+    assert not request.agree(asking)  # the same in both processes, whoever was signalled meanwhile
+    assert request.agree(asking)
+    assert request.signal_number == signal.SIGINT
