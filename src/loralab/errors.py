@@ -8,6 +8,7 @@
         ModelError             a base model, tokenizer or adapter that cannot be loaded
         HubError               the Hub refuses, lacks what was named, or cannot be reached
         RunFolderError         an output folder in the way, or not a run folder
+        JudgingError           a vote, rater or set of items that cannot be used
         StorageError           a disk that is full or not writable
         WorkerError            a worker process that died
         OutOfMemoryError       not even one example fits into the accelerator
@@ -112,6 +113,10 @@ class HubError(UserError):
 
 class RunFolderError(UserError):
     """An output folder that is in the way, or a folder that is no run folder."""
+
+
+class JudgingError(UserError):
+    """A vote, a rater or a set of items of a preference test that cannot be used."""
 
 
 class StorageError(UserError):

@@ -16,7 +16,7 @@ LAYERS = (
     ("run", "lookup", "progress"),
     ("config",),
     ("data", "models", "layout", "hub"),
-    ("training", "evaluation", "reports", "export", "doctor"),
+    ("training", "evaluation", "reports", "judging", "export", "doctor"),
     ("workflows",),
     ("api", "console", "options"),
     ("cli",),
@@ -25,6 +25,7 @@ LAYERS = (
 # (importer, imported) on one line, each with its reason.
 SIDEWAYS = {
     ("layout", "data"): "the planner lays out tokenized examples",
+    ("judging", "reports"): "one reports/html.py renders every page, and pictures are found one way",
     ("evaluation", "training"): "one loop in training/loss.py runs every forward that has a loss",
 }
 # Parts that import less than their line allows.
@@ -34,7 +35,7 @@ ONLY_FROM = {
     "hub": {"config", "run", "errors"},  # what goes up and down knows files, not models
 }
 # Folders without code.
-DATA_ONLY = {"recipes", "demo", "judge"}
+DATA_ONLY = {"recipes", "demo"}
 # Parts that import inside functions: one command's imports each; the public names on first use.
 LAZY = {"cli", ""}
 # (module, imported package): why this import must wait. Only other people's packages.
@@ -49,6 +50,7 @@ SLOW_TO_IMPORT = TORCH_STACK | {"matplotlib", "scipy", "sklearn", "pandas", "pya
 LIGHT = {
     **dict.fromkeys(("", "errors", "lookup", "run", "config", "cli"), SLOW_TO_IMPORT),
     "reports": TORCH_STACK,
+    "judging": SLOW_TO_IMPORT - {"matplotlib"},  # a page opens at once
 }
 # Import name: distribution name, where they differ; pydantic_core is a part of pydantic with its own import name.
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "pydantic_core": "pydantic"}
