@@ -77,6 +77,16 @@ class RunFolder:
         return self.path / "comparison.html"
 
     @property
+    def preference(self) -> Path:
+        """Result of the blind preference test."""
+        return self.path / "preference.json"
+
+    @property
+    def preference_votes(self) -> Path:
+        """Folder of the preference test's items and votes."""
+        return self.path / "preference"
+
+    @property
     def samples(self) -> Path:
         """Prompts answered by base and adapter."""
         return self.path / "samples.json"
