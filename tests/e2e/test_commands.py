@@ -168,6 +168,15 @@ def test_schema_describes_every_key(tmp_path: Path) -> None:
         assert node["description"], key
 
 
+def test_the_page_of_all_settings_is_the_one_in_docs(tmp_path: Path) -> None:
+    answer = run_watched("schema", "--markdown", folder=tmp_path)
+    assert (answer.code, answer.err, answer.imported) == (0, "", [])
+    page = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert page.read_text(encoding="utf-8") == answer.out, "loralab schema --markdown > docs/settings.md"
+    for key in schema_keys():
+        assert f"\n| `{key}` | " in answer.out
+
+
 # --- train -------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from loralab.cli.application import print_json
+from loralab.config.reference import render_reference
 from loralab.config.schema import Config
 from loralab.console import ConsoleReporter, ResultConsole
 from loralab.options import AsJson, usable_path
@@ -56,6 +57,11 @@ def init(
     print(f"wrote {path}; next: loralab train {path} data.train=YOUR_FILE")
 
 
-def schema() -> None:
-    """Print the JSON schema of the configuration."""
-    print_json(Config.model_json_schema())
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Tables to read instead of the JSON schema.")] = False,
+) -> None:
+    """Print the JSON schema of the configuration, or a page with every setting."""
+    if markdown:
+        print(render_reference(), end="")
+    else:
+        print_json(Config.model_json_schema())
