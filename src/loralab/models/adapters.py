@@ -4,7 +4,6 @@ Does not own which layers are adapted (`targets.py`) or what kinds there are (`v
 The on-disk form is PEFT's.
 """
 
-import hashlib
 import logging
 import warnings
 from collections.abc import Mapping
@@ -13,13 +12,14 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
 from loralab.config.schema import LoraConfig
 from loralab.errors import ModelError, excerpt
 from loralab.lookup import look_up
+from loralab.models.adapter_hash import WEIGHTS_FILE, adapter_sha256
 from loralab.models.eva import Batches, find_directions, with_ranks
 from loralab.models.first_weights import Beginning, check_dora
 from loralab.models.fused_lora import fuse_lora
@@ -31,9 +31,18 @@ from loralab.models.trainable_tokens import trained_tokens
 from loralab.models.trained_modules import hold_masters
 from loralab.models.variants import VARIANTS, Site, check_site, needs_activations
 
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "adapter_sha256",
+    "build_adapter",
+    "load_adapter",
+    "read_adapter_config",
+    "wrap_blank",
+]
+
 logger = logging.getLogger(__name__)
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 # First weights with which PEFT changes the base as well, also when it loads an adapter: the base without the
 # adapter is another model then. Adapters of ours are saved as plain LoRA.
@@ -200,14 +209,3 @@ def read_adapter_config(folder: Path, *, where: str = "argument RUN") -> PeftCon
             fix="convert it in PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=...)",
         )
     return config
-
-
-def adapter_sha256(folder: Path) -> str:
-    """Return the SHA-256 over name, dtype, shape and bytes of the adapter's tensors, sorted by name."""
-    digest = hashlib.sha256()
-    with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as tensors:
-        for name in sorted(tensors.keys()):
-            tensor = tensors.get_tensor(name).contiguous()
-            digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

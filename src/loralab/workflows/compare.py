@@ -24,6 +24,7 @@ from loralab.evaluation.generate import Answer, GenerationSettings, generate_ans
 from loralab.evaluation.perplexity import FloatArray
 from loralab.evaluation.questions import questions_of, spread
 from loralab.layout.planner import Planner
+from loralab.models.adapter_hash import adapter_sha256
 from loralab.progress import Reporter
 from loralab.reports.comparison_page import render_comparison, shown_prompts
 from loralab.reports.pictures import pictures_folder, shown_images, thumbnails_in
@@ -110,11 +111,13 @@ def compare(
     rows, windows = [split[index] for index in chosen], number_windows(split, data)
     evaluation = session.config.evaluation
     result = {
+        "data": request.data,
         "split": name,
         "examples": len(rows),
         "of_examples": len(split),
         "max_length": max_length,
         "max_new_tokens": evaluation.max_new_tokens,
+        "adapter_sha256": adapter_sha256(session.target.adapter),
         "definitions": dict(DISTANCES),
         **_compare_rows(session, rows, [windows[index] for index in chosen], planner=planner, reporter=reporter),
         "probe": None
@@ -247,12 +250,8 @@ def _compare_rows(
     records = [
         _record(question, each, b, a) for question, each, b, a in zip(questions, measured, base, adapter, strict=True)
     ]
-    return {
-        "measured_at": AT_PROMPT,
-        "totals": totals,
-        "generation": _generation_totals(records),
-        "prompts": records,
-    }
+    generated = _generation_totals(records)
+    return {"measured_at": AT_PROMPT, "totals": totals, "generation": generated, "prompts": records}
 
 
 def _totals(
