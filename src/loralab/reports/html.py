@@ -30,9 +30,14 @@ def render_page(template_name: str, context: Mapping[str, Any]) -> str:
     Returns:
         The page; every value in it is escaped and can be written as UTF-8.
     """
-    text = _environment().get_template(template_name).render(context)
+    text = show_controls(_environment().get_template(template_name).render(context))
     # A token cut in the middle of a character may leave half of a surrogate pair, which UTF-8 has no bytes for.
-    return text.translate(_CONTROL_PICTURES).encode("utf-8", "replace").decode("utf-8")
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def show_controls(text: str) -> str:
+    """Return a text with a picture in the place of each control character, tabs and line ends left as they are."""
+    return text.translate(_CONTROL_PICTURES)
 
 
 def _environment() -> Environment:
