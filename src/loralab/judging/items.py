@@ -7,7 +7,7 @@ that holds a set is written here; when it may change is `folder.py`'s.
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,7 +70,7 @@ class ItemSet:
         items: each prompt once, in the order of the data.
         seed: of all orders and sides; drawn, never chosen, as whoever knows it knows the sides.
         adapter_sha256: of the adapter's weights.
-        comparison_sha256: of the comparison that the items are from.
+        comparison_sha256: of the prompts and answers of the comparison that the items are from.
         split: split that was compared.
         pictures: folder of the pictures' small copies.
     """
@@ -147,7 +147,7 @@ class Origin:
 
     Attributes:
         adapter_sha256: of the adapter's weights.
-        comparison_sha256: of the comparison.
+        comparison_sha256: of the comparison's prompts and answers.
         pictures: folder of the pictures' small copies.
     """
 
@@ -166,22 +166,22 @@ def build_items(comparison: Mapping[str, Any], origin: Origin, *, examples: int,
         seed: of orders and sides, from `draw_seed`.
 
     Raises:
-        JudgingError: the comparison has no prompts with two answers.
+        JudgingError: the comparison has no prompts with two answers, or none whose pictures are there.
     """
-    records = comparison.get("prompts")
-    found: dict[str, Item] = {}
-    for record in records if isinstance(records, list) else []:
-        item = _item(record) if isinstance(record, Mapping) else None
-        if item is not None:
-            found.setdefault(item.item, item)
-    if not found:
+    read = read_comparison(comparison)
+    items = [item for item in read if not missing_pictures([item], origin.pictures)]
+    if not read:
         raise JudgingError(
-            f"nothing to judge: none of the {len(records) if isinstance(records, list) else 0} compared rows has a "
-            "prompt with two answers",
+            "nothing to judge: the comparison has no prompt with two answers, as plain text has none",
             where="comparison.json",
-            fix="text has no prompts; compare on rows with prompts: loralab judge RUN --data FILE --output FOLDER",
+            fix="compare on rows with prompts: loralab judge RUN --data FILE --output FOLDER",
         )
-    items = list(found.values())
+    if not items:
+        raise JudgingError(
+            f"nothing to judge: the pictures of all {len(read)} compared prompts are gone or have changed",
+            where=str(origin.pictures),
+            fix="bring the files back to where the comparison read them, or compare again: loralab compare RUN",
+        )
     chosen = items if examples >= len(items) else [items[place] for place in _spread(len(items), examples)]
     return ItemSet(
         tuple(chosen),
@@ -191,6 +191,42 @@ def build_items(comparison: Mapping[str, Any], origin: Origin, *, examples: int,
         str(comparison.get("split") or ""),
         origin.pictures,
     )
+
+
+def read_comparison(comparison: Mapping[str, Any]) -> list[Item]:
+    """Return the prompts of a comparison that have two answers, each once.
+
+    Args:
+        comparison: content of `comparison.json`.
+    """
+    records = comparison.get("prompts")
+    found: dict[str, Item] = {}
+    for record in records if isinstance(records, list) else []:
+        item = _item(record) if isinstance(record, Mapping) else None
+        if item is not None:
+            found.setdefault(item.item, item)
+    return list(found.values())
+
+
+def comparison_sha256(comparison: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a comparison's prompts and answers; what else was measured does not matter here.
+
+    Args:
+        comparison: content of `comparison.json`.
+    """
+    text = json.dumps([item.as_dict() for item in read_comparison(comparison)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def missing_pictures(items: Iterable[Item], folder: Path) -> list[str]:
+    """Return the pictures that a folder has no small copy of, without which their prompts cannot be judged.
+
+    Args:
+        items: prompts.
+        folder: of small copies.
+    """
+    hashes = dict.fromkeys(sha256 for item in items for sha256 in item.pictures)
+    return [sha256 for sha256 in hashes if find_thumbnail(folder, sha256) is None]
 
 
 def _spread(count: int, limit: int) -> list[int]:

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -143,12 +143,6 @@ def read_votes(path: Path) -> Votes | None:
     return _parse(data, path)[0]
 
 
-def render_votes(votes: Votes) -> str:
-    """Return votes as the content of their file."""
-    lines = [_header(votes), *(act.as_dict() for act in votes.acts)]
-    return "".join(map(_line, lines)) + (_line({"closed": True, "at": now()}) if votes.closed else "")
-
-
 def now() -> str:
     """Return the time as acts have it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -233,14 +227,30 @@ class VoteLog:
         self._write([act.as_dict()])
         self.votes.take(act)
 
+    def extend(self, acts: Sequence[Act], *, closed: bool) -> None:
+        """Write acts that were made elsewhere, and let them count.
+
+        Args:
+            acts: in their order.
+            closed: whether the sitting is over with them.
+
+        Raises:
+            StorageError: they could not be written, and do not count.
+        """
+        end = [{"closed": True, "at": now()}] if closed else []
+        if acts or end:
+            self._write([*(act.as_dict() for act in acts), *end])
+        for act in acts:
+            self.votes.take(act)
+        self.votes.closed = closed
+
     def close_votes(self) -> None:
         """Write that the sitting is over.
 
         Raises:
             StorageError: it could not be written, and the sitting goes on.
         """
-        self._write([{"closed": True, "at": now()}])
-        self.votes.closed = True
+        self.extend([], closed=True)
 
     def _write(self, lines: Iterable[Mapping[str, Any]]) -> None:
         values = list(lines)
