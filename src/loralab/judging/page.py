@@ -1,7 +1,7 @@
 """The voting page, live or as one file for somebody else: the same looks and the same program in both.
 
 Owns what the page is given. It is made of blind pairs alone, so that nothing in it can tell which side is which: not
-an id, an order, an address or a word. The looks are `reports/judging.css`, the program is `reports/judging.js`.
+an id, an order, an address or a word. Looks and program lie in `reports/judging/`.
 """
 
 import base64
@@ -18,7 +18,9 @@ from loralab.judging.sitting import BlindPair
 from loralab.judging.votes import VERSION
 from loralab.reports.html import render_page, show_controls
 
-TEMPLATE = "judging.html.jinja"
+TEMPLATE = "judging/page.html.jinja"
+# One program, in this order.
+_SCRIPTS = ("start.js", "differences.js", "votes.js", "pair.js", "end.js", "controls.js")
 _SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 # What would end the element that the data lies in.
 _IN_SCRIPT = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}
@@ -151,12 +153,13 @@ def _hash(text: str) -> str:
 
 @cache
 def _style() -> str:
-    return f"\n{_read('palette.css')}{_read('judging.css')}"
+    return f"\n{_read('palette.css')}{_read('judging/page.css')}"
 
 
 @cache
 def _script() -> str:
-    return f"\n{_read('judging.js')}"
+    parts = "\n".join(_read(f"judging/{name}") for name in _SCRIPTS)
+    return f'\n"use strict";\n(() => {{\n{parts}}})();\n'
 
 
 def _read(name: str) -> str:
