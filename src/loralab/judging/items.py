@@ -112,7 +112,8 @@ class ItemSet:
         """
         ranked = sorted((item.item for item in self.shown), key=lambda item: self._draw(rater, "side", item))
         half = (len(ranked) + self._draw(rater, "odd", "") % 2) // 2
-        return {item: "left" if place < half else "right" for place, item in enumerate(ranked)}
+        left = frozenset(ranked[:half])
+        return {item.item: "left" if item.item in left else "right" for item in self.shown}
 
     def pairs_for(self, rater: str) -> tuple[BlindPair, ...]:
         """Return what a rater is shown, in this rater's order and on this rater's sides.
