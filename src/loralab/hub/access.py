@@ -73,6 +73,12 @@ def identify(*, where: str) -> Account:
     try:
         answer: dict[str, Any] = open_hub().whoami()
     except NETWORK_ERRORS as error:
+        if status_of(error) == 401:
+            raise HubError(
+                "the Hub does not know this token (HTTP 401): it is mistyped, expired or revoked",
+                where=where,
+                fix="make one with write access on the Hub's settings page, then `hf auth login` or HF_TOKEN",
+            ) from error
         raise explain(error, "the name behind the token", where=where) from error
     role = answer.get("auth", {}).get("accessToken", {}).get("role", "write")
     return Account(str(answer["name"]), writes=role != "read")
@@ -114,41 +120,40 @@ def retry_after(error: BaseException) -> float | None:
     return None
 
 
-def explain(error: BaseException, what: str, *, where: str) -> HubError:
+def explain(error: BaseException, what: str, *, where: str, instead: str | None = None) -> HubError:
     """Return a failed call to the Hub in three lines.
 
     Args:
         error: what the client raised.
         what: what was asked for, as in "the model 'OWNER/NAME'".
         where: the key or argument that named it.
+        instead: what may be done without the Hub, or None.
     """
+    what, fix = _explain(error, what)
+    return HubError(what, where=where, fix=fix if instead is None else f"{fix}; {instead}")
+
+
+def _explain(error: BaseException, what: str) -> tuple[str, str]:
+    """Return what is wrong, and how to fix it."""
     status = status_of(error)
     if isinstance(error, GatedRepoError):
-        return HubError(
-            f"{what} is gated, and this token has no access (HTTP {status})",
-            where=where,
-            fix=f"accept its terms on its page with the account of the token; {_LOGIN}",
-        )
+        said = f"{what} is gated, and this token has no access (HTTP {status})"
+        return said, f"accept its terms on its page with the account of the token; {_LOGIN}"
     if isinstance(error, RevisionNotFoundError):
-        return HubError(
-            f"{what} has no such revision (HTTP {status})", where=where, fix="name a branch, tag or commit that it has"
-        )
+        return f"{what} has no such revision (HTTP {status})", "name a branch, tag or commit that it has"
     if isinstance(error, OfflineModeIsEnabled):
-        return HubError(f"{what} cannot be had: HF_HUB_OFFLINE is set", where=where, fix="unset HF_HUB_OFFLINE")
+        return f"{what} cannot be had: HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
     causes = list(_causes(error))
     said = _TOKEN.sub("hf_...", excerpt(causes[-1]))
     if status is None and not any(isinstance(each, NETWORK_ERRORS) for each in causes):
-        return HubError(f"{what} failed: {said}", where=where, fix="try again later")
+        return f"{what} failed: {said}", "try again later"
     if status is None:
-        return HubError(
-            f"{what} cannot be had: the connection to {constants.ENDPOINT} failed ({said})",
-            where=where,
-            fix="check the network (`loralab doctor`), and try again; what was fetched is kept",
-        )
+        said = f"{what} cannot be had: the connection to {constants.ENDPOINT} failed ({said})"
+        return said, "check the network (`loralab doctor`), and try again; what was fetched is kept"
     said, fix = _STATUS.get(
         status, ("the Hub has a problem" if status >= 500 else "the Hub refuses", "try again later")
     )
-    return HubError(f"{what}: {said} (HTTP {status})", where=where, fix=fix)
+    return f"{what}: {said} (HTTP {status})", fix
 
 
 _STATUS = {

@@ -1,28 +1,24 @@
 """Which commit of a model or data set a run uses: found once, then named.
 
 Owns the look-up of a revision and the fetching of a base model's files, so that what fails there is said in
-three lines before anything is loaded. Does not own which names are Hub ids: the callers know.
+three lines before anything is loaded. Does not own which names are Hub ids: the callers know; nor what the cache has
+(`cache.py`).
 """
 
-import json
-import re
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RevisionResolutionError
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from loralab.errors import HubError
-from loralab.hub.access import NETWORK_ERRORS, explain, is_offline, open_hub
+from loralab.hub.access import NETWORK_ERRORS, explain, is_offline, open_hub, status_of
+from loralab.hub.cache import INDEX, Kind, is_commit, is_fetched, is_whole, shards, small_files
 
-Kind = Literal["model", "dataset"]
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_INDEX = "model.safetensors.index.json"
-# Beside the weights: configuration, tokenizer, template, processor. Code is never fetched.
-_SMALL = (".json", ".jinja", ".txt", ".model")
-_UNKNOWN: tuple[type[Exception], ...] = (*NETWORK_ERRORS, ValueError)
+_NOT_ASKED = "all its files are in the cache, and the Hub is not asked for them"
 _WORDS = {"model": "the model", "dataset": "the data set"}
 
 
@@ -55,11 +51,13 @@ def find_commit(kind: Kind, name: str, revision: str | None, *, where: str) -> P
     Raises:
         HubError: the repository or revision is not there, not allowed, or the Hub cannot be reached.
     """
-    if revision is not None and _COMMIT.fullmatch(revision):
-        return Pin(name, revision, revision, "a commit was named")
+    if is_commit(revision):
+        whole = kind == "model" and is_whole(name, revision)
+        return Pin(name, revision, revision, "a commit was named" + (f"; {_NOT_ASKED}" if whole else ""))
     if is_offline():
         cached = _cached_commit(kind, name, revision)
-        why = "the newest in the cache, HF_HUB_OFFLINE is set" if cached else "HF_HUB_OFFLINE is set: not looked up"
+        why = f"what {revision or 'the default branch'} was when last asked" if cached else "not looked up"
+        why += "; HF_HUB_OFFLINE is set"
         return Pin(name, revision, cached, why)
     api, what = open_hub(), f"{_WORDS[kind]} {name!r}" + (f", revision {revision!r}" if revision else "")
     try:
@@ -67,17 +65,22 @@ def find_commit(kind: Kind, name: str, revision: str | None, *, where: str) -> P
         if getattr(info, "gated", False):  # its facts are public, its files are not
             api.auth_check(name, repo_type=kind)
     except NETWORK_ERRORS as error:
-        raise explain(error, what, where=where) from error
+        cached = _cached_commit(kind, name, revision) if status_of(error) is None else None
+        instead = f"or set HF_HUB_OFFLINE=1 to take what it was when last asked, commit {cached}" if cached else None
+        raise explain(error, what, where=where, instead=instead) from error
     except ValueError as error:
         raise HubError(f"{what}: no valid Hub id", where=where, fix="name it as OWNER/NAME") from error
+    with contextlib.suppress(*NETWORK_ERRORS, RevisionResolutionError):
+        api.resolve_revision(name, repo_type=kind, revision=revision)  # kept in the cache, for runs without a network
     return Pin(name, revision, info.sha, f"what {revision or 'the default branch'} was at the start")
 
 
 def _cached_commit(kind: Kind, name: str, revision: str | None) -> str | None:
-    if kind != "model":
-        return None  # prepared data is not kept under its commit
-    found = _in_cache(name, "config.json", revision)
-    return None if found is None else found.parent.name
+    """Return the commit that a branch was when the Hub was asked last, or None where nobody asked on this machine."""
+    try:
+        return HfApi().resolve_revision(name, repo_type=kind, revision=revision, local_files_only=True).resolved
+    except (RevisionResolutionError, ValueError):
+        return None
 
 
 def fetch_model(name: str, commit: str, *, where: str, progress: Callable[[int, int], None]) -> None:
@@ -92,67 +95,43 @@ def fetch_model(name: str, commit: str, *, where: str, progress: Callable[[int, 
     Raises:
         HubError: a file cannot be had, or there are no safetensors weights.
     """
-    what = f"the model {name!r}"
-    if is_offline() or is_fetched(name, commit):
+    if is_offline() or is_whole(name, commit):
         return  # loading takes what the cache has, and says what it lacks
     try:
         files = [file.rfilename for file in open_hub().model_info(name, revision=commit).siblings or []]
-        wanted = [file for file in files if _is_small(file)]
+        wanted = small_files(files)
         wanted += _weights(name, commit, files, where=where)
+        # This alone keeps the list of files, by which the cache is known to be whole from now on.
+        with _without_bars():
+            snapshot_download(name, revision=commit, allow_patterns=[constants.CONFIG_NAME])
         for done, file in enumerate(wanted):
             hf_hub_download(name, file, revision=commit)
             progress(done + 1, len(wanted))
-    except LocalEntryNotFoundError as error:
-        raise explain(error.__cause__ or error, what, where=where) from error
     except NETWORK_ERRORS as error:
-        raise explain(error, what, where=where) from error
+        cause = (error.__cause__ or error) if isinstance(error, LocalEntryNotFoundError) else error
+        instead = "or set HF_HUB_OFFLINE=1 to use what the cache has of it" if is_fetched(name, commit) else None
+        raise explain(cause, f"the model {name!r}", where=where, instead=instead) from error
 
 
-def is_fetched(name: str, revision: str | None) -> bool:
-    """Return whether the cache has a base model's configuration and weights, so that the Hub need not be asked."""
-    if _in_cache(name, "config.json", revision) is None:
-        return False
-    index = _in_cache(name, _INDEX, revision)
-    weights = [constants.SAFETENSORS_SINGLE_FILE] if index is None else _shards(index)
-    return all(_in_cache(name, file, revision) is not None for file in weights)
-
-
-def _in_cache(name: str, file: str, revision: str | None) -> Path | None:
-    found = try_to_load_from_cache(name, file, revision=revision)
-    return Path(found) if isinstance(found, str) else None
-
-
-def _shards(index: Path) -> list[str]:
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-
-
-def _is_small(file: str) -> bool:
-    path = PurePosixPath(file)
-    return len(path.parts) == 1 and path.suffix in _SMALL
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()  # progress is the reporter's
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _weights(name: str, commit: str, files: list[str], *, where: str) -> list[str]:
     if constants.SAFETENSORS_SINGLE_FILE in files:
         return [constants.SAFETENSORS_SINGLE_FILE]
-    if _INDEX in files:
-        return _shards(Path(hf_hub_download(name, _INDEX, revision=commit)))
+    if INDEX in files:
+        return shards(Path(hf_hub_download(name, INDEX, revision=commit)))
     others = sorted(file for file in files if PurePosixPath(file).suffix in {".bin", ".pt", ".pth", ".gguf", ".ckpt"})
     raise HubError(
         f"the model {name!r} has no safetensors weights" + (f"; found {', '.join(others[:3])}" if others else ""),
         where=where,
         fix="name a model with model.safetensors (other formats are pickles that may run code: convert them first)",
     )
-
-
-def base_licence(name: str, commit: str | None) -> str | None:
-    """Return the licence that a base model's card names, or None where nothing is known; never fails."""
-    if is_offline():
-        return None
-    try:
-        card = open_hub().model_info(name, revision=commit).card_data
-    except _UNKNOWN:
-        return None
-    licence = getattr(card, "license", None)
-    if licence == "other":
-        licence = getattr(card, "license_name", None) or licence
-    return licence if isinstance(licence, str) else None

@@ -25,6 +25,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from loralab.config.schema import ModelConfig
 from loralab.errors import ModelError, OutOfMemoryError, excerpt
+from loralab.hub.cache import is_local_only
 from loralab.lookup import nearest_name
 from loralab.models.allocator import returning_memory
 from loralab.models.device_map import describe_spread, put_whole, spreads
@@ -117,6 +118,7 @@ def load_tokenizer(model: ModelConfig, *, folder: Path | None = None) -> PreTrai
             str(folder) if folder is not None else model_source(model.name),
             revision=None if folder is not None else model.revision,
             trust_remote_code=model.trust_remote_code,
+            local_files_only=folder is None and is_local_only(model),
         )
     except Exception as error:  # libraries read these files as code of theirs: what fails there is any of its kinds
         raise _explain(error, model, "tokenizer", folder=folder) from error
@@ -131,7 +133,10 @@ def load_model_config(model: ModelConfig) -> PreTrainedConfig:
     """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            model_source(model.name), revision=model.revision, trust_remote_code=model.trust_remote_code
+            model_source(model.name),
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            local_files_only=is_local_only(model),
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise _explain(error, model, "configuration") from error
@@ -200,6 +205,8 @@ def load_base_model(
         placing = loading_arguments(quantization.value, device, residual_rank=residual_rank)
     if device.type == "cuda" and spreads(model):
         placing["device_map"] = model.device_map
+    if is_local_only(model):
+        placing |= {"local_files_only": True, "adapter_kwargs": {"local_files_only": True}}
     try:
         with returning_memory(), quiet_loading():
             loaded: Any = auto_class(config).from_pretrained(

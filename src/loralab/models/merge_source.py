@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import CONFIG_NAME
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -19,12 +20,12 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from loralab.config.schema import ModelConfig
 from loralab.errors import ModelError, excerpt
+from loralab.hub.cache import LICENCES, in_cache, is_whole
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-# What of a base goes along with what was made of it.
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-_WANTED = ("*.safetensors", "*.json", *LICENCES)
+# A repository may hold the same weights in another cut beside these.
+_WANTED = ("model.safetensors", "model-*.safetensors", "*.json", *LICENCES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,9 @@ def checkpoint_folder(model: ModelConfig) -> Path:
     folder = Path(model.name).expanduser()
     if folder.is_dir():
         return folder
+    config = in_cache(model.name, CONFIG_NAME, model.revision)
+    if config is not None and is_whole(model.name, model.revision):
+        return config.parent
     try:
         return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=list(_WANTED)))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:

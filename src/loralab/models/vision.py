@@ -15,6 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.processing_utils import ProcessorMixin
 
 from loralab.errors import ModelError, excerpt
+from loralab.hub.cache import is_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,12 @@ def load_processor(source: str, *, revision: str | None, trust_remote_code: bool
             fix='pip install "loralab[vision]"',
         )
     try:
-        processor: Any = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        processor: Any = AutoProcessor.from_pretrained(
+            source,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            local_files_only=not trust_remote_code and is_whole(source, revision),
+        )
     except Exception as error:  # libraries read these files as code of theirs: what fails there is any of its kinds
         raise ModelError(
             f"cannot load the processor of {source!r}: {excerpt(error)}",

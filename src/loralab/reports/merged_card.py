@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from loralab.reports.model_card import HUB_ID, code, escape_markdown
+from loralab.reports.model_card import HUB_ID, code, escape_markdown, licence_name
 from loralab.reports.paths import is_absolute, path_name
 from loralab.run import Json, write_text
 
@@ -35,11 +35,15 @@ def write_merged_card(folder: Path, merged: Json) -> Path:
     base: dict[str, Any] = merged["base"]
     name = str(base["name"])
     on_hub = bool(HUB_ID.fullmatch(name)) and not base.get("sha256") and not is_absolute(name)
+    # What the Hub calls a merge is made of several; one adapter makes a fine-tuned base.
+    relation = "merge" if len(merged["adapters"]) > 1 else "finetune"
     front: Json = {
-        **({"base_model": name, "base_model_relation": "finetune"} if on_hub else {}),
+        **({"base_model": name, "base_model_relation": relation} if on_hub else {}),
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text" if merged["reads_pictures"] else "text-generation",
         "tags": ["loralab", "merge"],
+        **base.get("licence", {}),
+        **merged.get("trained_on", {}),
     }
     path = folder / "README.md"
     write_text(path, f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n".join(_lines(folder, merged)) + "\n")
@@ -49,6 +53,8 @@ def write_merged_card(folder: Path, merged: Json) -> Path:
 def _lines(folder: Path, merged: Json) -> list[str]:
     base, proof = merged["base"], merged["proof"]
     shown = path_name(str(base["name"]))
+    named = licence_name(base.get("licence", {}))
+    licence = f"{code(named)}, as its card says" if named else "not known here: see the base model"
     lines = [
         f"# {escape_markdown(path_name(str(merged['name'] or folder.name)))}",
         "",
@@ -75,8 +81,8 @@ def _lines(folder: Path, merged: Json) -> list[str]:
         "## Limits",
         "",
         "Nothing beyond these figures was measured here. Answers may be wrong, unsafe or unfair; languages, topics and "
-        "prompts other than those of the training data were not tested. The licence of the base model and those of the "
-        "data apply.",
+        "prompts other than those of the training data were not tested. The licences of the base model "
+        f"({licence}) and of the data apply.",
     ]
     return lines
 

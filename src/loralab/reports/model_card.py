@@ -5,7 +5,7 @@ the YAML front matter, a Markdown table or running text.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +89,27 @@ def _front_matter(facts: Facts, hub_id: str | None) -> Json:
     task = "image-text-to-text" if reads_pictures(facts) else "text-generation"
     front = {**base, "library_name": "peft", "pipeline_tag": task, "tags": ["lora", "loralab"]}
     licence, data = base_licence(facts), _hub_data(facts)
-    front |= {"license": licence} if licence and hub_id else {}
+    front |= licence
+    front |= {"language": languages} if (languages := dig(facts.record, "model", "languages")) else {}
     front |= {"datasets": data} if data else {}
     results = _model_index(facts, task, data)
     return front | ({"model-index": results} if results else {})
 
 
-def base_licence(facts: Facts) -> str | None:
-    """Return the licence that the base model's card named when the run began, or None where it is not known."""
+def base_licence(facts: Facts) -> Json:
+    """Return what the base model's card said of its licence when the run began; empty where it is not known."""
     licence = dig(facts.record, "model", "licence")
-    return str(licence) if licence else None
+    if isinstance(licence, str):  # a record of older runs
+        return {"license": licence}
+    return licence if isinstance(licence, dict) else {}
+
+
+def licence_name(fields: Mapping[str, Any]) -> str | None:
+    """Return what a licence is called; where the Hub knows it only as "other", by its own name."""
+    licence = fields.get("license")
+    if licence == "other":
+        licence = fields.get("license_name") or licence
+    return ", ".join(licence) if isinstance(licence, list) else licence
 
 
 def _hub_data(facts: Facts) -> list[str]:
@@ -129,7 +140,7 @@ def _card_context(facts: Facts, hub_id: str | None) -> dict[str, Any]:
         "name": path_name(facts.name),
         "base": base,
         "on_hub": hub_id is not None,
-        "licence": base_licence(facts),
+        "licence": licence_name(base_licence(facts)),
         "revision": dig(facts.record, "model", "revision") if hub_id else None,
         "base_sha256": dig(facts.record, "model", "sha256"),
         "overview": [(name, base if name == "Base model" else value) for name, value in describe_overview(facts)],

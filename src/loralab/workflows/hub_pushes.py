@@ -12,14 +12,15 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config
 from loralab.errors import HubError, LoralabError, StoppedBySignal, excerpt
 from loralab.hub.access import SILENCE_SECONDS, identify
+from loralab.hub.cards import licence_fields
 from loralab.hub.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, pushable_files, stage_adapter
 from loralab.hub.repository import Repository, check_lineage, lineage, open_repository, resolve_name
-from loralab.hub.revisions import base_licence
 from loralab.hub.upload import ATTEMPTS, BackgroundPushes, Push, Pushed, push_files
 from loralab.models.adapters import adapter_sha256
 from loralab.progress import Reporter
@@ -29,7 +30,7 @@ from loralab.training.callbacks import StopRequest, catching_signals
 from loralab.training.distributed import Processes
 from loralab.training.pushing import PushCallback
 from loralab.workflows.adapter_folder import save_prompting
-from loralab.workflows.pinning import pin_revisions
+from loralab.workflows.pinning import data_languages, pin_revisions
 from loralab.workflows.record import now
 from loralab.workflows.steps import Run
 
@@ -49,14 +50,14 @@ class HubPlan:
         revisions: what the record keeps of them.
         repository: where pushes go, or None.
         run_id: by which the run's commits are known.
-        licence: of the base model, or None where it is not known.
+        licence: what the base model's card says of it, in the Hub's fields; empty where it is not known.
     """
 
     config: Config
     revisions: Json
     repository: Repository | None
     run_id: str
-    licence: str | None
+    licence: dict[str, Any]
 
 
 def settle_hub(
@@ -109,7 +110,7 @@ def _settle(loaded: LoadedConfig, folder: RunFolder, record: Json, *, overwrite:
             check_lineage(repository, run_id, {}, where=KEY, fix=fix)
         reporter.say(f"hub: {repository.url} ({'as when the run began' if same else 'output.hub.repo'})")
     pinned, revisions = pin_revisions(config, record.get("revisions", {}), reporter=reporter)
-    licence = base_licence(config.model.name, pinned.model.revision) if revisions.get("model") else None
+    licence = licence_fields(config.model.name, pinned.model.revision)
     return HubPlan(pinned, revisions, repository, run_id, licence)
 
 
@@ -172,8 +173,11 @@ class HubPushes:
         content = run.record.content
         if self._plan.revisions:
             content["revisions"] = self._plan.revisions
-        if self._plan.licence is not None:
+        if self._plan.licence:
             content["model"]["licence"] = self._plan.licence
+        spoken = data_languages(run.config, self._plan.revisions)
+        if spoken:
+            content["model"]["languages"] = spoken
         if repository is not None:
             before = content.get("hub", {})
             content["hub"] = {

@@ -14,6 +14,7 @@ import torch
 from loralab.config.schema import Config
 from loralab.data.prompts.prompter import Prompter
 from loralab.errors import ModelError
+from loralab.hub.cards import licence_fields
 from loralab.models.allocator import returning_memory
 from loralab.models.load import load_model_config
 from loralab.models.merge_source import snapshot_revision
@@ -36,7 +37,7 @@ from loralab.workflows.merge_checks import (
     check_weights,
     read_dtype,
 )
-from loralab.workflows.merge_files import copy_companions
+from loralab.workflows.merge_files import copy_companions, data_facts
 from loralab.workflows.merge_proof import (
     DEFINITIONS,
     LiveAnswers,
@@ -121,6 +122,7 @@ def merge(path: Path, request: MergeRequest, *, reporter: Reporter) -> dict[str,
             "name": targets[0].folder.path.name if targets[0].folder is not None else path.name,
             "adapters": _describe_adapters(parts, targets, hashes),
             "base": _describe_base(world, written.checkpoint.folder, base_sha256),
+            "trained_on": data_facts(targets),
             "onto": world.onto.value,
             "onto_reason": world.onto.reason,
             "dtype": str(written.dtype.value).removeprefix("torch."),
@@ -168,6 +170,7 @@ def _describe_base(world: MergeWorld, folder: Path, sha256: str | None) -> dict[
         "name": model.name if sha256 is None else Path(model.name).name,
         "revision": snapshot_revision(folder) if sha256 is None else None,
         "sha256": sha256,
+        "licence": licence_fields(model.name, model.revision),
     }
 
 

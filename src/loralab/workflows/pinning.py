@@ -13,7 +13,9 @@ from loralab.config.schema import Config, DataSource, ModelConfig
 from loralab.data.pools import is_split_name
 from loralab.data.reading.sources import find_hub_id
 from loralab.hub.access import is_offline
-from loralab.hub.revisions import Pin, fetch_model, find_commit, is_fetched
+from loralab.hub.cache import is_commit, is_fetched
+from loralab.hub.cards import languages
+from loralab.hub.revisions import Pin, fetch_model, find_commit
 from loralab.models.load import check_local_model
 from loralab.progress import Reporter
 from loralab.run import Json
@@ -80,7 +82,9 @@ def fetch_base(model: ModelConfig, reporter: Reporter) -> None:
     Raises:
         HubError: it is not there, not allowed, or the Hub cannot be reached.
     """
-    if Path(model.name).expanduser().exists() or is_offline() or is_fetched(model.name, model.revision):
+    if Path(model.name).expanduser().exists() or is_offline():
+        return
+    if not is_commit(model.revision) and is_fetched(model.name, model.revision):
         return
     commit = find_commit("model", model.name, model.revision, where="key model.name").commit
     if commit is not None:
@@ -137,3 +141,22 @@ def _pinned_names(value: Any, key: str, find: Find) -> Any:
 def hub_data_names(recorded: Mapping[str, Any]) -> Iterator[str]:
     """Yield the Hub ids of a run's data."""
     yield from dict.fromkeys(pin["name"] for pin in recorded.get("data", ()))
+
+
+def data_languages(config: Config, recorded: Mapping[str, Any]) -> list[str]:
+    """Return the languages of the training data, where all of it comes from the Hub and every card names some."""
+    names: list[str] = []
+
+    def note(kind: str, name: str, asked: str | None, where: str) -> Pin:
+        names.append(name)
+        return Pin(name, asked, None, where)
+
+    sources = config.data.train if isinstance(config.data.train, list) else [config.data.train]
+    for source in sources:
+        before = len(names)
+        _pinned_names(source, "train", note)
+        if len(names) == before:
+            return []  # a file here says nothing of its language
+    commits = {pin["name"]: pin["commit"] for pin in recorded.get("data", ())}
+    found = [languages(name, commits.get(name)) for name in names]
+    return list(dict.fromkeys(language for each in found for language in each)) if all(found) else []

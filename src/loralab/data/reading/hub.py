@@ -19,6 +19,7 @@ import datasets.packaged_modules
 import pyarrow
 from datasets.exceptions import DatasetNotFoundError
 
+from loralab.data.reading.hub_cache import commit_of, is_commit, load_prepared
 from loralab.data.reading.rows import Row, excerpt
 from loralab.errors import DataError
 from loralab.lookup import suggest
@@ -81,11 +82,27 @@ def load_hub_split(spec: str, *, split: str, where: str) -> datasets.Dataset:
             f"{spec!r} is no data set of the Hub", where=where, fix="name a file, a folder or a Hub id, OWNER/NAME"
         )
     try:
-        return datasets.load_dataset(
+        prepared = load_prepared(hub_id.name, hub_id.config, hub_id.revision, split=split)
+        if prepared is not None:
+            return prepared
+        loaded = datasets.load_dataset(
             hub_id.name, hub_id.config, split=split, revision=hub_id.revision, keep_in_memory=False
         )
     except Exception as error:  # the library lets through whatever its HTTP client and its 25 loaders raise
         raise _hub_error(error, spec=spec, where=where) from error
+    _check_commit(loaded, hub_id, spec, where=where)
+    return loaded
+
+
+def _check_commit(loaded: datasets.Dataset, hub_id: HubId, spec: str, *, where: str) -> None:
+    """Check that rows are those of the commit that was named: without the Hub the library takes what is newest here."""
+    taken = commit_of(loaded)
+    if is_commit(hub_id.revision) and taken is not None and taken != hub_id.revision:
+        raise DataError(
+            f"{spec!r}: the Hub does not answer, and the cache has another commit of it, {taken}",
+            where=where,
+            fix="connect to the network (HF_HUB_OFFLINE must not be set), or name the commit that the cache has",
+        )
 
 
 def _loader_names() -> set[str]:
