@@ -18,23 +18,33 @@ def export(
         ),
     ],
     *,
-    to: Annotated[str, typer.Option("--to", help="ollama, vllm or gguf.")],
+    to: Annotated[str, typer.Option("--to", help="Program to export for: ollama, vllm or gguf (llama.cpp).")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="Folder to write; RUN-ollama and so on by default.", callback=usable_path),
+        typer.Option(
+            "--output",
+            help="Folder to write; it must not exist, or be empty; by default RUN-ollama, RUN-vllm or RUN-gguf.",
+            callback=usable_path,
+        ),
     ] = None,
     name: Annotated[
         str | None, typer.Option("--name", help="Name of the model in the other program; the run's by default.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Type of a GGUF file's weights: f16 (default) or f32.")
+        str | None,
+        typer.Option(
+            "--dtype", help="Type of the weights with --to gguf: f16, 2 bytes each and the default, or f32, 4 bytes."
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", metavar="BASE", help="Base model to use instead of the recorded one.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Export a model for Ollama, vLLM or llama.cpp (GGUF), proved as far as it can be here."""
+    """Export a model for Ollama, vLLM or llama.cpp (GGUF), proved as far as it can be here.
+
+    Example: loralab export runs/price --to ollama
+    """
     from loralab.workflows.export import ExportRequest, export
 
     request = ExportRequest(to, output, name, dtype, model)

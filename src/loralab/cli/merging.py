@@ -17,29 +17,41 @@ def merge(
     run: RunPath,
     *,
     output: Annotated[
-        Path, typer.Option("--output", help="Folder of the merged model; it must not exist.", callback=usable_path)
+        Path,
+        typer.Option(
+            "--output", help="Folder of the merged model; it must not exist, or be empty.", callback=usable_path
+        ),
     ],
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="float32, bfloat16 or float16; by default what the base is stored in."),
+        typer.Option(
+            "--dtype",
+            help="Type of all merged weights: float32, bfloat16 or float16; by default what each is stored in.",
+        ),
     ] = None,
     onto: Annotated[
         str,
         typer.Option(
             "--onto",
-            help="For a quantized base: dequantized, the weights that the adapter was trained on, or original.",
+            help="For a quantized base: dequantized, the weights that the adapter was trained on, or original, the "
+            "unquantized ones.",
         ),
     ] = "dequantized",
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", help="Another adapter with its weight, as RUN2=0.5; may be repeated."),
+        typer.Option("--adapter", help="Another adapter with the factor of its update, as RUN2=0.5; may be repeated."),
     ] = None,
-    weight: Annotated[float, typer.Option("--weight", help="Weight of RUN's adapter.")] = 1.0,
+    weight: Annotated[
+        float, typer.Option("--weight", help="Factor of the update of RUN's adapter; 1 is as trained.")
+    ] = 1.0,
     model: BaseModel = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter into its base, and prove that the merged model answers as the adapter does."""
+    """Write an adapter into its base, and prove that the merged model answers as the adapter does.
+
+    Example: loralab merge runs/price --output price-merged
+    """
     others = [_read_other(text) for text in adapter or []]
     from loralab.workflows.merge import MergeRequest
     from loralab.workflows.merge import merge as merge_adapter

@@ -34,7 +34,10 @@ def push(
         ),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option("--revision", help="Branch to push to; made where it does not exist.")
+        str | None,
+        typer.Option(
+            "--revision", help="Branch to push to, made where it does not exist; by default the repository's own."
+        ),
     ] = None,
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request instead of changing the branch.")
@@ -44,7 +47,10 @@ def push(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Push an adapter or a merged model to the Hub, with its card, and verify that it arrived."""
+    """Push an adapter or a merged model to the Hub, with its card, and verify that it arrived.
+
+    Example: loralab push runs/price --repo price-adapter
+    """
     from loralab.workflows.push import PushRequest
     from loralab.workflows.push import push as run_push
 

@@ -31,11 +31,15 @@ def sweep(
         typer.Option("--grid", help="section.key=V1,V2,V3, or LOW..HIGH with --random; may be repeated."),
     ] = None,
     random: Annotated[
-        int | None, typer.Option("--random", min=1, help="Draw so many points (1,000 at most) instead of taking all.")
+        int | None,
+        typer.Option(
+            "--random", min=1, help="Points to draw, 1,000 at most; by default every point of the grid is taken."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the drawing.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the drawing with --random.")] = 0,
     metric: Annotated[
-        str, typer.Option("--metric", help="Figure of the final evaluation, on the validation split.")
+        str,
+        typer.Option("--metric", help="Figure of the final evaluation that decides, measured on the validation split."),
     ] = "eval_loss",
     mode: Annotated[
         Literal["min", "max"] | None,
@@ -45,10 +49,15 @@ def sweep(
         Path | None,
         typer.Option("--output", help="Folder of the sweep; by default sweeps/<name of CONFIG>.", callback=usable_path),
     ] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what failed before.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run again what failed before; by default it stays failed.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train every point of a grid, or random points: each a run folder, one table. The same command again goes on."""
+    """Train every point of a grid, or random points: each a run folder, one table. The same command again goes on.
+
+    Example: loralab sweep run.yaml --grid lora.r=8,16 --grid training.learning_rate=1e-4,2e-4
+    """
     from loralab.workflows.sweep import Search, check_all_completed
     from loralab.workflows.sweep import sweep as run_sweep
 

@@ -110,7 +110,8 @@ def export(path: Path, request: ExportRequest, *, reporter: Reporter) -> dict[st
     """
     work = look_up(EXPORTS, request.to, kind="program", where="option --to")
     dtype = _check_dtype(request)
-    name = _check_name(request.name or re.sub(r"[^A-Za-z0-9._-]+", "-", path.absolute().name).strip("-._") or "model")
+    own = re.sub(r"[^A-Za-z0-9._-]+", "-", path.absolute().name).strip("-._") or "model"
+    name = _check_name(own if request.name is None else request.name)
     output = request.output or path.absolute().with_name(f"{path.absolute().name}-{request.to}")
     check_free(output)
     if request.to == "gguf":

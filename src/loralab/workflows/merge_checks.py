@@ -198,12 +198,12 @@ def check_base(config: Config, targets: Sequence[Target], hashes: Sequence[str])
     sha256 = model_sha256(name)
     revision = None if folder.is_dir() else snapshot_revision(checkpoint_folder(config.model))
     for target in targets:
-        misfit = base_misfit(target, sha256)
-        trained = known_base(target).revision
+        known = known_base(target)
+        misfit, trained = base_misfit(known, sha256), known.revision
         if misfit is None and trained and revision and trained != revision:
             misfit = f"it was trained on revision {trained[:12]}, this is {revision[:12]}"
-        if misfit is None and known_base(target).sha256 and sha256 is None:
-            misfit = f"its base model was a folder with sha256 {str(known_base(target).sha256)[:12]}.."
+        if misfit is None and known.sha256 and sha256 is None:
+            misfit = f"its base model was a folder with sha256 {known.sha256[:12]}.."
         if misfit is not None:
             raise ModelError(
                 f"not the base of this adapter: {name!r}; {misfit}",

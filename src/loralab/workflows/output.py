@@ -18,6 +18,7 @@ from pathlib import Path
 from loralab.errors import RunFolderError, StorageError
 from loralab.reports.pictures import pictures_folder
 from loralab.run import RunFolder, read_json
+from loralab.training.trackers import FOLDER as TRACKERS
 from loralab.workflows.thumbnails import remove_thumbnails
 
 if sys.platform == "win32":
@@ -150,6 +151,26 @@ def _lock(descriptor: int) -> None:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def writer_of(folder: RunFolder) -> str | None:
+    """Return the pid of another process that writes a run folder now, or None; asking locks nobody out for long."""
+    path = folder.path / LOCK
+    if path.absolute() in _held:  # to close the file once more would drop our own lock
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        _lock(descriptor)
+    except (BlockingIOError, PermissionError):
+        return os.read(descriptor, 32).decode(errors="replace").partition("\n")[0] or "unknown"
+    except OSError:
+        return None  # a disk without locks
+    finally:
+        os.close(descriptor)
+    return None
+
+
 def _in_use(path: Path, pid: int | str) -> RunFolderError:
     return RunFolderError(
         f"another process is writing {str(path.parent)!r}: pid {pid}",
@@ -218,7 +239,7 @@ def clear_run(folder: RunFolder, *, keep_record: bool = False) -> None:
         folder: the run folder.
         keep_record: leave `run.json`, by which the folder is known as a run's.
     """
-    for path in (folder.checkpoints, folder.adapter, folder.plots):
+    for path in (folder.checkpoints, folder.adapter, folder.plots, folder.path / TRACKERS):
         shutil.rmtree(path, ignore_errors=True)
     remove_thumbnails(pictures_folder(folder))
     files = [folder.config, folder.data, folder.metrics, folder.evaluation, folder.predictions, folder.samples]

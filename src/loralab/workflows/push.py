@@ -34,6 +34,7 @@ from loralab.reports.model_card import HUB_ID, write_model_card
 from loralab.run import Json, RunFolder, file_sha256, read_json, write_json
 from loralab.workflows.hub_pushes import KEY, base_on_hub, commit_text, note_push, push_command, timestamp
 from loralab.workflows.merge_checks import check_adapter
+from loralab.workflows.output import writer_of
 from loralab.workflows.session import Target, known_base
 
 
@@ -151,10 +152,12 @@ def _find_source(path: Path) -> _Source:
     if folder.exists():
         record = read_json(folder.record)
         if record.get("status") != "completed":
+            writer, finish = writer_of(folder), f"finish it first: loralab train {folder.config} --resume"
             raise RunFolderError(
-                f"the run is not complete ({record.get('status', 'unknown')}): its adapter is not final",
+                f"the run is not complete ({record.get('status', 'unknown')}): its adapter is not final"
+                + (f"; process {writer} is at work there" if writer else ""),
                 where=str(folder.path),
-                fix=f"finish it first: loralab train {folder.config} --resume; or push one of its checkpoints' folders",
+                fix=("wait until it has ended" if writer else finish) + "; or push one of its checkpoints' folders",
             )
         if not (folder.adapter / ADAPTER_WEIGHTS).is_file():
             raise RunFolderError(
@@ -178,7 +181,8 @@ def _open(source: _Source, request: PushRequest, *, where: str) -> tuple[Reposit
     account = identify(where=where)
     earlier = source.record.get("hub", {})
     private = source.hub.private if request.private is None else request.private
-    template = request.repo or source.hub.repo or "{user}/{run}"
+    asked = source.hub.repo or "{user}/{run}"
+    template = asked if request.repo is None else request.repo
     if earlier and template == earlier["asked"]:  # the time of the start is the run's
         name = earlier["repo"]
     else:

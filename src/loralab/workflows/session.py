@@ -4,6 +4,7 @@ Owns how a run folder or an adapter folder becomes a model; every command that p
 measures an adapter opens it here.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from loralab.data.prompts.contract import CONTRACT_FILE, check_pictures, load_co
 from loralab.data.prompts.prompter import Prompter, apply_stop_setting, choose_bos_prefix, own_template, render_with
 from loralab.data.prompts.templates import prepare_template, resolve_template
 from loralab.errors import ConfigError, ModelError, Problem
-from loralab.models.adapters import load_adapter, read_adapter_config
+from loralab.models.adapters import CONFIG_FILE, load_adapter, read_adapter_config
 from loralab.models.device_map import put_whole, select_gpus
 from loralab.models.load import check_local_model, load_base_model, load_tokenizer, model_sha256
 from loralab.models.new_tokens import NewToken, find_new_tokens, grow_vocabulary
@@ -28,8 +29,10 @@ from loralab.models.threads import resolve_threads
 from loralab.models.trainable_tokens import trained_tokens
 from loralab.progress import Reporter
 from loralab.run import RunFolder, read_json
+from loralab.training.checkpoint import find_checkpoint
 from loralab.workflows.adapter_folder import FACTS_FILE
 from loralab.workflows.configure import load_run_config
+from loralab.workflows.output import writer_of
 from loralab.workflows.pictures import open_pictures
 from loralab.workflows.pinning import fetch_base
 
@@ -104,12 +107,30 @@ def find_target(path: Path) -> Target:
         )
     if RunFolder(path).exists():
         folder = RunFolder(path)
+        if not (folder.adapter / CONFIG_FILE).is_file():
+            raise _no_adapter(folder)
         read_adapter_config(folder.adapter)
         return Target(folder.adapter, folder)
     read_adapter_config(path)
     parent = RunFolder(path.parent)
     inside = parent.exists() and path.resolve() == parent.adapter.resolve()
     return Target(path, parent if inside else None)
+
+
+def _no_adapter(folder: RunFolder) -> ModelError:
+    """Return what to do about a run that has no adapter, by how far it came."""
+    command = f"loralab train {shlex.quote(str(folder.config))}"
+    checkpoint = find_checkpoint(folder.checkpoints)
+    writer = writer_of(folder)
+    if writer is not None:
+        state, fix = f"process {writer} is at work there", "wait until it has ended"
+    elif checkpoint is not None:
+        state = f"it was left at step {checkpoint.step}"
+        fix = f"finish it: {command} --resume"
+    else:
+        state, fix = "it has no checkpoint either", f"train it again: {command} --overwrite"
+    status = read_json(folder.record).get("status", "unknown")
+    return ModelError(f"the run {str(folder.path)!r} ({status}) has no adapter: {state}", where="argument RUN", fix=fix)
 
 
 def load_target_config(target: Target, overrides: Sequence[str], base_model: str | None) -> LoadedConfig:
@@ -232,14 +253,14 @@ def known_base(target: Target) -> KnownBase:
     )
 
 
-def base_misfit(target: Target, sha256: str | None) -> str | None:
+def base_misfit(known: KnownBase, sha256: str | None) -> str | None:
     """Return how a base differs from the one that a run was trained on, or None where it does not, as far as is known.
 
     Args:
-        target: run or adapter alone.
+        known: what is recorded of the run's.
         sha256: of the base, as `model_sha256` has it.
     """
-    theirs = known_base(target).sha256
+    theirs = known.sha256
     if not theirs or not sha256 or theirs == sha256:
         return None
     return f"its base model was sha256 {theirs[:12]}.., this one is {sha256[:12]}.."
@@ -251,7 +272,8 @@ def _check_base(target: Target, config: Config) -> None:
     Raises:
         ModelError: it is another one.
     """
-    misfit = base_misfit(target, model_sha256(config.model.name) if known_base(target).sha256 else None)
+    known = known_base(target)
+    misfit = base_misfit(known, model_sha256(config.model.name) if known.sha256 else None)
     if misfit is not None:
         raise ModelError(
             f"not the base of this adapter: {config.model.name!r}; {misfit}",

@@ -16,7 +16,7 @@ from loralab.errors import ModelError, RunFolderError, excerpt
 from loralab.models.adapters import WEIGHTS_FILE, adapter_sha256, read_adapter_config
 from loralab.models.trainable_tokens import trained_tokens
 from loralab.run import RunFolder
-from loralab.workflows.session import Target, base_misfit, find_target, load_adapter_tokenizer
+from loralab.workflows.session import Target, base_misfit, find_target, known_base, load_adapter_tokenizer
 from loralab.workflows.steps import Run
 
 _WHERE = "option --warm-start"
@@ -57,7 +57,7 @@ def apply_warm_start(run: Run, source: Path | Mapping[str, str]) -> dict[str, st
     tensor_misfits = _tensor_misfits(run, tensors)
     settings = {**_SHAPING, **dict(zip(_FURTHER, _FURTHER, strict=True))}
     settings |= {name: f"lora.{name}" for name in (*_SILENT, *(_PLACING if tensor_misfits else ()))}
-    base = base_misfit(target, run.base_facts.get("sha256"))
+    base = base_misfit(known_base(target), run.base_facts.get("sha256"))
     misfits = [*([base] if base is not None else []), *_config_misfits(run, config, settings), *tensor_misfits]
     misfits += _token_misfits(run, target, config)
     if misfits:

@@ -150,9 +150,10 @@ def test_clearing_and_sweeping_touch_nothing_foreign(tmp_path: Path) -> None:
     folder = fill(tmp_path / "run", [*foreign, *own, *LEFTOVERS], status="completed")
     (folder.path / ".adapter-half").mkdir()
     (folder.path / ".adapter-half" / "file").touch()
+    (folder.path / "trackers" / "tensorboard").mkdir(parents=True)  # of a run whose successor has no trackers
     sweep_leftovers(folder)
     names = {path.name for path in folder.path.iterdir()}
-    assert names == {*foreign, *own, LOCK, "run.json"}
+    assert names == {*foreign, *own, LOCK, "run.json", "trackers"}
     clear_run(folder, keep_record=True)
     assert {path.name for path in folder.path.iterdir()} == {*foreign, LOCK, "run.json"}
     clear_run(folder)
