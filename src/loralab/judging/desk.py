@@ -226,8 +226,8 @@ class VotingHandler(BaseHTTPRequestHandler):
             logger.warning("a vote was refused: %s", excerpt(error))
             own = isinstance(error, JudgingError)
             status = HTTPStatus.CONFLICT if own else HTTPStatus.INSUFFICIENT_STORAGE
-            problem = error.problems[0]
-            raise _RefusedError(status, f"{problem.what}. To mend it: {problem.fix}.") from None
+            what, fix = error.problems[0].what, error.problems[0].fix
+            raise _RefusedError(status, f"{what[:1].upper()}{what[1:]}. To mend it: {fix}.") from None
         try:
             self._send_json(answer)
         finally:
@@ -293,6 +293,7 @@ class VotingHandler(BaseHTTPRequestHandler):
         more: Mapping[str, str] | None = None,
     ) -> None:
         self.close_connection = True
+        self.request_version = self.protocol_version  # where a request has none, the library would leave headers away
         self.send_response(status)
         headers = {"Content-Type": kind, "Content-Length": str(len(data)), "Content-Security-Policy": policy}
         for header, value in {**headers, **_HEADERS, **(more or {})}.items():
