@@ -30,6 +30,7 @@ class Facts:
         evaluation: `evaluation.json`.
         samples: `samples.json`.
         comparison: `comparison.json`.
+        preference: `preference.json`.
         metrics: the lines of `metrics.jsonl`.
     """
 
@@ -40,6 +41,7 @@ class Facts:
     evaluation: Json
     samples: Json
     comparison: Json
+    preference: Json
     metrics: list[Json]
 
     @property
@@ -68,6 +70,7 @@ def load_facts(folder: RunFolder) -> Facts:
         evaluation=_read(folder.evaluation, read_json),
         samples=_read(folder.samples, read_json),
         comparison=_read(folder.comparison, read_json),
+        preference=_read(folder.preference, read_json),
         metrics=read_metrics(folder.metrics),
     )
 

@@ -17,6 +17,7 @@ from loralab.reports.facts import Facts, dig, dig_table, load_facts
 from loralab.reports.group_sections import describe_groups
 from loralab.reports.metric_sections import describe_metrics
 from loralab.reports.paths import is_absolute, path_name
+from loralab.reports.preference_section import describe_preference
 from loralab.reports.provenance import describe_data
 from loralab.reports.sections import describe_overview, describe_scores
 from loralab.reports.usage import describe_usage, reads_pictures
@@ -152,6 +153,7 @@ def _card_context(facts: Facts, hub_id: str | None) -> dict[str, Any]:
         "hyperparameters": _without_paths(list(_hyperparameters(facts))),
         "reads_pictures": reads_pictures(facts),
         "groups": _without_paths(describe_groups(facts)),
+        "preference": describe_preference(facts),
         "usage": describe_usage(
             facts,
             base=base if hub_id else f"path/to/{base}",

@@ -16,6 +16,7 @@ from loralab.reports.facts import Facts, dig, dig_list, dig_number, dig_table, e
 from loralab.reports.group_sections import describe_blank, describe_groups
 from loralab.reports.metric_sections import describe_details, describe_metrics, measured_figures
 from loralab.reports.pictures import PictureBook, images_in, pictures_folder, shown_images, thumbnails_in
+from loralab.reports.preference_section import describe_preference
 from loralab.reports.provenance import describe_choices, describe_data, describe_machine, describe_settings
 from loralab.reports.usage import describe_usage
 from loralab.reports.verdict import assess
@@ -82,6 +83,7 @@ def report_context(facts: Facts, *, picture: Callable[[Path], str | None]) -> di
         "details": describe_details(facts),
         "examples": examples,
         "comparison": describe_comparison(facts),
+        "preference": describe_preference(facts),
         "reading": describe_reading(facts),
         "plots": describe_plots(facts, picture),
         "samples": samples,

@@ -243,7 +243,7 @@ def clear_run(folder: RunFolder, *, keep_record: bool = False) -> None:
         shutil.rmtree(path, ignore_errors=True)
     remove_thumbnails(pictures_folder(folder))
     files = [folder.config, folder.data, folder.metrics, folder.evaluation, folder.predictions, folder.samples]
-    files += [folder.report, folder.comparison, folder.comparison_page]
+    files += [folder.report, folder.comparison, folder.comparison_page, folder.preference]
     for path in (*files, *folder.path.glob("evaluation-*.json")):
         path.unlink(missing_ok=True)
     sweep_leftovers(folder)
