@@ -13,6 +13,7 @@ from huggingface_hub import metadata_load
 from loralab.hub.access import NETWORK_ERRORS, is_offline, open_hub
 from loralab.hub.cache import CARD, in_cache, is_whole
 
+_UNKNOWN: tuple[type[Exception], ...] = (*NETWORK_ERRORS, ValueError)
 _LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 
@@ -30,9 +31,9 @@ def licence_fields(name: str, commit: str | None) -> dict[str, Any]:
     if card is None and not is_offline() and not folder.exists() and not is_whole(name, commit):
         try:
             found = open_hub().model_info(name, revision=commit).card_data
-        except (*NETWORK_ERRORS, ValueError):
+        except _UNKNOWN:
             return {}
-        card = {} if found is None else found.to_dict()
+        card = {key: getattr(found, key, None) for key in _LICENCE_FIELDS}
     said = {key: value for key in _LICENCE_FIELDS if (value := _texts((card or {}).get(key)))}
     return said if "license" in said else {}
 

@@ -4,6 +4,7 @@ Owns what a folder is pushed as, to which repository, and what of it stands in t
 """
 
 import secrets
+import shlex
 import shutil
 import signal
 import tempfile
@@ -152,7 +153,10 @@ def _find_source(path: Path) -> _Source:
     if folder.exists():
         record = read_json(folder.record)
         if record.get("status") != "completed":
-            writer, finish = writer_of(folder), f"finish it first: loralab train {folder.config} --resume"
+            writer, finish = (
+                writer_of(folder),
+                f"finish it first: loralab train {shlex.quote(str(folder.config))} --resume",
+            )
             raise RunFolderError(
                 f"the run is not complete ({record.get('status', 'unknown')}): its adapter is not final"
                 + (f"; process {writer} is at work there" if writer else ""),
