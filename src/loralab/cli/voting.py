@@ -16,6 +16,7 @@ from loralab.judging.sitting import BlindPair, Choice, Sitting
 
 CHOICES: dict[str, Choice] = {"a": "left", "b": "right", "t": "tie", "n": "both_bad"}
 KEYS = "a: A is better, b: B is better, t: about the same, n: neither is good, u: back, s: skip, q: go on later"
+END_KEYS = "y: close it and show the names, n or q: leave it open, u: back to the last pair"
 _LETTERS = {choice: key for key, choice in CHOICES.items()}
 
 
@@ -49,7 +50,8 @@ class TerminalVoting:
             JudgingError: a key that none of these is, where nobody sits to be asked again.
             StorageError: a vote could not be written.
         """
-        self._say(f"{len(self._pairs)} pairs; the names of the models come at the end.\n{KEYS}")
+        judged = f", {len(self._done)} of them judged already" if self._done else ""
+        self._say(f"{len(self._pairs)} pairs{judged}; the names of the models come at the end.\n{KEYS}")
         going = True
         while going:
             going = self._ask_pair() if self._open else self._ask_end()
@@ -59,7 +61,7 @@ class TerminalVoting:
         pair = self._pairs[self._open[0]]
         self._show(pair)
         started = time.monotonic()
-        key = self._ask("a/b/t/n, u, s, q: ", allowed=(*CHOICES, "u", "s", "q"))
+        key = self._ask("a/b/t/n, u, s, q: ", allowed=(*CHOICES, "u", "s", "q"), words=KEYS)
         if key is None or key == "q":
             return False
         if key == "u":
@@ -75,7 +77,8 @@ class TerminalVoting:
     def _ask_end(self) -> bool:
         """Ask whether the sitting is over; return whether it goes on."""
         self._say(f"\nAll {len(self._pairs)} pairs are judged.")
-        key = self._ask("Close the sitting and show the names? After that nothing can be changed. y/n, u: ", "ynuq")
+        question = "Close the sitting and show the names? After that nothing can be changed. y/n, u: "
+        key = self._ask(question, allowed=("y", "n", "u", "q"), words=END_KEYS)
         if key == "u":
             self._undo()
         elif key == "y":
@@ -99,7 +102,7 @@ class TerminalVoting:
             self._say(f"[picture: {path}]")
         self._say(f"----- A\n{pair.left}\n----- B\n{pair.right}\n-----")
 
-    def _ask(self, question: str, allowed: tuple[str, ...] | str) -> str | None:
+    def _ask(self, question: str, *, allowed: tuple[str, ...], words: str) -> str | None:
         """Return one of the keys that are allowed, or None at the end of the input."""
         while True:
             self._line += 1
@@ -107,16 +110,16 @@ class TerminalVoting:
             if line is None:
                 return None
             key = line.strip().lower()
-            if key and key in allowed:
+            if key in allowed:
                 return key
             if key and not self._person:
                 raise JudgingError(
                     f"not a key: {line.strip()[:40]!r}",
                     where=f"standard input, line {self._line}",
-                    fix=f"give one a line ({KEYS}); the votes before it are kept",
+                    fix=f"give one a line ({words}); the votes before it are kept",
                 )
             if key:
-                self._say(KEYS)
+                self._say(words)
 
     def _say(self, text: str) -> None:
         print(printable(text, self._screen), file=self._screen, flush=True)
