@@ -148,6 +148,7 @@ def served(
     try:
         yield running
     finally:
-        if thread.is_alive():
+        if not sitting.closed:
             running.finish()
+        thread.join(10)
         assert not thread.is_alive()

@@ -46,22 +46,22 @@ function endOnServer(open) {
   ];
 }
 function endInBrowser(open) {
-  const finish = button(open ? "Finish all the same and save" : "Finish and save the votes", () => download(votes.file(true)), !open);
+  const finish = button(open ? "Finish all the same and save" : "Finish and save the votes", () => { votes.setClosed(true); download(votes.text()); }, !open);
   return [
     make("h2", {}, endTitle(open)),
     make("p", {}, `Your votes go into a file, ${fileName()}. Send it back to whoever gave you this page: there it is told which answer was whose.`),
     make("div", { className: "actions" }, ...(open ? [...otherWay(open), finish] : [finish, ...otherWay(open)]),
-      open ? button("Save a copy and go on later", () => download(votes.file(false))) : ""),
+      open ? button("Save a copy and go on later", () => download(votes.text())) : ""),
   ];
 }
 function endSaved() {
-  const text = make("textarea", { readOnly: true, value: votes.file(true), onfocus: (event) => event.target.select() });
+  const text = make("textarea", { readOnly: true, value: votes.text(), onfocus: (event) => event.target.select() });
   text.setAttribute("aria-label", "Content of the file");
   return [
     make("h2", {}, "Thank you. One thing is left to do"),
     make("p", {}, `Send the file ${fileName()} back to whoever gave you this page. Your browser put it where downloads go.`),
-    make("div", { className: "actions" }, button("Save it again", () => download(votes.file(true)), true),
-      button("Change my votes", () => { votes.reopen(); go(view.order.length - 1); })),
+    make("div", { className: "actions" }, button("Save it again", () => download(votes.text()), true),
+      button("Change my votes", () => { votes.setClosed(false); go(view.order.length - 1); })),
     make("details", { className: "copy" }, make("summary", {}, "No file came? Send this text instead"), text),
   ];
 }

@@ -98,7 +98,7 @@ function showPair() {
   fill(byId("prompt"), pair.prompt);
   fill(byId("left"), pair.left, marked && marked[0]);
   fill(byId("right"), pair.right, marked && marked[1]);
-  if (view.marks && !marked) say("Too long to mark the differences");
+  byId("marks").textContent = view.marks && !marked ? "Too long to compare" : "Differences";
   byId("pictures").replaceChildren(...pictures(pair));
   byId("pictures").hidden = !pair.pictures.length;
   byId("prompt").hidden = !pair.prompt && pair.pictures.length > 0;

@@ -152,11 +152,10 @@ function inBrowser() {
     closed: () => read().closed === true,
     unsafe: () => !durable && memory.acts.length > 0,
     words: () => (durable ? "Kept in this browser" : "Not kept"),
-    file(closed) {
-      const { acts } = read();
-      write({ acts, closed });
-      return JSON.stringify({ loralab_votes: given.version, items_sha256: given.items_sha256, rater: given.rater, acts, closed }, null, 1);
+    text() {
+      const { acts, closed } = read();
+      return JSON.stringify({ loralab_votes: given.version, items_sha256: given.items_sha256, rater: given.rater, acts, closed: closed === true }, null, 1);
     },
-    reopen: () => write({ acts: read().acts, closed: false }),
+    setClosed: (closed) => write({ acts: read().acts, closed }),
   };
 }
