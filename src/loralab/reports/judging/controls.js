@@ -27,7 +27,8 @@ addEventListener("pagehide", () => { stopClock(); keep("sessionStorage", viewKey
 addEventListener("beforeunload", (event) => { if (votes.unsafe() && !over) event.preventDefault(); });
 
 const votes = live ? onServer() : inBrowser();
-byId("title").textContent = `${given.title} · ${given.rater}`;
+byId("title").textContent = given.title;
+byId("rater").textContent = `Judged by ${given.rater}`;
 if (live && given.closed) showWords("This sitting is finished", ["The command shows its result."]);
 else go(view.at < 0 ? nextOpen(-1) : view.at);
 if (live) fetchPictures();
