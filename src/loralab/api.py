@@ -49,6 +49,11 @@ class Run:
         """The lines of `metrics.jsonl`."""
         return read_metrics(self.folder.metrics)
 
+    @property
+    def preference(self) -> Json | None:
+        """The content of `preference.json`, the result of a blind preference test; None where nobody has judged."""
+        return read_json(self.folder.preference) if self.folder.preference.is_file() else None
+
     def adapter(self) -> Path:
         """Return the adapter folder, in PEFT's layout."""
         return self.folder.adapter

@@ -4,6 +4,7 @@ Owns which comparison is judged, and when its items may still change. What votes
 No torch: a test that has its comparison opens at once.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,15 +151,14 @@ def _find(path: Path, output: Path | None) -> tuple[Path, RunFolder]:
     own: RunFolder | None = run
     if run.exists():
         adapter = run.adapter
+        if not (adapter / WEIGHTS_FILE).is_file():
+            raise _no_adapter(run)
     elif (path / WEIGHTS_FILE).is_file():
         parent = RunFolder(path.parent)
         inside = parent.exists() and path.resolve() == parent.adapter.resolve()
         adapter, own = path, parent if inside else None
     else:
-        what = "no such folder" if not path.exists() else "neither a run nor an adapter folder"
-        raise ModelError(
-            f"{what}: {str(path)!r}", where="argument RUN", fix="give the folder that `loralab train` wrote"
-        )
+        raise _no_run(path)
     if output is not None:
         return adapter, RunFolder(output)
     if own is None:
@@ -168,6 +168,25 @@ def _find(path: Path, output: Path | None) -> tuple[Path, RunFolder]:
             fix="give --output FOLDER for comparison, items and votes",
         )
     return adapter, own
+
+
+def _no_adapter(run: RunFolder) -> ModelError:
+    status = read_json(run.record).get("status", "unknown")
+    return ModelError(
+        f"the run {str(run.path)!r} ({status}) has no adapter",
+        where="argument RUN",
+        fix=f"finish it: loralab train {shlex.quote(str(run.config))} --resume",
+    )
+
+
+def _no_run(path: Path) -> ModelError:
+    if path.exists():
+        what, fix = "neither a run nor an adapter folder", "give the folder that `loralab train` wrote"
+    else:
+        what, fix = "no such folder", "check the path"
+        if len(path.parts) == 2 and not path.parent.exists():
+            fix += f"; an adapter on the Hub is fetched first: hf download {path} --local-dir {path.name}"
+    return ModelError(f"{what}: {str(path)!r}", where="argument RUN", fix=fix)
 
 
 def _put_aside(place: RunFolder, folder: PreferenceFolder, reporter: Reporter) -> None:

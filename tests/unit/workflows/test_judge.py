@@ -140,8 +140,12 @@ def test_what_is_no_adapter_is_named(tmp_path: Path, run: RunFolder) -> None:
         with pytest.raises(ModelError, match=words):
             open_test(path, JudgeRequest(), compare=_no_compare, reporter=Notes())
     shutil.rmtree(run.adapter)
-    with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
+    with pytest.raises(ModelError, match=r"\(completed\) has no adapter") as raised:
         _open(run)
+    assert f"loralab train {run.config} --resume" in str(raised.value)
+    with pytest.raises(ModelError, match="no such folder") as raised:
+        open_test(Path("ada/price"), JudgeRequest(), compare=_no_compare, reporter=Notes())
+    assert "hf download ada/price --local-dir price" in str(raised.value)
 
 
 def test_number_of_examples(run: RunFolder) -> None:
