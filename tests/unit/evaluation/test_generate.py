@@ -211,7 +211,7 @@ def test_batched_logits_are_those_of_one_at_a_time(family: str) -> None:
     base = build_family(family, vocabulary=len(PROMPTER.tokenizer))
     model, _ = build_adapter(base, LoraConfig(r=2, target_modules=lora_targets(family)), seed=0)
     draw_adapter(model, seed=1)
-    model.eval()
+    model.double().eval()  # in float32 the rounding of some processors alone is more than the bar
     prompts = [*PROMPTS, list(range(20, 60))]
     together, wide = scores(model, prompts, most=9)
     for prompt, row, logits in zip(prompts, together, wide, strict=True):
