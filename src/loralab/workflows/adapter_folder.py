@@ -7,6 +7,8 @@ which an adapter that leaves its run still knows itself and its base.
 
 import importlib.metadata
 import json
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -22,6 +24,7 @@ from loralab.models.adapters import adapter_sha256
 from loralab.models.supervised import SupervisedPeftModel
 from loralab.run import render_json, replace_folder
 
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 FACTS_FILE = "adapter_facts.json"
 
 
@@ -60,10 +63,22 @@ def save_prompting(folder: Path, prompter: Prompter) -> None:
     """
     if prompter.pictures is not None:
         prompter.pictures.save(folder)
-    prompter.tokenizer.save_pretrained(str(folder))  # over the processor's own: template and stop token may differ
+    _save_tokenizer(folder, prompter)  # over the processor's own: template and stop token may differ
     contract = json.dumps(build_contract(prompter), indent=2, ensure_ascii=False)
     (folder / CONTRACT_FILE).write_text(contract + "\n", encoding="utf-8")
     _generation_config(prompter).save_pretrained(str(folder))
+
+
+def _save_tokenizer(folder: Path, prompter: Prompter) -> None:
+    try:
+        prompter.tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        # Its Rust part has no kind of its own for a full disk, which callers know as an OSError.
+        found = _OS_ERROR.search(str(error))
+        if found is None or isinstance(error, OSError):
+            raise
+        number = int(found.group(1))
+        raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def describe_base(model: ModelConfig, base: Mapping[str, Any], precision: Any) -> dict[str, Any]:

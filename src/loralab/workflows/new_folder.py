@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from loralab.errors import ConfigError, RunFolderError, StoppedBySignal, StorageError, excerpt
 
+_NUMBER = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)")
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
@@ -79,7 +80,7 @@ def new_folder(output: Path, *, work: str) -> Iterator[tuple[Path, Path]]:
         done = True
     except (OSError, SafetensorError) as error:
         raise StorageError(
-            f"cannot write {str(output)!r}: {excerpt(error)}",
+            f"cannot write {str(output)!r}: {_reason(error, place)}",
             where="option --output",
             fix="free space there, or name a folder that you may write to; nothing was kept",
         ) from error
@@ -88,6 +89,19 @@ def new_folder(output: Path, *, work: str) -> Iterator[tuple[Path, Path]]:
         for folder in () if done else made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def _reason(error: OSError | SafetensorError, place: Path) -> str:
+    """Return what the system said, without names of hidden files below `place`."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, OSError) and error.filename and not Path(str(error.filename)).is_relative_to(place):
+        return excerpt(error)
+    found = _NUMBER.search(str(error)) if number is None else None  # of one file among many, or from Rust
+    if found is not None:
+        number = int(found.group(1) or found.group(2))
+    if number is not None:
+        return os.strerror(number)
+    return excerpt(error)
 
 
 @contextlib.contextmanager
