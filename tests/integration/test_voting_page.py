@@ -4,9 +4,14 @@ Needs Playwright and a Chromium; skipped where one of them is missing.
 """
 
 import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from PIL import Image
 
 from loralab.judging.page import render_offline
 from loralab.judging.sitting import BlindPair, Sitting
+from support.preference_tests import write_run
 from support.voting import ITEMS, make_pairs, open_sitting, served, swapped
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -327,8 +333,8 @@ def test_differences_are_marked_on_both_sides_alike(context: Any, tmp_path: Path
 def test_both_answers_have_equal_boxes_and_buttons_stay_in_sight(
     context: Any, tmp_path: Path, width: int, height: int
 ) -> None:
-    (pair,) = make_pairs(1, prompt="Long. " * 500, left="short", right="much longer " * 800)
-    with open_sitting(tmp_path / "votes.jsonl", (pair,)) as sitting, served(sitting) as server:
+    pairs = make_pairs(200, prompt="Long. " * 500, left="short", right="much longer " * 800)
+    with open_sitting(tmp_path / "votes.jsonl", pairs) as sitting, served(sitting) as server:
         page = open_page(context, server.address)
         page.set_viewport_size({"width": width, "height": height})
         left, right = (page.locator(box).locator("xpath=..").bounding_box() for box in ("#left", "#right"))
@@ -453,3 +459,63 @@ def test_without_storage_the_offline_file_says_so_and_saves_all_the_same(context
     press(page, "1", "2", "3")
     assert [act["choice"] for act in save(page, "Finish and save the votes")["acts"]] == ["left", "right", "tie"]
     page.close(run_before_unload=False)
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def judge(run: Path, *arguments: str) -> Iterator[Any]:
+    program = [sys.executable, "-m", "loralab.cli", "judge", str(run), *arguments]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+        try:
+            yield command
+        finally:
+            command.kill()
+
+
+def address_of(command: Any) -> str:
+    line = next(line for line in command.stderr if "http://" in line)
+    return re.findall(r"http://\S+", line)[0]
+
+
+def test_the_command_from_the_first_vote_to_the_result(context: Any, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 5).path
+    with judge(run, "--no-browser", "--rater", "anna") as command:
+        page = open_page(context, address_of(command))
+        press(page, "1", "2")
+        page.wait_for_selector("#progress[aria-valuenow='2']", state="attached")
+        page.wait_for_function("document.querySelector('#saved').textContent === 'Saved'")
+        command.send_signal(signal.SIGINT)
+        out, err = command.communicate(timeout=30)
+    assert (command.returncode, out) == (0, "")
+    assert err.splitlines()[-1] == "2 of 5 pairs judged; the same command goes on"
+    page.wait_for_selector("text=No connection to loralab")
+
+    with judge(run, "--no-browser", "--rater", "anna", "--json") as command:
+        page.goto(address_of(command))
+        assert place(page) == "Pair 3 of 5"
+        press(page, "3", "4", "1")
+        click(page, "Finish and show the names")
+        page.wait_for_selector("text=You preferred")
+        shown = [int(number) for number in page.locator(".legend b").all_text_contents()]
+        out, _ = command.communicate(timeout=30)
+    assert command.returncode == 0
+    assert json.loads((run / "preference.json").read_text(encoding="utf-8")) == json.loads(out)
+    assert sum(shown) == 5
+    assert shown[1:3] == [1, 1]
+
+
+def test_votes_of_the_offline_page_are_taken(context: Any, tmp_path: Path) -> None:
+    run, path = write_run(tmp_path / "run", 4).path, tmp_path / "for-ben.html"
+    with judge(run, "--rater", "ben", "--html", str(path)) as command:
+        assert command.communicate(timeout=60)[0].strip() == str(path)
+    page = open_page(context, path.as_uri())
+    press(page, "1", "2", "Backspace", "3", "4", "1")
+    with page.expect_download() as download:
+        click(page, "Finish and save the votes")
+    saved = tmp_path / download.value.suggested_filename
+    download.value.save_as(saved)
+    with judge(run, "--import", str(saved)) as command:
+        _, err = command.communicate(timeout=60)
+    assert (command.returncode, err.strip()) == (0, "ben: 4 of 4 pairs judged, closed (5 new acts)")

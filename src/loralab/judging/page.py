@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.judging.sitting import BlindPair
-from loralab.judging.votes import VERSION
+from loralab.judging.votes import LONGEST_SECONDS, VERSION
 from loralab.reports.html import render_page, show_controls
 
 TEMPLATE = "judging/page.html.jinja"
@@ -96,6 +96,7 @@ def _given(pairs: Sequence[BlindPair], *, rater: str, title: str) -> dict[str, A
     return {
         "title": show_controls(title),
         "rater": rater,
+        "longest_seconds": LONGEST_SECONDS,
         "pairs": [
             {
                 "item": pair.item,

@@ -67,6 +67,7 @@ def test_a_live_page_is_given_what_the_rater_may_see() -> None:
         "mode": "live",
         "title": "A test",
         "rater": "anna",
+        "longest_seconds": 86400.0,
         "answers": {pairs[0].item: "tie"},
         "closed": False,
         "pictures": [],
@@ -203,8 +204,8 @@ def test_no_word_of_a_page_names_a_model(render: Any, tmp_path: Path) -> None:
 def test_order_and_names_of_items_say_nothing_about_sides(tmp_path: Path) -> None:
     """Over many raters, what stands where in the data is independent of the side of the second model."""
     first_half_left = low_names_left = total = 0
+    items = items_of(20, 11, tmp_path)
     for rater in range(200):
-        items = items_of(20, 11, tmp_path)
         data = given(offline(items.pairs_for(f"rater{rater}"), f"rater{rater}"))
         left = [pair["left"].startswith("Frog") for pair in data["pairs"]]
         names = [pair["item"] for pair in data["pairs"]]

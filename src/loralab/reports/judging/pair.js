@@ -42,7 +42,7 @@ function choose(choice) {
   stopClock();
   const seconds = Math.round((view.spent[item()] || 0) * 10) / 10;
   const place = view.at + 1;
-  votes.act(item(), choice, seconds <= LONGEST_SECONDS ? seconds : null);
+  votes.act(item(), choice, seconds <= given.longest_seconds ? seconds : null);
   go(nextOpen(view.at));
   say(`Pair ${place}: ${CHOICES[choice]}`);
 }
@@ -121,6 +121,7 @@ function showProgress(answers) {
   bar.setAttribute("aria-valuemax", pairs.size);
   bar.setAttribute("aria-valuenow", answers.size);
   bar.setAttribute("aria-valuetext", `${answers.size} of ${pairs.size} judged`);
+  bar.classList.toggle("many", view.order.length > 60);
   if (bar.childElementCount !== view.order.length) bar.replaceChildren(...view.order.map(() => make("span", {})));
   view.order.forEach((each, place) => {
     bar.children[place].className = `${answers.has(each) ? "judged" : ""} ${place === view.at ? "here" : ""}`;

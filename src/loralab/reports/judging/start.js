@@ -6,7 +6,6 @@ const pairs = new Map(given.pairs.map((pair) => [pair.item, pair]));
 const CHOICES = { left: "A is better", right: "B is better", tie: "about the same", both_bad: "both bad" };
 // Two quick presses are one; a pair has to be seen before it is judged.
 const SETTLE_MS = 250;
-const LONGEST_SECONDS = 24 * 3600;
 
 function make(tag, fields, ...children) {
   const element = Object.assign(document.createElement(tag), fields);
