@@ -1,7 +1,9 @@
 """The command `judge`: a blind preference test in the browser, in the terminal or as a page for somebody else."""
 
 import getpass
+import os
 import sys
+import threading
 import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -150,6 +152,7 @@ def _comparer(run: Path) -> Any:
 
 
 def _use_votes(test: Any, ways: _Ways, *, as_json: bool) -> None:
+    from loralab.judging.folder import check_rater
     from loralab.workflows.judge import close_sitting, import_votes
 
     if ways.votes:
@@ -159,7 +162,7 @@ def _use_votes(test: Any, ways: _Ways, *, as_json: bool) -> None:
             print_json({"imported": taken})
         return
     if ways.close is not None:
-        close_sitting(test, ways.close)
+        close_sitting(test, check_rater(ways.close, where="option --close"))
     _show_result(test, as_json=as_json)
 
 
@@ -180,6 +183,12 @@ def _write_page(test: Any, path: Path, rater: str, *, as_json: bool) -> None:
     from loralab.workflows.judge import check_unvoted
 
     check_unvoted(test, rater)
+    if not test.items.shown:
+        raise JudgingError(
+            f"nothing to vote on: all {len(test.items.items)} pairs of answers are the same text",
+            where=str(test.place.comparison),
+            fix="see the result: loralab judge RUN --result",
+        )
     pairs = test.items.pairs_for(rater)
     text = render_offline(pairs, items_sha256=test.items.sha256, rater=rater, title=_title(test))
     try:
@@ -209,11 +218,27 @@ def _serving(port: int | None, no_browser: bool) -> Callable[[Any, Any], None]:
         def show(address: str) -> None:
             ConsoleReporter().say(f"{sitting.rater} judges at {address}  (Ctrl-C ends; what is judged is kept)")
             if not no_browser:
-                webbrowser.open(address)
+                open_page(address)
 
         serve_sitting(sitting, title=_title(test), port=port, on_ready=show, result=lambda: reveal(test, sitting.rater))
 
     return serve
+
+
+def open_page(address: str) -> None:
+    """Open the page in a browser with windows, if there is one; the address was printed anyway.
+
+    Args:
+        address: of the page.
+    """
+    try:
+        browser = webbrowser.get()
+    except webbrowser.Error:
+        return
+    # A browser in the terminal would take it over, and cannot run the page; one that the user names is theirs to judge.
+    if type(browser) is webbrowser.GenericBrowser and not os.environ.get("BROWSER"):
+        return
+    threading.Thread(target=browser.open, args=(address,), daemon=True).start()
 
 
 def _vote(test: Any, rater: str, serve: Callable[[Any, Any], None] | None, *, as_json: bool) -> None:

@@ -92,7 +92,9 @@ class PreferenceFolder:
 
     def raters(self) -> list[str]:
         """Return the names of those who have voted, sorted."""
-        return sorted(path.name.removesuffix(_SUFFIX) for path in self._vote_files() if path.stat().st_size)
+        # macOS gives names back in parts: a letter, then its accent.
+        names = (unicodedata.normalize("NFC", path.name) for path in self._vote_files() if path.stat().st_size)
+        return sorted(name.removesuffix(_SUFFIX) for name in names)
 
     def _vote_files(self) -> list[Path]:
         folder = self.path / "votes"
