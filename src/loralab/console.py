@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
+from loralab.config.distributed_checks import LAUNCHER_VARIABLE
 from loralab.errors import LoralabError, WorkerError
 from loralab.progress import Reporter
 
@@ -96,13 +97,16 @@ def printable(text: str, stream: TextIO | None = None) -> str:
 def speaks(error: LoralabError | None = None) -> bool:
     """Return whether this process tells the user something, as one of those that a launcher started.
 
-    The first one speaks for all. That it is gone, the others must say.
+    The first one speaks for all. That it is gone, the others must say; and to `loralab launch`, which keeps it, why
+    they ended.
 
     Args:
         error: what is to be told, or None for a result.
     """
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    return alone or os.environ.get("RANK", "0") == "0" or isinstance(error, WorkerError)
+    rank = os.environ.get("RANK", "").strip()
+    if (os.environ.get("WORLD_SIZE") or "1") == "1" or not rank.isdecimal() or int(rank) == 0:
+        return True
+    return isinstance(error, WorkerError) or (error is not None and LAUNCHER_VARIABLE in os.environ)
 
 
 class ConsoleReporter(Reporter):

@@ -64,9 +64,14 @@ def run_team(*arguments: object, folder: Path, count: int = 2) -> list[Answer]:
     return start_team(*arguments, folder=folder, count=count).answers()
 
 
+def start_program(program: str, *, folder: Path, count: int = 2) -> Team:
+    """Start Python source as `count` processes."""
+    return _start([sys.executable, "-c", program], folder=folder, count=count)
+
+
 def run_program(program: str, *, folder: Path, count: int = 2) -> list[Answer]:
     """Run Python source as `count` processes and return their answers, by rank."""
-    return _start([sys.executable, "-c", program], folder=folder, count=count).answers()
+    return start_program(program, folder=folder, count=count).answers()
 
 
 def _start(command: Sequence[str], *, folder: Path, count: int) -> Team:

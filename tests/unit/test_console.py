@@ -97,12 +97,22 @@ def test_only_a_closed_pipe_has_no_reader() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "rank", "spoken"),
-    [("1", "0", [True, True, True]), ("2", "0", [True, True, True]), ("2", "1", [False, False, True])],
+    ("count", "rank", "launcher", "spoken"),
+    [
+        ("1", "0", "", [True, True, True]),
+        ("2", "0", "", [True, True, True]),
+        ("2", "1", "", [False, False, True]),
+        ("2", "1", "7", [False, True, True]),  # who started it keeps what it says
+        ("2", "x", "", [True, True, True]),  # which is the mistake that it tells of
+        ("", "1", "", [True, True, True]),
+    ],
 )
 def test_first_process_speaks_for_all(
-    count: str, rank: str, spoken: list[bool], monkeypatch: pytest.MonkeyPatch
+    count: str, rank: str, launcher: str, spoken: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("LORALAB_LAUNCHER", raising=False)
+    if launcher:
+        monkeypatch.setenv("LORALAB_LAUNCHER", launcher)
     monkeypatch.setenv("WORLD_SIZE", count)
     monkeypatch.setenv("RANK", rank)
     told = (None, ConfigError("x", where="x", fix="x"), WorkerError("x", where="x", fix="x"))

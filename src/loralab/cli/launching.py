@@ -1,5 +1,6 @@
 """The command `launch`: `train` as several processes, on one machine or several."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from loralab.cli.application import leave
 from loralab.cli.training import CONFIG_ARGUMENT, WarmStart, check_train_options, run_source
+from loralab.config.distributed_checks import RANK_VARIABLES
 from loralab.console import ConsoleReporter
 from loralab.options import AsJson, Overrides
 
@@ -38,10 +40,13 @@ def launch(
     """
     from loralab.workflows.configure import load_run_config
 
+    for name in RANK_VARIABLES:  # of a cluster that numbers its machines so: this is no process of a run yet
+        os.environ.pop(name, None)
     check_train_options(resume=resume, overwrite=overwrite)
     loaded = load_run_config(*run_source(config, overrides))
     from loralab.workflows.launch import launch as start
-    from loralab.workflows.launch import resolve_machines, resolve_processes
+    from loralab.workflows.launch import resolve_processes
+    from loralab.workflows.machines import resolve_machines
 
     reporter = ConsoleReporter()
     machines = resolve_machines(num_machines, machine_rank, main_address)
@@ -54,6 +59,6 @@ def launch(
         *(["--json"] if as_json else []),
     ]
     arguments = ["train", str(config), *(overrides or []), *flags]
-    code = start(arguments, processes=processes.value, machines=machines, reporter=reporter)
+    code = start(arguments, loaded.config, processes=processes.value, machines=machines, reporter=reporter)
     if code:
         leave(code)

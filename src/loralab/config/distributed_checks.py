@@ -5,6 +5,10 @@ from collections.abc import Callable
 from loralab.config.findings import Finding
 from loralab.config.schema import Config
 
+# Process id of `loralab launch` in the environment of what it starts.
+LAUNCHER_VARIABLE = "LORALAB_LAUNCHER"
+# By which launchers number the processes of a run.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 # What cuts the frozen layers, and what wants optimizers that treat every number alone.
 _IN_PARTS = ("fsdp2", "zero3")
 _ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd")

@@ -27,6 +27,7 @@ from loralab.training.distributed import ALONE, Processes
 from loralab.training.sampler import StepSampler
 from loralab.training.state import RunState
 
+_ONE_SIGNAL_SECONDS = 2.0
 LOGGED = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 
 
@@ -178,17 +179,29 @@ class StopRequest:
 
 @contextmanager
 def catching_signals(on_first: Callable[[StopRequest], None]) -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; a second one ends the process at once."""
-    request = StopRequest()
+    """Turn the first SIGINT or SIGTERM into a request; a second one ends the process at once.
+
+    Two SIGTERMs within two seconds are one: what stops a whole group of processes, as systemd does, sends one to the
+    launcher, which passes it on, and one to those that it started.
+    """
+    request, asked_at = StopRequest(), 0.0
     if threading.current_thread() is not threading.main_thread():
         yield request  # only the main thread may handle signals; whoever owns it decides
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        request.signal_number = number
+        nonlocal asked_at
+        first = asked_at == 0.0
+        if not first and time.monotonic() - asked_at < _ONE_SIGNAL_SECONDS:
+            return
         for each, handler in before.items():
-            signal.signal(each, handler)
+            if not (first and each == number == signal.SIGTERM):
+                signal.signal(each, handler)
+        if not first:
+            signal.raise_signal(number)
+            return
+        request.signal_number, asked_at = number, time.monotonic()
         on_first(request)
 
     for number in before:

@@ -5,14 +5,13 @@ Does not own what is done by which process: workflows ask `first`.
 """
 
 import json
-import os
 import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import FrameType
 from typing import Any, Protocol, TypeVar, cast
@@ -25,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from loralab.errors import ConfigError, LoralabError, Problem, StoppedBySignal, WorkerError, excerpt
 from loralab.training.deepspeed_library import check_deepspeed
+from loralab.training.launched import LAUNCH, Place, end_with_launcher, read_place
 
 Value = TypeVar("Value")
 FloatArray = npt.NDArray[np.float64]
@@ -36,10 +36,6 @@ _STEP_LIMIT = timedelta(minutes=30)
 _WAIT_LIMIT = timedelta(hours=24)
 # How long is waited for a word of the others when one is lost: they leave it before they end.
 _WORD_SECONDS = 3.0
-_LAUNCHERS = "loralab launch CONFIG --num-processes 2"
-# Process id of `loralab launch` in the environment of what it starts.
-LAUNCHER_VARIABLE = "LORALAB_LAUNCHER"
-_LOOK_SECONDS = 2.0
 
 
 class Board(Protocol):
@@ -124,6 +120,11 @@ class Processes:
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._steps)
         return int(found)
 
+    def follow_first(self, values: torch.Tensor) -> None:
+        """Overwrite `values`, in main memory (any shape, the same in all processes), by the first process's."""
+        if self.count > 1:
+            dist.broadcast(values, src=0, group=self._steps)
+
     @contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
         """Run the body in the first process of each machine, then in the others: they find its files made."""
@@ -170,6 +171,10 @@ class Processes:
             return {rank: json.loads(self._board.get(_key(rank))) for rank in others}
         except RuntimeError:
             return {}
+
+    def _reasons(self) -> dict[int, dict[str, Any]]:
+        """Return the words of those that did not end because another one was gone, by rank."""
+        return {rank: word for rank, word in self._words().items() if not word["lost"]}
 
 
 ALONE = Processes()
@@ -218,15 +223,15 @@ def joined(setting: str, distributed: str = "ddp") -> Iterator[Processes]:
         ConfigError: the launcher asks for what does not exist here, or a package is missing.
         WorkerError: another process ended without a word.
     """
-    _check_launcher()
-    _end_with_launcher()
-    count = _number("WORLD_SIZE", 1)
-    if count == 1:
+    end_with_launcher()
+    place = read_place()
+    if place.count == 1:
         yield ALONE
         return
     if distributed.startswith("zero"):
         check_deepspeed(distributed)
-    processes = _join(count, setting, distributed)
+    with _ending_at_once():
+        processes = _join(place, setting, distributed)
     try:
         with _naming_end(processes), naming_losses(processes):
             yield processes
@@ -238,52 +243,61 @@ def joined(setting: str, distributed: str = "ddp") -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-def _end_with_launcher() -> None:
-    """Stop as on SIGTERM, with a checkpoint, when the launcher that started this process was killed."""
-    launcher = _number(LAUNCHER_VARIABLE, 0)
-    if launcher == 0 or launcher != os.getppid():
+@contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Let SIGINT end the process while it waits for the others, where Python would see it only afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
         return
-
-    def look() -> None:
-        while os.getppid() == launcher:
-            time.sleep(_LOOK_SECONDS)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=look, daemon=True).start()
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
 def _naming_end(processes: Processes) -> Iterator[None]:
-    """Let SIGTERM, which launchers send when another process has ended, be an error with words.
+    """Let SIGTERM, which launchers send when another process has ended, and SIGINT be errors with words.
 
     Raises:
-        StoppedBySignal: it came.
+        StoppedBySignal: one came.
+        LoralabError: it came because another process ended with this error.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
+        yield
         return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, before)  # the second one ends the process at once
-        raise StoppedBySignal(
-            number,
-            where=f"process {processes.rank} of {processes.count}, outside of a step",
-            fix="if nobody sent it, the launcher did because another process has ended: look in its output for which",
-        )
+        signal.signal(number, before[signal.Signals(number)])  # the second one ends the process at once
+        reasons = processes._reasons() if number == signal.SIGTERM else {}
+        raise _echo(*min(reasons.items())) if reasons else _describe_stop(processes, number)
 
-    before = signal.signal(signal.SIGTERM, handle)
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _join(count: int, setting: str, distributed: str) -> Processes:
-    rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
-    local_count = _number("LOCAL_WORLD_SIZE", count)
-    device = Processes(rank, count, local_rank, local_count).device_setting(setting)
-    if device.startswith("cuda") and local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank)
+def _describe_stop(processes: Processes, number: int) -> StoppedBySignal:
+    again = "go on with --resume if the run had begun, else start it again"
+    unasked = "if nobody sent it, the launcher did because another process has ended: look in its output for which"
+    return StoppedBySignal(
+        number,
+        where=f"process {processes.rank} of {processes.count}, at once",
+        fix=f"{unasked}; else {again}" if number == signal.SIGTERM else again,
+    )
+
+
+def _join(place: Place, setting: str, distributed: str) -> Processes:
+    alone = Processes(place.rank, place.count, place.local_rank, place.local_count)
+    device = alone.device_setting(setting)
+    if device.startswith("cuda") and place.local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(place.local_rank)
     try:
         store, rank, count = next(iter(rendezvous("env://", timeout=_START_LIMIT)))
         backend = "nccl" if device.startswith("cuda") else "gloo"
@@ -293,39 +307,12 @@ def _join(count: int, setting: str, distributed: str) -> Processes:
         waits = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_WAIT_LIMIT))
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"started as one of {count} processes, but the others were not found: {excerpt(error)}",
+            f"started as one of {place.count} processes, but the others were not found: {excerpt(error)}",
             where="environment variables MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE",
-            fix=f"start all processes with a launcher that sets them: {_LAUNCHERS}",
+            fix=f"start all processes with a launcher that sets them: {LAUNCH}",
         ) from error
     lockstep, moments = distributed in ("fsdp2", "zero3"), distributed == "zero2"
-    return Processes(rank, count, local_rank, local_count, lockstep, moments, store, steps, waits)
-
-
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name) or str(default)
-    if not text.isdigit() or (name.endswith("SIZE") and int(text) < 1):
-        raise ConfigError(
-            f"not a number of processes: {text!r}", where=f"environment variable {name}", fix=f"use {_LAUNCHERS}"
-        )
-    return int(text)
-
-
-def _check_launcher() -> None:
-    """Refuse what `accelerate launch` may be configured for and would act behind the configuration's back."""
-    for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(name, "false").lower() in ("true", "1"):
-            raise ConfigError(
-                f"the launcher asks for {what}; how processes share a run is set in training.distributed",
-                where=f"environment variable {name}",
-                fix=f"launch with {_LAUNCHERS}, and set training.distributed: fsdp2, zero2 or zero3",
-            )
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision != "no":
-        raise ConfigError(
-            f"the launcher asks for mixed precision {precision!r}; the computing type is the stored one",
-            where="environment variable ACCELERATE_MIXED_PRECISION",
-            fix="launch with --mixed_precision no, and set model.precision",
-        )
+    return replace(alone, lockstep=lockstep, moments_in_parts=moments, _board=store, _steps=steps, _waits=waits)
 
 
 @contextmanager
@@ -361,8 +348,7 @@ def _name_loss(processes: Processes, error: RuntimeError) -> LoralabError:
     until = time.monotonic() + _WORD_SECONDS
     said = False
     while time.monotonic() < until:
-        words = processes._words()
-        reasons = {rank: word for rank, word in words.items() if not word["lost"]}
+        reasons, words = processes._reasons(), processes._words()
         if reasons:
             return _echo(*min(reasons.items()))
         if not said:  # so that the others know who still speaks

@@ -60,6 +60,9 @@ def place_model(
             return {"distributed": Resolved("ddp", f"each of {processes.count} processes holds the whole base")}
         alone = Resolved("none", f"one process has nobody to share with; {setting} acts under `loralab launch`")
         return {} if setting == "ddp" else {"distributed": alone}
+    for weight in model.parameters():  # as DDP does: another machine may have drawn other last digits
+        if weight.requires_grad:
+            processes.follow_first(weight.data)
     layers = decoder_layers(model)
     whole = sum(weight.numel() for weight in model.parameters())
     if setting == "zero3":

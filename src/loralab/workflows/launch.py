@@ -1,13 +1,11 @@
 """The processes of one machine: started, watched and ended together.
 
-Owns how they find each other and what one's end means to the rest. The launcher holds the store where they meet, so
-that the last word of a process outlives it. torch's own launcher is not used: it ends the others 30 seconds after a
-signal, which may be in the middle of a checkpoint, and shows tracebacks for errors that have been told already.
+Owns what one's end means to the rest, and what the run's exit code is. How machines find each other is `machines.py`'s.
+torch's own launcher is not used: it ends the others 30 seconds after a signal, which may be in the middle of a
+checkpoint, and shows tracebacks for errors that have been told already.
 """
 
 import collections
-import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -17,42 +15,29 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from types import FrameType
 
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from loralab.config.distributed_checks import LAUNCHER_VARIABLE
 from loralab.config.schema import Config
-from loralab.errors import ConfigError, Problem, WorkerError, excerpt
+from loralab.errors import ConfigError, Problem, StoppedBySignal, WorkerError
+from loralab.models.device_map import resolve_device_map
 from loralab.models.precision import Resolved
 from loralab.progress import Reporter
-from loralab.training.distributed import LAUNCHER_VARIABLE, leave_word
+from loralab.training.distributed import leave_word
+from loralab.workflows.machines import Machines, agree, meet, take_leave
 
-_FIND_LIMIT = timedelta(minutes=10)
 _POLL_SECONDS = 0.1
 # After one process has ended badly: so long may the others take to end by themselves, and after each signal.
 _GRACE_SECONDS = 20.0
-# How long the first machine keeps the store for the others when its own processes are done.
-_LEAVE_SECONDS = 60.0
+# After one has ended as it was asked to, the others may still be busy with what that takes.
+_STOP_SECONDS = 600.0
 _KEPT_LINES = 60
-
-
-@dataclass(frozen=True, slots=True)
-class Machines:
-    """The machines of a run, and which one this is.
-
-    Attributes:
-        count: number of machines.
-        rank: number of this one.
-        host: name or address of the first one, which all reach.
-        port: where its launcher listens; 0 takes a free one, on one machine.
-    """
-
-    count: int = 1
-    rank: int = 0
-    host: str = "127.0.0.1"
-    port: int = 0
+_READ_SECONDS = 2.0
+# What a bug ends a process with, whose traceback nobody but itself can tell.
+_BUG = 1
 
 
 @dataclass
@@ -63,61 +48,59 @@ class _Worker:
         rank: its number in the run.
         process: the process.
         lines: the last lines of what it said, where nobody sees them.
+        reader: keeps them, or None where its words go straight to the user.
+        told_to_end: the last signal that it got because another one had ended, or None.
     """
 
     rank: int
     process: subprocess.Popen[str]
     lines: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=_KEPT_LINES))
+    reader: threading.Thread | None = None
+    told_to_end: int | None = None
+
+    @property
+    def code(self) -> int:
+        """Exit code; minus the signal that ended it; 0 while it lives."""
+        return self.process.returncode or 0
+
+    @property
+    def obeyed(self) -> bool:
+        """Whether it ended because another one had."""
+        return self.told_to_end is not None and self.code in (-self.told_to_end, 128 + self.told_to_end)
 
     def read(self) -> None:
         """Keep what it says, to its end."""
         for line in self.process.stderr or ():
             self.lines.append(line.rstrip("\n"))
 
+    def send(self, number: int) -> None:
+        """Send it a signal, if it lives."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
 
-def resolve_machines(count: int, rank: int | None, address: str | None) -> Machines:
-    """Return the machines that options describe.
-
-    Args:
-        count: --num-machines.
-        rank: --machine-rank, or None.
-        address: --main-address, HOST:PORT, or None.
-
-    Raises:
-        ConfigError: they contradict each other.
-    """
-    if count == 1:
-        if rank or address:
-            raise ConfigError(
-                "--machine-rank or --main-address for one machine",
-                where="command line",
-                fix="add --num-machines, or leave them out",
-            )
-        return Machines()
-    host, _, port = (address or "").rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise ConfigError(
-            f"no address of the first machine: {address!r}",
-            where="option --main-address",
-            fix="give a name that all machines reach and a free port, the same on all: --main-address node0:29500",
-        )
-    if rank is None or not 0 <= rank < count:
-        raise ConfigError(
-            f"no number of this machine: {rank}",
-            where="option --machine-rank",
-            fix=f"give each machine its own, from 0 to {count - 1}",
-        )
-    return Machines(count, rank, host, int(port))
+    def show(self, reporter: Reporter) -> None:
+        """Show what it said last."""
+        if self.reader is not None:
+            self.reader.join(_READ_SECONDS)  # not for ever: its own children may hold the pipe
+        for line in list(self.lines):
+            reporter.say(f"[process {self.rank}] {line}")
 
 
 def resolve_processes(asked: int | None, config: Config) -> Resolved[int]:
     """Choose how many processes this machine runs.
 
+    Args:
+        asked: --num-processes, or None.
+        config: the configuration.
+
     Raises:
-        ConfigError: more than there are GPUs.
+        ConfigError: more than there are GPUs, or than share a base that is spread over them.
     """
+    resolve_device_map(config.model, torch.device("cpu"), processes=asked or 1)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() and config.model.device != "cpu" else 0
     if asked is None:
+        if config.model.device_map is not None:
+            return Resolved(1, "model.device_map is for one process")
         if gpus:
             return Resolved(gpus, f"one for each of {gpus} visible GPUs")
         why = "model.device is cpu" if config.model.device == "cpu" else "no GPU is visible"
@@ -131,7 +114,7 @@ def resolve_processes(asked: int | None, config: Config) -> Resolved[int]:
     return Resolved(asked, "set by --num-processes")
 
 
-def launch(arguments: Sequence[str], *, processes: int, machines: Machines, reporter: Reporter) -> int:
+def launch(arguments: Sequence[str], config: Config, *, processes: int, machines: Machines, reporter: Reporter) -> int:
     """Run `loralab` as the processes of this machine, to their end.
 
     The run's first process takes over stdout and stderr; of the others the last lines are kept, and shown where
@@ -139,6 +122,7 @@ def launch(arguments: Sequence[str], *, processes: int, machines: Machines, repo
 
     Args:
         arguments: of `loralab`, the command first.
+        config: what they come to; the same on all machines.
         processes: how many this machine runs.
         machines: those that share the run.
         reporter: told of the start, and of an end that no process could tell of.
@@ -147,14 +131,14 @@ def launch(arguments: Sequence[str], *, processes: int, machines: Machines, repo
         The exit code of the run.
 
     Raises:
-        ConfigError: the machines do not find each other, or were started with different arguments.
+        ConfigError: the machines do not find each other, or were started with different configurations.
+        StoppedBySignal: a signal came before any process could say so.
         WorkerError: a process was lost, and the run's first one could not say so.
     """
-    store = _meet(machines)
-    _claim_rank(store, machines)
+    store = meet(machines, reporter.say)
     workers: list[_Worker] = []
     try:
-        counts = _exchange(store, machines, processes, arguments)
+        counts = agree(store, machines, processes, [*arguments, config.model_dump_json()], reporter.say)
         first, total = sum(counts[: machines.rank]), sum(counts)
         place = f"machine {machines.rank} of {machines.count}: " if machines.count > 1 else ""
         reporter.say(f"{place}starting {processes} process{'es' if processes > 1 else ''} of {total}")
@@ -167,92 +151,20 @@ def launch(arguments: Sequence[str], *, processes: int, machines: Machines, repo
                     "LOCAL_WORLD_SIZE": processes,
                 }
                 workers.append(_start(arguments, shared if total > 1 else {}, machines, store))
-            _watch(workers, store)
+                for number in asked:  # it came while this process was being started
+                    workers[-1].send(number)
+            _watch(workers, store, asked)
         return _conclude(workers, total, asked, reporter)
     finally:
         for worker in workers:
-            _end(worker, signal.SIGKILL)
+            worker.send(signal.SIGKILL)
             worker.process.wait()
-        _take_leave(store, machines)
-
-
-def _meet(machines: Machines) -> TCPStore:
-    try:
-        return TCPStore(
-            machines.host,
-            machines.port,
-            is_master=machines.rank == 0,
-            wait_for_workers=False,
-            timeout=_FIND_LIMIT,
-        )
-    except (RuntimeError, ValueError) as error:
-        what = "cannot listen on" if machines.rank == 0 else "no answer from the first machine at"
-        raise ConfigError(
-            f"{what} {machines.host}:{machines.port}: {excerpt(error)}",
-            where="option --main-address",
-            fix="start machine 0 too, and give an address of it and a free port that all machines reach",
-        ) from error
-
-
-def _claim_rank(store: TCPStore, machines: Machines) -> None:
-    if store.add(f"loralab/machine-claimed/{machines.rank}", 1) > 1:
-        raise ConfigError(
-            f"two machines say that they are number {machines.rank}",
-            where="option --machine-rank",
-            fix="give each machine its own number, from 0",
-        )
-
-
-def _exchange(store: TCPStore, machines: Machines, processes: int, arguments: Sequence[str]) -> list[int]:
-    """Return how many processes each machine runs, once all of them have said so.
-
-    Raises:
-        ConfigError: a machine did not come, or was started with other arguments.
-        WorkerError: the first machine has ended.
-    """
-    try:
-        return _compare_machines(store, machines, processes, arguments)
-    except RuntimeError as error:
-        raise WorkerError(
-            f"the first machine has ended before all had come ({excerpt(error)})",
-            where=f"machine {machines.rank} of {machines.count}, option --main-address",
-            fix="see what it said, and start `loralab launch` on all machines again",
-        ) from error
-
-
-def _compare_machines(store: TCPStore, machines: Machines, processes: int, arguments: Sequence[str]) -> list[int]:
-    own = {
-        "processes": processes,
-        "machines": machines.count,
-        "arguments": hashlib.sha256(json.dumps(list(arguments)).encode()).hexdigest(),
-    }
-    store.set(f"loralab/machine/{machines.rank}", json.dumps(own))
-    found = []
-    end = time.monotonic() + _FIND_LIMIT.total_seconds()
-    for rank in range(machines.count):
-        while not store.check([f"loralab/machine/{rank}"]):
-            if time.monotonic() > end:
-                raise ConfigError(
-                    f"machine {rank} of {machines.count} did not come within {_FIND_LIMIT}",
-                    where="option --num-machines",
-                    fix=f"start `loralab launch` there with --machine-rank {rank} and the same --main-address",
-                )
-            time.sleep(_POLL_SECONDS)
-        found.append(json.loads(store.get(f"loralab/machine/{rank}")))
-        for name, what in (("machines", "--num-machines"), ("arguments", "the configuration or its overrides")):
-            if found[rank][name] != own[name]:
-                raise ConfigError(
-                    f"machine {rank} was started with another value of {what} than machine {machines.rank}",
-                    where="command line",
-                    fix="give the same command on all machines but for --machine-rank and --num-processes",
-                )
-    return [int(each["processes"]) for each in found]
+        take_leave(store, machines)
 
 
 def _start(arguments: Sequence[str], numbers: dict[str, int], machines: Machines, store: TCPStore) -> _Worker:
     rank = numbers.get("RANK", 0)
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment |= {name: str(value) for name, value in numbers.items()}
+    environment = os.environ | {name: str(value) for name, value in numbers.items()}
     environment |= {
         "MASTER_ADDR": machines.host,
         "MASTER_PORT": str(store.port),
@@ -272,7 +184,8 @@ def _start(arguments: Sequence[str], numbers: dict[str, int], machines: Machines
     )
     worker = _Worker(rank, process)
     if not shown:
-        threading.Thread(target=worker.read, daemon=True).start()
+        worker.reader = threading.Thread(target=worker.read, daemon=True)
+        worker.reader.start()
     return worker
 
 
@@ -284,7 +197,7 @@ def _forwarding_signals(workers: Sequence[_Worker]) -> Iterator[list[int]]:
     def handle(number: int, _frame: FrameType | None) -> None:
         came.append(number)
         for worker in workers:
-            _end(worker, number)
+            worker.send(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -294,33 +207,43 @@ def _forwarding_signals(workers: Sequence[_Worker]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _end(worker: _Worker, number: int) -> None:
-    if worker.process.poll() is None:
-        worker.process.send_signal(number)
-
-
-def _watch(workers: Sequence[_Worker], store: TCPStore) -> None:
+def _watch(workers: Sequence[_Worker], store: TCPStore, asked: Sequence[int]) -> None:
     """Wait for the end of all processes; when one has ended badly, see to it that the others end too."""
     told: set[int] = set()
     ladder = iter((signal.SIGTERM, signal.SIGTERM, signal.SIGKILL))
-    until: float | None = None
+    limit, since = _GRACE_SECONDS, None
     while any(worker.process.poll() is None for worker in workers):
-        for worker in workers:
-            if worker.process.poll() is not None and worker.process.returncode < 0 and worker.rank not in told:
+        ended = [worker for worker in workers if worker.code]
+        for worker in ended:
+            if worker.code < 0 and worker.rank not in told:
                 told.add(worker.rank)
-                leave_word(store, worker.rank, _describe_loss(worker), exit_code=WorkerError.exit_code)
-        if until is None and any(worker.process.poll() for worker in workers):
-            until = time.monotonic() + _GRACE_SECONDS
-        if until is not None and time.monotonic() > until:
-            number = next(ladder, signal.SIGKILL)
-            for worker in workers:
-                _end(worker, number)
-            until = time.monotonic() + _GRACE_SECONDS
+                as_asked = _as_asked(worker, asked)
+                code = 128 - worker.code if as_asked else WorkerError.exit_code
+                leave_word(store, worker.rank, _describe_loss(worker), exit_code=code)
+        if ended and since is None:
+            since = time.monotonic()
+            limit = _STOP_SECONDS if all(_as_asked(worker, asked) for worker in ended) else _GRACE_SECONDS
+        if since is not None and time.monotonic() > since + limit:
+            _send_on(workers, next(ladder, signal.SIGKILL))
+            limit, since = _GRACE_SECONDS, time.monotonic()
         time.sleep(_POLL_SECONDS)
 
 
+def _send_on(workers: Sequence[_Worker], number: int) -> None:
+    """Send a signal to those that live, because another one has ended."""
+    for worker in workers:
+        if worker.process.poll() is None:
+            worker.told_to_end = number
+            worker.send(number)
+
+
+def _as_asked(worker: _Worker, asked: Sequence[int]) -> bool:
+    """Return whether a process has ended by a signal that the user sent."""
+    return any(worker.code in (-number, 128 + number) for number in asked)
+
+
 def _describe_loss(worker: _Worker) -> Problem:
-    name = signal.Signals(-worker.process.returncode).name
+    name = signal.Signals(-worker.code).name
     return Problem(
         f"process {worker.rank} was ended by {name}",
         f"process {worker.rank}, process id {worker.process.pid}",
@@ -332,45 +255,45 @@ def _conclude(workers: Sequence[_Worker], total: int, asked: Sequence[int], repo
     """Return the exit code of the run, once all processes have ended.
 
     Raises:
+        StoppedBySignal: the user sent one, before any process could say so.
         WorkerError: one was lost, and nobody has said so.
     """
-    codes = [worker.process.returncode for worker in workers]
     speaker = workers[0] if workers[0].rank == 0 else None
-    if speaker is not None and speaker.process.returncode > 0:
-        return speaker.process.returncode  # it has said why
-    if asked and all(code in (0, -asked[0], 128 + asked[0]) for code in codes) and any(codes):
-        return 128 + asked[0]
-    failed = [worker for worker in workers if worker.process.returncode]
+    failed = [worker for worker in workers if worker.code]
     if not failed:
         return 0
-    worker = next((each for each in failed if each.process.returncode < 0), failed[0])
-    last = list(worker.lines)
-    for line in last:
-        reporter.say(f"[process {worker.rank}] {line}")
-    code = worker.process.returncode
-    if code >= 0 and speaker is None:
-        return code  # its own words stand above
+    if asked and all(worker.obeyed or _as_asked(worker, asked) for worker in failed):
+        if speaker is None or speaker.code >= 0:
+            return 128 + asked[0]
+        raise StoppedBySignal(
+            asked[0],
+            where=f"process 0 of {total}, before it could say so",
+            fix="start the run again, with --resume if it had begun",
+        )
+    shown = [worker for worker in failed if worker.code == _BUG and worker is not speaker]
+    for worker in shown:
+        worker.show(reporter)
+    if speaker is not None and speaker.code > 0 and not speaker.obeyed:
+        return speaker.code  # it has said why
+    culprits = [worker for worker in failed if not worker.obeyed] or failed
+    culprit = next((worker for worker in culprits if worker.code < 0), culprits[0])
+    if culprit not in shown:
+        culprit.show(reporter)
+    if culprit.code > 0 and speaker is None:
+        return culprit.code  # its own words stand above
+    raise _name_culprit(culprit, total)
+
+
+def _name_culprit(worker: _Worker, total: int) -> WorkerError:
     problem = (
         _describe_loss(worker)
-        if code < 0
+        if worker.code < 0
         else Problem(
-            f"process {worker.rank} of {total} ended with exit code {code}",
+            f"process {worker.rank} of {total} ended with exit code {worker.code}",
             f"process {worker.rank}",
-            "see what it said last, above" if last else "start it alone to see why",
+            "see what it said last, above" if worker.lines else "start it alone to see why",
         )
     )
-    raise WorkerError(problem.what, where=problem.where, fix=problem.fix)
-
-
-def _take_leave(store: TCPStore, machines: Machines) -> None:
-    """Keep the store until the other machines' processes are done with it."""
-    if machines.count == 1:
-        return
-    try:
-        store.set(f"loralab/machine-left/{machines.rank}", "1")
-        end = time.monotonic() + _LEAVE_SECONDS
-        keys = [f"loralab/machine-left/{rank}" for rank in range(machines.count)]
-        while machines.rank == 0 and not store.check(keys) and time.monotonic() < end:
-            time.sleep(_POLL_SECONDS)
-    except RuntimeError:
-        return  # the first machine is gone
+    error = WorkerError(problem.what, where=problem.where, fix=problem.fix)
+    error.exit_code = max(worker.code, 0) or error.exit_code
+    return error

@@ -110,8 +110,16 @@ def check_contract(checkpoint: Checkpoint, contract: Mapping[str, Any]) -> None:
         )
 
 
-def contract_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two contracts, causes without their consequences, each with both values."""
+def contract_changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, words: tuple[str, str] = (" was ", ", now ")
+) -> list[str]:
+    """Return what differs between two contracts, causes without their consequences, each with both values.
+
+    Args:
+        before: a contract.
+        now: another one.
+        words: what stands before the value in each.
+    """
     differing = [key for key in sorted({*before, *now}) if _decisive(before.get(key)) != _decisive(now.get(key))]
     if not any(key.startswith(_TOKENS) for key in differing):
         differing = [key for key in differing if key not in _HARMLESS_ALONE]
@@ -119,7 +127,7 @@ def contract_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     if any(key.startswith("data.") for key in causes):
         differing = causes
     differing = [key for key in differing if _FOLLOWS.get(key) not in differing]
-    return [f"{key} was {_shown(before, key, now)}, now {_shown(now, key, before)}" for key in differing]
+    return [f"{key}{words[0]}{_shown(before, key, now)}{words[1]}{_shown(now, key, before)}" for key in differing]
 
 
 def _decisive(part: Any) -> Any:

@@ -71,6 +71,7 @@ from loralab.workflows.record import (
 from loralab.workflows.report import build_report
 from loralab.workflows.resume import find_start, resume_contract
 from loralab.workflows.run_base import RunBase, load_run_base
+from loralab.workflows.same_start import check_same_contract, check_same_settings
 from loralab.workflows.split_evaluation import measured_splits, resolve_evaluation
 from loralab.workflows.step_layout import resolve_planner
 from loralab.workflows.steps import Run, run_steps
@@ -123,6 +124,7 @@ def train(
         else:
             reporter = Reporter()
         beginning = processes.share(beginning)
+        check_same_settings(loaded.config, processes)
         if beginning.completed:
             return _nothing_to_do(folder, loaded, reporter) if processes.first else folder
         loaded, hub = settle_hub(
@@ -205,6 +207,7 @@ def _train(
         )
     contract = resume_contract(run.config, data=run.data, choices=run.choices, device=run.device, model=run.base_facts)
     contract["processes"] = processes.count
+    check_same_contract(contract, processes)
     checkpoint = None
     if beginning.going_on:
         checkpoint = processes.share(find_start(folder, contract, reporter=reporter) if processes.first else None)

@@ -9,7 +9,7 @@ import pytest
 from loralab.errors import ConfigError
 from loralab.training.distributed import ALONE, Processes, joined
 from support.command import Answer
-from support.processes import run_program
+from support.processes import Team, start_program
 
 _HEAD = """
 import os, signal, sys, time
@@ -28,10 +28,15 @@ def main(act):
 """
 
 
-def run(body: str, folder: Path, *, count: int = 2) -> list[Answer]:
-    """Run `body`, the lines of a function of `processes`, in several processes."""
+def start(body: str, folder: Path, *, count: int = 2) -> Team:
+    """Start `body`, the lines of a function of `processes`, in several processes."""
     lines = "".join(f"    {line}\n" for line in body.strip().splitlines())
-    return run_program(f"{_HEAD}\ndef act(processes):\n{lines}\nmain(act)\n", folder=folder, count=count)
+    return start_program(f"{_HEAD}\ndef act(processes):\n{lines}\nmain(act)\n", folder=folder, count=count)
+
+
+def run(body: str, folder: Path, *, count: int = 2) -> list[Answer]:
+    """Run `body` as `start` does, to its end."""
+    return start(body, folder, count=count).answers()
 
 
 def test_one_process_is_all() -> None:
@@ -120,34 +125,36 @@ processes.wait()
     assert third.out.startswith("LoralabError")
 
 
-def test_signal_of_the_launcher_has_words(tmp_path: Path) -> None:
-    body = """
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_outside_of_the_steps_has_words(sent: signal.Signals, tmp_path: Path) -> None:
+    body = f"""
 if processes.rank == 1:
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), {int(sent)})
     time.sleep(20)
 processes.wait()
 """
     answers = run(body, tmp_path)
-    assert [answer.code for answer in answers] == [143, 143]
-    assert answers[1].out.startswith("StoppedBySignal\nerror: stopped by SIGTERM\nwhere: process 1 of 2, outside of a")
+    assert [answer.code for answer in answers] == [128 + sent] * 2
+    expected = f"StoppedBySignal\nerror: stopped by {sent.name}\nwhere: process 1 of 2, at once\n"
+    assert answers[1].out.startswith(expected)
+    assert answers[0].out.startswith(f"LoralabError\nerror: stopped by {sent.name}\nwhere: process 1: process 1 of 2")
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "what"),
-    [
-        ("ACCELERATE_USE_FSDP", "true", "the launcher asks for FSDP"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "the launcher asks for DeepSpeed"),
-        ("ACCELERATE_MIXED_PRECISION", "bf16", "the launcher asks for mixed precision 'bf16'"),
-        ("WORLD_SIZE", "two", "not a number of processes: 'two'"),
-        ("WORLD_SIZE", "0", "not a number of processes: '0'"),
-    ],
-)
-def test_what_a_launcher_may_not_ask(name: str, value: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError) as caught, joined("cpu"):
-        pass
-    assert caught.value.problems[0].what.startswith(what)
-    assert name in caught.value.problems[0].where
+def test_the_signal_of_a_launcher_is_told_as_what_it_was_sent_for(tmp_path: Path) -> None:
+    body = """
+if processes.rank == 1:
+    raise ConfigError("what", where="there", fix="mend it")
+while not os.path.exists("ended"):  # busy with work of its own, which no broken connection ends
+    time.sleep(0.05)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(20)
+"""
+    team = start(body, tmp_path)
+    team.members[1].wait()
+    (tmp_path / "ended").touch()
+    first, second = team.answers()
+    assert (first.code, second.code) == (2, 2)
+    assert first.out == "LoralabError\nerror: what\nwhere: process 1: there\nfix:   mend it\n"
 
 
 def test_processes_without_a_meeting_place_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +162,7 @@ def test_processes_without_a_meeting_place_are_an_error(monkeypatch: pytest.Monk
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with (
         pytest.raises(ConfigError, match="started as one of 2 processes, but the others were not found"),
         joined("cpu"),

@@ -7,7 +7,7 @@ import pytest
 
 from loralab.config.schema import Config
 from loralab.errors import ConfigError
-from loralab.workflows.launch import Machines, resolve_machines, resolve_processes
+from loralab.workflows.launch import resolve_processes
 
 
 def config(device: str = "auto") -> Config:
@@ -42,26 +42,14 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_processes(3, config())
 
 
-def test_machines() -> None:
-    assert resolve_machines(1, None, None) == Machines(1, 0, "127.0.0.1", 0)
-    assert resolve_machines(3, 2, "node0:29500") == Machines(3, 2, "node0", 29500)
-
-
-@pytest.mark.parametrize(
-    ("count", "rank", "address", "what"),
-    [
-        (1, 1, None, "for one machine"),
-        (1, None, "node0:29500", "for one machine"),
-        (2, 0, None, "no address of the first machine: None"),
-        (2, 0, "node0", "no address of the first machine: 'node0'"),
-        (2, 0, "node0:99999", "no address of the first machine"),
-        (2, None, "node0:29500", "no number of this machine: None"),
-        (2, 2, "node0:29500", "no number of this machine: 2"),
-    ],
-)
-def test_machines_that_contradict_each_other(count: int, rank: int | None, address: str | None, what: str) -> None:
-    with pytest.raises(ConfigError, match=what):
-        resolve_machines(count, rank, address)
+def test_a_base_that_is_spread_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    sections = {"model": {"name": "base", "device_map": "auto"}, "data": {"train": "rows.json"}}
+    spread = Config.model_validate(sections)
+    assert resolve_processes(None, spread).value == 1
+    with pytest.raises(ConfigError, match="device_map 'auto' in a run of 2 processes"):
+        resolve_processes(2, spread)
 
 
 def test_the_script_for_slurm_is_one() -> None:

@@ -1,0 +1,87 @@
+"""Whether all processes of a run train the same: settings, code, data and model.
+
+Owns what is compared, and the words in which a difference is refused. Machines that differ would wait for each other in
+different places, or add gradients of different runs.
+"""
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from loralab.config.schema import Config
+from loralab.errors import ConfigError
+from loralab.training.distributed import Processes
+from loralab.workflows.resume import contract_changes
+
+# Before either value of what differs.
+_WORDS = (" is ", ", there ")
+# Other versions of these may compute something else, or speak to each other differently.
+_CODE = ("loralab", "torch", "transformers", "peft", "accelerate")
+
+
+def check_same_settings(config: Config, processes: Processes) -> None:
+    """Check that all processes were started with one configuration and have the same code.
+
+    Args:
+        config: of this process.
+        processes: those that share the run.
+
+    Raises:
+        ConfigError: one differs; in all processes alike.
+    """
+    settings = {
+        f"{section}.{key}": value
+        for section, values in config.model_dump(mode="json").items()
+        for key, value in values.items()
+    }
+    code = {f"version of {name}": importlib.metadata.version(name) for name in _CODE}
+    _compare(
+        {**settings, **code},
+        processes,
+        changes_of=_differences,
+        fix="give all machines the same configuration and the same versions",
+    )
+
+
+def check_same_contract(contract: Mapping[str, Any], processes: Processes) -> None:
+    """Check that all processes found the same data and model, and made the same choices.
+
+    Args:
+        contract: what a resume of this process would have to find unchanged.
+        processes: those that share the run.
+
+    Raises:
+        ConfigError: one differs; in all processes alike.
+    """
+    _compare(
+        contract,
+        processes,
+        changes_of=lambda first, other: contract_changes(first, other, words=_WORDS),
+        fix="give all machines the same files, and GPUs of one kind",
+    )
+
+
+def _compare(
+    own: Mapping[str, Any],
+    processes: Processes,
+    *,
+    changes_of: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]],
+    fix: str,
+) -> None:
+    first, *others = processes.gather(own)
+    for rank, other in enumerate(others, start=1):
+        changes = changes_of(first, other)
+        if changes:
+            raise ConfigError(
+                f"process {rank} would train something else than process 0: {'; '.join(changes)}",
+                where=f"process {rank} of {processes.count}",
+                fix=fix,
+            )
+
+
+def _differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key}{_WORDS[0]}{first.get(key)!r}{_WORDS[1]}{other.get(key)!r}"
+        for key in {**first, **other}
+        if first.get(key) != other.get(key)
+    ]
