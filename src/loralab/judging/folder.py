@@ -13,7 +13,7 @@ from pathlib import Path
 from loralab.errors import JudgingError, StorageError
 from loralab.judging.items import ItemSet, read_items, write_items
 from loralab.judging.sitting import Sitting
-from loralab.judging.votes import Votes, check_belongs, open_votes, read_votes
+from loralab.judging.votes import Votes, check_belongs, is_held, open_votes, read_votes
 
 # A name becomes the name of a file, on every system.
 _RATER = re.compile(r"\w(?:[\w .@+-]{0,62}[\w+-])?")
@@ -149,10 +149,18 @@ class PreferenceFolder:
         """Move the test aside for a new one; return where it is now, or None where there was none.
 
         Raises:
+            JudgingError: somebody is judging at this moment.
             StorageError: it cannot be moved.
         """
         if not self.path.exists():
             return None
+        held = next((path for path in self._vote_files() if is_held(path)), None)
+        if held is not None:
+            raise JudgingError(
+                f"{held.name.removesuffix(_SUFFIX)!r} is judging at this moment, so there can be no new test",
+                where=str(held),
+                fix="wait for the end of that sitting, or end its process",
+            )
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}-{number}")).exists():
             number += 1

@@ -48,7 +48,7 @@ def read_saved_votes(path: Path, items: ItemSet) -> Votes:
 def _load(path: Path) -> Mapping[str, Any]:
     try:
         if not path.is_file():
-            raise _foreign(path, "there is no such file")
+            raise _foreign(path, "it is no file" if path.exists() else "there is no such file")
         size = path.stat().st_size
         if size > _MOST_BYTES:
             raise _foreign(path, f"it has {size:,} bytes, more than {_MOST_BYTES:,}")

@@ -303,13 +303,33 @@ def open_votes(
     try:
         _lock(descriptor, path, rater)
         _sync_folder(path.parent)
-        found, size = _parse(path.read_bytes(), path)
+        with open(descriptor, "rb", closefd=False) as stream:
+            found, size = _parse(stream.read(), path)
         os.ftruncate(descriptor, size)
         votes = Votes(rater, items_sha256) if found is None else found
         check_belongs(votes, rater=rater, items_sha256=items_sha256, where=str(path))
         yield VoteLog(descriptor, path, votes=votes, size=size, before_first=before_first)
     finally:
         os.close(descriptor)  # the lock goes with it
+
+
+def is_held(path: Path) -> bool:
+    """Return whether a sitting holds a rater's file at this moment, in this process or another.
+
+    Args:
+        path: of the file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        _lock(descriptor, path, path.stem)
+    except JudgingError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def check_belongs(votes: Votes, *, rater: str, items_sha256: str, where: str) -> None:

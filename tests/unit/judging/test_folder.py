@@ -112,6 +112,13 @@ def test_test_is_moved_aside_under_a_free_name(folder: PreferenceFolder, items: 
     assert PreferenceFolder(folder.path.parent / "preference-2", Path("pictures")).load_items() == items
 
 
+def test_test_is_not_moved_under_a_rater(folder: PreferenceFolder, items: ItemSet) -> None:
+    with folder.open_sitting(items, "anna"), pytest.raises(JudgingError, match="'anna' is judging at this moment"):
+        folder.move_aside()
+    assert folder.load_items() == items
+    assert folder.move_aside() is not None
+
+
 def _take(folder: PreferenceFolder, items: ItemSet, path: Path) -> int:
     return take_votes(read_saved_votes(path, items), folder, where=str(path))
 
@@ -196,7 +203,7 @@ def test_what_is_no_json_is_refused(items: ItemSet, tmp_path: Path, content: byt
 def test_missing_and_endless_files_are_refused(items: ItemSet, tmp_path: Path) -> None:
     with pytest.raises(JudgingError, match="there is no such file"):
         read_saved_votes(tmp_path / "none.json", items)
-    with pytest.raises(JudgingError, match="there is no such file"):
+    with pytest.raises(JudgingError, match="it is no file"):
         read_saved_votes(tmp_path, items)
     large = tmp_path / "large.json"
     with large.open("wb") as stream:
