@@ -97,6 +97,11 @@ class RunFolder:
         return self.path / "predictions.jsonl"
 
     @property
+    def trackers(self) -> Path:
+        """Folder of what trackers keep here."""
+        return self.path / "trackers"
+
+    @property
     def plots(self) -> Path:
         """Folder of pictures."""
         return self.path / "plots"

@@ -208,6 +208,26 @@ def _asked_by_branch(place: Place) -> list[str]:
     return place.asked()
 
 
+@pytest.mark.parametrize(
+    "command", [("plan", "--no-probe"), ("preview",), ("prepare", "--output", "OUT/prepared")], ids=lambda each: each[0]
+)
+def test_what_needs_no_weights_asks_for_commits_alone(
+    place: Place, run: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    name, *options = (each.replace("OUT", str(tmp_path)) for each in command)
+    place.asked()
+    answer = run_here(name, place.config, *options)
+    assert answer.code == 0, answer.err
+    asked = {each.removesuffix("/revision/main") for each in place.asked()}
+    assert asked == {f"GET /api/models/{BASE}", f"GET /api/datasets/{DATA}"}
+    place.hub.stop()
+    try:
+        problem = read_problems(run_here(name, place.config, *options, *(["--overwrite"] if name == "prepare" else [])))
+        assert "the connection to" in problem[0].what
+    finally:
+        place.hub.start()
+
+
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "fetched"])
 def test_a_resume_takes_the_rows_that_the_run_began_with(place: Place, run: Path, tmp_path: Path, cached: bool) -> None:
     settings = place.settings | {"output": {"dir": str(tmp_path / "run")}}

@@ -57,6 +57,7 @@ def sweep_context(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         "done": len(order),
         "of": len(entries),
         "best": reading["best"],
+        "goes_on": any(entry["status"] not in ("completed", "failed") for entry in entries),
         "best_settings": next((e["settings"] for e in entries if e["name"] == reading["best"]), {}),
         "cautions": reading["cautions"],
         "runs": [_row(entry, list(content["space"]), best=reading["best"]) for entry in entries],
@@ -75,6 +76,7 @@ def _row(entry: Mapping[str, Any], keys: list[str], *, best: str | None) -> dict
         ],
         "status": entry["status"],
         "reason": entry["reason"],
+        "log": f"logs/{entry['name']}.log" if entry["status"] in ("failed", "interrupted") else None,
         "completed": entry["status"] == "completed",
         "best": entry["name"] == best,
         "metric": format_measured(entry.get("metric"), low, high),
@@ -96,7 +98,7 @@ def _plots(folder: Path, content: Mapping[str, Any], best: str | None) -> list[t
     if len(keys) == 2:
         lower = content["mode"] == "min"
         caption = f"{metric} over both settings; darker is better, grey has no result"
-        pictures.append((caption, draw_map(runs, (keys[0], keys[1]), metric=metric, lower=lower)))
+        pictures.append((caption, draw_map(content["runs"], (keys[0], keys[1]), metric=metric, lower=lower)))
     for key in keys:
         caption = f"{metric} against {key}: the best run in orange, lines are 95 % intervals; equal values side by side"
         pictures.append((caption, draw_setting(runs, key, metric=metric, best=best)))

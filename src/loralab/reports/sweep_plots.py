@@ -121,7 +121,7 @@ def draw_map(runs: list[Mapping[str, Any]], keys: tuple[str, str], *, metric: st
     """Return the metric over two settings as a map, or None where there are too many values of one.
 
     Args:
-        runs: complete ones; of several at one place the mean is shown.
+        runs: all; of several at one place the mean is shown, where none is complete the state of the last.
         keys: the settings, downwards and to the right.
         metric: its name.
         lower: whether lower is better, which is drawn darker.
@@ -130,9 +130,13 @@ def draw_map(runs: list[Mapping[str, Any]], keys: tuple[str, str], *, metric: st
     if max(map(len, sides)) > _MOST_CELLS or min(map(len, sides)) < 2:
         return None
     cells: dict[tuple[int, int], list[float]] = {}
+    states: dict[tuple[int, int], str] = {}
     for entry in runs:
         place = (sides[0].index(entry["settings"][keys[0]]), sides[1].index(entry["settings"][keys[1]]))
-        cells.setdefault(place, []).append(entry["metric"])
+        if entry["status"] == "completed":
+            cells.setdefault(place, []).append(entry["metric"])
+        else:
+            states[place] = entry["status"]
     means = {place: sum(values) / len(values) for place, values in cells.items()}
 
     def act(axes: Axes, figure: Figure) -> None:
@@ -148,6 +152,9 @@ def draw_map(runs: list[Mapping[str, Any]], keys: tuple[str, str], *, metric: st
             dark = share < 0.45 if lower else share > 0.55
             text = format_measured(value) if digits is None else f"{value:.{digits}f}"
             axes.text(column, row, text, ha="center", va="center", color="white" if dark else INK)
+        for (row, column), state in states.items():
+            if (row, column) not in means:
+                axes.text(column, row, state, ha="center", va="center", color=GREY)
         names = [[shorten(value) for value in side] for side in sides]
         slanted = max(map(len, names[1])) * len(names[1]) > _ROOM
         axes.set_xticks(

@@ -22,16 +22,26 @@ def read_sweep(content: Mapping[str, Any]) -> dict[str, Any]:
     sign = 1 if content["mode"] == "min" else -1
     ordered = sorted(runs, key=lambda entry: (sign * entry["metric"], entry["number"]))
     if not ordered:
-        return {"best": None, "order": [], "cautions": ["No run has been completed."]}
+        return {"best": None, "order": [], "cautions": ["No run has been completed.", *_lacking(content)]}
     cautions = [_noise(content["metric"], ordered), _seeds(runs, content), _rows(runs), _edge(content, ordered[0])]
-    unfinished = len(content["runs"]) - len(runs)
-    if unfinished:
-        cautions.append(f"{unfinished} of {len(content['runs'])} runs have no result.")
+    cautions += _lacking(content)
     return {
         "best": ordered[0]["name"],
         "order": [entry["name"] for entry in ordered],
         "cautions": [text for text in cautions if text],
     }
+
+
+def _lacking(content: Mapping[str, Any]) -> list[str]:
+    """Say how many runs failed, and how many have not come to their end."""
+    states, found = [entry["status"] for entry in content["runs"]], []
+    failed = states.count("failed")
+    waiting = len(states) - failed - states.count("completed")
+    if failed:
+        found.append(f"{failed} of {len(states)} runs failed.")
+    if waiting:
+        found.append(f"{waiting} of {len(states)} runs not at their end yet.")
+    return found
 
 
 def _noise(metric: str, ordered: Sequence[Mapping[str, Any]]) -> str:

@@ -27,7 +27,6 @@ from loralab.run import read_json, write_json
 from loralab.training.callbacks import logged_line
 
 PROJECT = "loralab"
-FOLDER = "trackers"
 _STATE = "state.json"
 # What a tracker may take to finish; what it has not sent by then it has kept on disk, or lost.
 _FINISH_SECONDS = 60.0

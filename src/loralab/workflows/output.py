@@ -18,7 +18,6 @@ from pathlib import Path
 from loralab.errors import RunFolderError, StorageError
 from loralab.reports.pictures import pictures_folder
 from loralab.run import RunFolder, read_json
-from loralab.training.trackers import FOLDER as TRACKERS
 from loralab.workflows.thumbnails import remove_thumbnails
 
 if sys.platform == "win32":
@@ -239,7 +238,7 @@ def clear_run(folder: RunFolder, *, keep_record: bool = False) -> None:
         folder: the run folder.
         keep_record: leave `run.json`, by which the folder is known as a run's.
     """
-    for path in (folder.checkpoints, folder.adapter, folder.plots, folder.path / TRACKERS):
+    for path in (folder.checkpoints, folder.adapter, folder.plots, folder.trackers):
         shutil.rmtree(path, ignore_errors=True)
     remove_thumbnails(pictures_folder(folder))
     files = [folder.config, folder.data, folder.metrics, folder.evaluation, folder.predictions, folder.samples]

@@ -21,6 +21,8 @@ from loralab.progress import Reporter
 from loralab.run import Json
 
 _DATA_KEYS = ("train", "validation", "test")
+# Kind, name, and the revision that was asked for.
+_Key = tuple[str, str, str | None]
 Find = Callable[[str, str, str | None, str], Pin]
 
 
@@ -38,8 +40,36 @@ def pin_revisions(config: Config, recorded: Mapping[str, Any], *, reporter: Repo
     Raises:
         UserError: something is not there, not allowed, or the Hub cannot be reached.
     """
-    known = _known(recorded)
-    found: dict[tuple[str, str, str | None], Pin] = {}
+    check_local_model(config.model.name)
+    pinned, found = _find_all(config, _known(recorded), reporter)
+    for (kind, name, _), pin in found.items():
+        if kind == "model" and pin.commit is not None:
+            _fetch(name, pin.commit, reporter)
+    kinds: dict[str, list[Json]] = {"model": [], "data": []}
+    for (kind, _, _), pin in found.items():
+        kinds[kind].append(dataclasses.asdict(pin))
+    return pinned, {kind: pins for kind, pins in kinds.items() if pins}
+
+
+def name_commits(config: Config, reporter: Reporter) -> Config:
+    """Name the commit of everything that comes from the Hub, for work that needs no weights and keeps no record.
+
+    Each is asked for once: by its commit, what lies in the cache is taken from there.
+
+    Args:
+        config: as the user wrote it.
+        reporter: told of commits.
+
+    Raises:
+        UserError: something is not there, not allowed, or the Hub cannot be reached.
+    """
+    if not Path(config.model.name).expanduser().exists():  # a folder may hold a tokenizer alone
+        check_local_model(config.model.name)
+    return _find_all(config, {}, reporter)[0]
+
+
+def _find_all(config: Config, known: Mapping[_Key, Pin], reporter: Reporter) -> tuple[Config, dict[_Key, Pin]]:
+    found: dict[_Key, Pin] = {}
 
     def find(kind: str, name: str, asked: str | None, where: str) -> Pin:
         key = (kind, name, asked)
@@ -51,15 +81,7 @@ def pin_revisions(config: Config, recorded: Mapping[str, Any], *, reporter: Repo
             found[key] = pin
         return found[key]
 
-    check_local_model(config.model.name)
-    pinned = _apply(config, find)
-    for (kind, name, _), pin in found.items():
-        if kind == "model" and pin.commit is not None:
-            _fetch(name, pin.commit, reporter)
-    kinds: dict[str, list[Json]] = {"model": [], "data": []}
-    for (kind, _, _), pin in found.items():
-        kinds[kind].append(dataclasses.asdict(pin))
-    return pinned, {kind: pins for kind, pins in kinds.items() if pins}
+    return _apply(config, find), found
 
 
 def as_pinned(config: Config, recorded: Mapping[str, Any]) -> Config:
@@ -101,7 +123,7 @@ def _fetch(name: str, commit: str, reporter: Reporter) -> None:
         reporter.finish(label)
 
 
-def _known(recorded: Mapping[str, Any]) -> dict[tuple[str, str, str | None], Pin]:
+def _known(recorded: Mapping[str, Any]) -> dict[_Key, Pin]:
     return {
         (kind, pin["name"], asked): Pin(pin["name"], pin["asked"], pin["commit"], pin["reason"])
         for kind, pins in recorded.items()

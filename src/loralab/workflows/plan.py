@@ -31,6 +31,7 @@ from loralab.workflows.frozen_trunk import expected_bytes
 from loralab.workflows.memory_record import predict_run_memory
 from loralab.workflows.memory_watch import process_bytes
 from loralab.workflows.pictures import open_pictures, reading_pictures
+from loralab.workflows.pinning import name_commits
 from loralab.workflows.plan_advice import Situation, advise
 from loralab.workflows.plan_disk import predict_disk
 from loralab.workflows.plan_probe import Probe, run_probe
@@ -65,7 +66,8 @@ def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter, processes: in
     Raises:
         UserError: what `train` would raise before its first step.
     """
-    config = loaded.config
+    config = name_commits(loaded.config, reporter)
+    loaded = replace(loaded, config=config)
     team = Processes(count=processes, local_count=processes)
     choices, drawn, data, data_bytes = _gather(loaded, reporter, processes)
     free = _free_bytes(config, drawn.device, processes)

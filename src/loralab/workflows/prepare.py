@@ -27,6 +27,7 @@ from loralab.models.trainable_tokens import settle_tokens
 from loralab.progress import Reporter
 from loralab.run import replace_folder
 from loralab.workflows.pictures import open_tokenizers_pictures
+from loralab.workflows.pinning import name_commits
 
 DATA_FILE = "data.json"
 _FEATURES = datasets.Features(
@@ -59,10 +60,11 @@ def prepare(loaded: LoadedConfig, output: Path | None, *, overwrite: bool, repor
     folder = named.resolve()  # what a link leads to, not the link, is replaced
     _check_folder(folder, overwrite=overwrite)
     _refuse_weights(loaded.config.data)
-    tokenizer = load_tokenizer(loaded.config.model)
-    settle_tokens(loaded.config.lora, tokenizer)  # new tokens stand in the rows
-    pictures = open_tokenizers_pictures(loaded.config)
-    data = prepare_data(loaded.config.data, tokenizer, reporter=reporter, pictures=pictures)
+    config = name_commits(loaded.config, reporter)
+    tokenizer = load_tokenizer(config.model)
+    settle_tokens(config.lora, tokenizer)  # new tokens stand in the rows
+    pictures = open_tokenizers_pictures(config)
+    data = prepare_data(config.data, tokenizer, reporter=reporter, pictures=pictures)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -33,6 +33,7 @@ from loralab.progress import Reporter
 from loralab.run import read_json
 from loralab.training.arguments import count_steps
 from loralab.workflows.pictures import open_tokenizers_pictures
+from loralab.workflows.pinning import name_commits
 from loralab.workflows.preview_rows import RowViewer
 from loralab.workflows.step_layout import build_sampler
 
@@ -77,7 +78,7 @@ def preview(
         UserError: the data cannot be used.
         MaskError: what would carry loss is not the answer, as tokenizing found out.
     """
-    config = loaded.config
+    config = name_commits(loaded.config, reporter)
     # Too many dropped rows are something to look at: `check_preview` refuses them, after they were shown.
     section = config.data.model_copy(update={"max_dropped_fraction": 1.0})
     pictures = open_tokenizers_pictures(config)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,7 @@ def _settle(found: _Sweep, point: Point, entry: dict[str, Any], *, retry: bool, 
         if entry["status"] == "failed" and not retry:
             reporter.say(f"{point}: failed before ({entry['reason']}); --retry-failed runs it again")
             return
-        entry |= {"status": "running", "reason": ""}
+        entry |= {"status": "running", "reason": f"begun {datetime.now(UTC).isoformat(timespec='seconds')}"}
         found.save()
         reporter.say(f"{point} of {len(found.points)}")
         overrides = [*point.overrides, "evaluation.split=validation"]

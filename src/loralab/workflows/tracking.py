@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from loralab.run import read_json, read_metrics
-from loralab.training.trackers import FOLDER, Beginning, Trackers
+from loralab.training.trackers import Beginning, Trackers
 from loralab.workflows.steps import Run
 
 # Numbers of an evaluation that are settings, no figures.
@@ -22,7 +22,7 @@ def tracking(run: Run) -> Iterator[None]:
         return
     run.trackers = Trackers(
         run.config.output.trackers,
-        run.folder.path / FOLDER,
+        run.folder.trackers,
         beginning=functools.partial(_beginning, run),
         note=functools.partial(_note, run),
     )

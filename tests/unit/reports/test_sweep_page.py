@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from loralab.reports.sweep_page import write_sweep_page
-from loralab.reports.sweep_plots import draw_setting
+from loralab.reports.sweep_plots import draw_map, draw_setting
 from loralab.reports.sweep_reading import read_sweep, shorten
 
 
@@ -79,7 +79,37 @@ def test_the_page_has_every_run_and_its_pictures(tmp_path: Path) -> None:
     assert page.count("<figure>") == 4  # both settings in one, each alone, the curves
     assert "3 of 4 runs complete" in page
     assert "ran out of &lt;memory&gt;" in page
+    assert 'failed</span>: ran out of &lt;memory&gt; (<a href="logs/004.log">log</a>)' in page
+    assert "1 of 4 runs failed." in page
+    assert "not at their end" not in page
+    assert "so far" not in page
     assert 'class="best"><th scope="row" title="002"><a href="002/report.html">002</a>' in page
+
+
+def test_a_page_under_way_says_so(tmp_path: Path) -> None:
+    waiting = {"status": "pending", "reason": ""}
+    runs = [
+        entry(1, 1.5, interval=[1.4, 1.6], r="4", rate="1e-4"),
+        entry(2, None, r="4", rate="1e-3"),
+        entry(3, None, r="8", rate="1e-4") | {"status": "running", "reason": "begun 2026-01-02T03:04:05+00:00"},
+        entry(4, None, r="8", rate="1e-3") | waiting,
+    ]
+    page = write_sweep_page(tmp_path, content(*runs)).read_text(encoding="utf-8")
+    assert "The best run so far" in page
+    assert "1 of 4 runs failed." in page
+    assert "2 of 4 runs not at their end yet." in page
+    assert "running</span>: begun 2026-01-02T03:04:05+00:00</td>" in page
+
+
+def test_the_map_has_every_point_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [entry(1, 1.5, r="4", rate="1e-4"), entry(2, None, r="8", rate="1e-3")]
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
+    assert draw_map(runs, ("lora.r", "training.learning_rate"), metric="eval_loss", lower=True)
+    axes = figures[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["4", "8"]
+    assert [text.get_text() for text in axes.texts] == ["1.5", "failed"]
 
 
 def test_a_page_without_results(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What a sweep refuses before anything is written."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +74,10 @@ def test_the_validation_split_decides(tmp_path: Path) -> None:
 def test_the_metric_must_be_measured(metric: str, words: str, tmp_path: Path) -> None:
     search = Search(config(tmp_path), ["lora.r=4,8"], metric=metric, output=tmp_path / "out")
     assert words in refuse(tmp_path, search)
+
+
+def test_the_process_of_a_sweep_holds_no_torch() -> None:
+    """The memory of a run is that of its own process; the sweep's beside it stays small."""
+    program = "import sys, loralab.workflows.sweep; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
