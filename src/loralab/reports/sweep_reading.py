@@ -86,17 +86,22 @@ def _rows(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _edge(content: Mapping[str, Any], best: Mapping[str, Any]) -> str:
-    """Say where the best value is the first or last of those tried: a better one may lie beyond."""
+    """Say where the best value is the first or last of those with a result: a better one may lie beyond."""
     if content["search"] != "grid":
         return ""
     found = []
     for key, value in best["settings"].items():
-        tried = sorted(
-            {number for entry in content["runs"] if (number := as_number(entry["settings"][key])) is not None}
-        )
-        if key != _SEED and len(tried) > 2 and as_number(value) in (tried[0], tried[-1]):
+        known = _numbers([entry for entry in content["runs"] if entry["status"] == "completed"], key)
+        number = as_number(value)
+        if key == _SEED or number is None or len(_numbers(content["runs"], key)) < 3:
+            continue
+        if number in (min(known), max(known)):
             found.append(f"{key}={value}")
-    return f"At the edge of the grid: {', '.join(found)}. A better value may lie beyond." if found else ""
+    return f"At the edge of what has a result: {', '.join(found)}. A better value may lie beyond." if found else ""
+
+
+def _numbers(runs: Sequence[Mapping[str, Any]], key: str) -> set[float]:
+    return {number for entry in runs if (number := as_number(entry["settings"][key])) is not None}
 
 
 def as_number(text: str) -> float | None:

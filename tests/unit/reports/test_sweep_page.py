@@ -62,6 +62,9 @@ def test_seeds_rows_and_edges_are_said() -> None:
     )
     edge = content(entry(1, 1.2, r="4"), entry(2, 1.1, r="8"), entry(3, 1.0, interval=wide, r="16"))
     assert any("lora.r=16" in text for text in read_sweep(edge)["cautions"])
+    beyond = content(entry(1, 1.2, r="4"), entry(2, 1.1, r="8"), entry(3, None, r="16"))  # it failed, and tells nothing
+    assert any("lora.r=8" in text for text in read_sweep(beyond)["cautions"])
+    assert not any("edge" in text for text in read_sweep(content(*edge["runs"][:2]))["cautions"])
 
 
 def test_the_page_has_every_run_and_its_pictures(tmp_path: Path) -> None:
