@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loralab.console import ResultConsole, printable
-from loralab.reports.preference_section import format_percent_interval, preference_lines
+from loralab.reports.preference_section import format_p, format_percent_interval, preference_lines
 
 
 def print_preference(result: dict[str, Any]) -> None:
@@ -25,7 +25,7 @@ def print_preference(result: dict[str, Any]) -> None:
 
 
 def _table(result: dict[str, Any]) -> Table:
-    table = Table("better answer", "adapter", "base", "tie", "adapter's\nshare, %", "ties as\nhalves, %", "p")
+    table = Table("", "adapter", "base", "tie", "adapter's\nshare, %", "ties as\nhalves, %", "p")
     table.add_row(f"{result['judged']} items", *_cells(result))
     for rater in result["raters"]:
         table.add_row(escape(printable(f"{rater['rater']}: {rater['votes']}")), *_cells(rater))
@@ -36,4 +36,4 @@ def _table(result: dict[str, Any]) -> Table:
 def _cells(part: dict[str, Any]) -> list[str]:
     counts = [str(part[name]) for name in ("adapter", "base", "tie")]
     shares = (format_percent_interval(part[name], unit="") for name in ("share", "share_with_ties"))
-    return [*counts, *shares, f"{part['sign_test_p']:.2g}"]
+    return [*counts, *shares, format_p(part["sign_test_p"])]

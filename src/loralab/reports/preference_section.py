@@ -69,7 +69,7 @@ def _bar(name: str, part: Mapping[str, Any]) -> Json:
         "counts": [part[kind] for kind, _ in _PARTS],
         "share": _glued(format_percent_interval(share)),
         "halves": _glued(format_percent_interval(halves)),
-        "p": f"{part['sign_test_p']:.2g}",
+        "p": format_p(part["sign_test_p"]),
     }
 
 
@@ -84,6 +84,15 @@ def format_percent_interval(share: Mapping[str, float | None], unit: str = " %")
     if value is None or low is None or high is None:
         return "-"
     return f"{100 * value:.0f}{unit} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def format_p(p: float) -> str:
+    """Return a p-value for a column of them.
+
+    Args:
+        p: the value.
+    """
+    return f"{p:.2g}" if p >= 0.001 else "<0.001"
 
 
 def summarize_preference(result: Mapping[str, Any]) -> str:

@@ -29,8 +29,6 @@ from loralab.run import RunFolder, read_json
 from loralab.workflows.thumbnails import keep_thumbnails
 
 DEFAULT_EXAMPLES = 30
-# As many rows as `compare` takes unless it is told otherwise.
-_COMPARED_ROWS = 50
 
 
 class Compare(Protocol):
@@ -99,7 +97,7 @@ def open_test(path: Path, request: JudgeRequest, *, compare: Compare, reporter: 
     _check_data(place, request)
     if not place.comparison.is_file() and (frozen is None or request.examples is not None):
         reporter.say("nothing is compared yet: base and adapter answer first")
-        rows = max(_COMPARED_ROWS, request.examples or DEFAULT_EXAMPLES)
+        rows = request.examples or DEFAULT_EXAMPLES
         compare(data=request.data, split=request.split, max_examples=rows, output=request.output)
     items = _freeze(folder, place, request, digest=digest, reporter=reporter)
     return PreferenceTest(_name(path, place), place, folder, items)
@@ -240,6 +238,11 @@ def _freeze(
     _keep_pictures(comparison, place, reporter)
     examples = request.examples or DEFAULT_EXAMPLES
     items = build_items(comparison, origin, examples=examples, seed=frozen.seed if frozen else draw_seed())
+    if request.examples is not None and len(items.items) < request.examples:
+        reporter.say(
+            f"the comparison has {len(items.items)} prompts to judge, fewer than the {request.examples} asked for; "
+            "loralab compare RUN --max-examples N takes more"
+        )
     if frozen is not None and changed is None:
         if items.items == frozen.items:
             return frozen

@@ -102,17 +102,19 @@ def test_without_a_comparison_one_is_made_first(run: RunFolder) -> None:
     run.comparison.unlink()
     compare, notes = Comparing(run), Notes()
     test = open_test(run.path, JudgeRequest(), compare=compare, reporter=notes)
-    assert compare.asked == [{"data": None, "split": None, "max_examples": 50, "output": None}]
+    assert compare.asked == [{"data": None, "split": None, "max_examples": 30, "output": None}]
     assert len(test.items.items) == 30
     assert "nothing is compared yet" in notes.lines[0]
     assert _open(run).items == test.items
 
 
 def test_other_rows_lie_in_a_folder_of_their_own(run: RunFolder, tmp_path: Path) -> None:
-    compare = Comparing(run)
-    asked = {"data": "other.jsonl", "output": tmp_path / "other"}
-    test = _open(run, compare, examples=60, **asked)
+    compare = Comparing(run, 40)
+    asked: dict[str, Any] = {"data": "other.jsonl", "output": tmp_path / "other"}
+    notes = Notes()
+    test = open_test(run.path, JudgeRequest(examples=60, **asked), compare=compare, reporter=notes)
     assert compare.asked[0]["max_examples"] == 60
+    assert "has 40 prompts to judge, fewer than the 60 asked for" in notes.lines[1]
     assert test.place.path == tmp_path / "other"
     assert _open(run, **asked).items == _open(run, output=tmp_path / "other").items == test.items
     with pytest.raises(JudgingError, match=r"a comparison of other rows lies there: data 'other\.jsonl'"):
