@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from support import tiny
 from support.command import read_problems, run_here
-from support.parts import check_same, metrics, read, write_run
+from support.parts import TOGETHER, check_same, metrics, read, write_run
 from support.processes import run_team, start_team
 
 PARTS = "training.distributed=fsdp2"
@@ -23,7 +23,7 @@ PARTS = "training.distributed=fsdp2"
         pytest.param("gpt2", ["training.layout=padded"], marks=pytest.mark.slow),
         pytest.param("llama", ["training.gradient_checkpointing=true"], marks=pytest.mark.slow),
         pytest.param("llama", ["training.token_budget=1"], marks=pytest.mark.slow),
-        pytest.param("llama", ["lora.modules_to_save=[lm_head]"], marks=pytest.mark.slow),
+        pytest.param("llama", TOGETHER, marks=pytest.mark.slow),
     ],
 )
 def test_parts_give_the_curve_of_one_process(family: tiny.Family, settings: Sequence[str], tmp_path: Path) -> None:

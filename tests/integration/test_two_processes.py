@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from support import tiny
 from support.command import read_problems, run_here, write_config
+from support.parts import TOGETHER
 from support.processes import run_team, start_team
 
 MARKS = ["error: ", "where: ", "fix:   "]
@@ -73,7 +74,7 @@ def check_same_run(one: Path, two: Path) -> None:
     for name in ("num_batches", "num_examples", "supervised_tokens"):
         assert new[name] == old[name], name
     records = [read(run / "run.json") for run in (one, two)]
-    for name in ("steps", "epochs", "sampling"):
+    for name in ("steps", "epochs", "sampling", "stopped_because"):
         assert records[1][name] == records[0][name], name
     assert records[1]["layout_tokens"]["rows"] == records[0]["layout_tokens"]["rows"]
 
@@ -89,8 +90,10 @@ def alone(config: Path, run: Path, *settings: str) -> None:
 @pytest.mark.parametrize(
     ("rows", "settings"),
     [
-        (25, ["training.token_budget=64", "lora.dropout=0.1"]),
+        (25, TOGETHER),
+        pytest.param(25, ["training.token_budget=64", "lora.dropout=0.1"], marks=pytest.mark.slow),
         pytest.param(27, ["training.token_budget=1"], marks=pytest.mark.slow),
+        pytest.param(27, ["model.quantization=nf4"], marks=pytest.mark.slow),
         pytest.param(27, ["training.layout=shared", "lora.dropout=0.1"], marks=pytest.mark.slow),
     ],
 )

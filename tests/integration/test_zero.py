@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from support import tiny
 from support.command import read_problems, run_here
-from support.parts import check_same, metrics, read, write_run
+from support.parts import TOGETHER, check_same, metrics, read, write_run
 from support.processes import run_team, start_team
 
 needs_deepspeed = pytest.mark.skipif(
@@ -29,7 +29,7 @@ WAYS = ("zero2", "zero3")
         pytest.param("gpt2", ["training.layout=padded", "training.max_grad_norm=0.01"], marks=pytest.mark.slow),
         pytest.param("llama", ["training.gradient_checkpointing=true"], marks=pytest.mark.slow),
         pytest.param("llama", ["training.token_budget=1"], marks=pytest.mark.slow),
-        pytest.param("llama", ["lora.modules_to_save=[lm_head]"], marks=pytest.mark.slow),
+        pytest.param("llama", TOGETHER, marks=pytest.mark.slow),
         pytest.param("llama", ["lora.variant=lora_plus"], marks=pytest.mark.slow),
     ],
 )
@@ -45,6 +45,21 @@ def test_parts_give_the_curve_of_one_process(
     answers = run_team("train", config, f"output.dir={tmp_path / 'parts'}", parts, *settings, folder=tmp_path)
     assert [answer.code for answer in answers] == [0, 0], answers[0].err
     assert read(tmp_path / "parts" / "run.json")["resolved"]["distributed"]["value"] == way
+    check_same(tmp_path / "one", tmp_path / "parts")
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_moments_in_parts_over_a_quantized_base(quantization: str, tmp_path: Path) -> None:
+    config, settings = write_run(tmp_path, weight_decay=0.01), [f"model.quantization={quantization}"]
+    alone = run_here(
+        "train", config, f"output.dir={tmp_path / 'one'}", "training.per_device_train_batch_size=8", *settings
+    )
+    assert alone.code == 0, alone.err
+    settings.append("training.distributed=zero2")
+    answers = run_team("train", config, f"output.dir={tmp_path / 'parts'}", *settings, folder=tmp_path)
+    assert [answer.code for answer in answers] == [0, 0], answers[0].err
     check_same(tmp_path / "one", tmp_path / "parts")
 
 

@@ -10,6 +10,19 @@ from safetensors.torch import load_file
 from support import tiny
 from support.command import write_config
 
+# What a step may meet, in one run: its rows sorted by what they share, activations computed again, a matrix and tokens
+# trained beside the adapter, an end before the last step.
+TOGETHER = (
+    "training.sampling=grouped",
+    "training.gradient_checkpointing=true",
+    "training.num_train_epochs=6",
+    "training.early_stopping={metric: eval_loss, patience: 2, min_delta: 0.2}",
+    "evaluation.strategy=steps",
+    "evaluation.steps=3",
+    "lora.modules_to_save=[lm_head]",
+    "lora.trainable_token_indices=['<sep>', ' cat']",
+)
+
 
 def write_run(folder: Path, family: tiny.Family = "llama", **training: object) -> Path:
     """Write the configuration of a run on 25 rows: in the last step of an epoch one of two processes has no row."""

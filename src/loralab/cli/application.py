@@ -50,6 +50,13 @@ def _watching_output() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def result_alone_on_stdout() -> Iterator[None]:
+    """Send to stderr what libraries print meanwhile, as deepspeed does wherever it is installed."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
 def leave(code: int) -> NoReturn:
     """End this process with an exit code, once all that it said is written.
 

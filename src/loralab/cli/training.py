@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from loralab.cli.application import print_json
+from loralab.cli.application import print_json, result_alone_on_stdout
 from loralab.console import ConsoleReporter, speaks
 from loralab.errors import ConfigError
 from loralab.options import AsJson, Overrides, RunPath, usable_path
@@ -71,7 +71,10 @@ def train(
     loaded = load_run_config(*run_source(config, overrides))
     from loralab.workflows.train import train as run_training
 
-    folder = run_training(loaded, reporter=ConsoleReporter(), resume=resume, overwrite=overwrite, warm_start=warm_start)
+    with result_alone_on_stdout():
+        folder = run_training(
+            loaded, reporter=ConsoleReporter(), resume=resume, overwrite=overwrite, warm_start=warm_start
+        )
     if not speaks():
         return
     if as_json:
@@ -97,7 +100,8 @@ def replay(
     from loralab.workflows.replay import check_replay
     from loralab.workflows.replay import replay as run_replay
 
-    result = run_replay(run, output=output, overrides=overrides or (), verify=verify, reporter=ConsoleReporter())
+    with result_alone_on_stdout():
+        result = run_replay(run, output=output, overrides=overrides or (), verify=verify, reporter=ConsoleReporter())
     if as_json:
         print_json(result)
     else:

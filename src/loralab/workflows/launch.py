@@ -70,20 +70,21 @@ class _Worker:
 
     def read(self) -> None:
         """Keep what it says, to its end."""
-        for line in self.process.stderr or ():
-            self.lines.append(line.rstrip("\n"))
+        if self.process.stderr is not None:
+            with self.process.stderr as stream:
+                for line in stream:
+                    self.lines.append(line.rstrip("\n"))
 
     def send(self, number: int) -> None:
         """Send it a signal, if it lives."""
         if self.process.poll() is None:
             self.process.send_signal(number)
 
-    def show(self, reporter: Reporter) -> None:
-        """Show what it said last."""
+    def last_words(self) -> list[str]:
+        """Return the last lines of what it said, once it has ended."""
         if self.reader is not None:
             self.reader.join(_READ_SECONDS)  # not for ever: its own children may hold the pipe
-        for line in list(self.lines):
-            reporter.say(f"[process {self.rank}] {line}")
+        return list(self.lines)
 
 
 def resolve_processes(asked: int | None, config: Config) -> Resolved[int]:
@@ -212,7 +213,7 @@ def _watch(workers: Sequence[_Worker], store: TCPStore, asked: Sequence[int]) ->
     told: set[int] = set()
     ladder = iter((signal.SIGTERM, signal.SIGTERM, signal.SIGKILL))
     limit, since = _GRACE_SECONDS, None
-    while any(worker.process.poll() is None for worker in workers):
+    while [worker for worker in workers if worker.process.poll() is None]:  # asks every one of them
         ended = [worker for worker in workers if worker.code]
         for worker in ended:
             if worker.code < 0 and worker.rank not in told:
@@ -270,18 +271,28 @@ def _conclude(workers: Sequence[_Worker], total: int, asked: Sequence[int], repo
             where=f"process 0 of {total}, before it could say so",
             fix="start the run again, with --resume if it had begun",
         )
-    shown = [worker for worker in failed if worker.code == _BUG and worker is not speaker]
+    shown = [worker for worker in failed if worker.code == _BUG and not _has_said(worker)]
     for worker in shown:
-        worker.show(reporter)
+        _show(worker, reporter)
     if speaker is not None and speaker.code > 0 and not speaker.obeyed:
         return speaker.code  # it has said why
     culprits = [worker for worker in failed if not worker.obeyed] or failed
     culprit = next((worker for worker in culprits if worker.code < 0), culprits[0])
     if culprit not in shown:
-        culprit.show(reporter)
+        _show(culprit, reporter)
     if culprit.code > 0 and speaker is None:
         return culprit.code  # its own words stand above
     raise _name_culprit(culprit, total)
+
+
+def _has_said(worker: _Worker) -> bool:
+    """Return whether a process has told of its end as of a user's mistake, which the first one repeats."""
+    return worker.reader is None or any(line.startswith("error: ") for line in worker.last_words())
+
+
+def _show(worker: _Worker, reporter: Reporter) -> None:
+    for line in worker.last_words():
+        reporter.say(f"[process {worker.rank}] {line}")
 
 
 def _name_culprit(worker: _Worker, total: int) -> WorkerError:
@@ -291,7 +302,7 @@ def _name_culprit(worker: _Worker, total: int) -> WorkerError:
         else Problem(
             f"process {worker.rank} of {total} ended with exit code {worker.code}",
             f"process {worker.rank}",
-            "see what it said last, above" if worker.lines else "start it alone to see why",
+            "see what it said last, above" if worker.last_words() else "start it alone to see why",
         )
     )
     error = WorkerError(problem.what, where=problem.where, fix=problem.fix)

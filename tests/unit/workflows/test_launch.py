@@ -1,13 +1,21 @@
-"""What `loralab launch` starts: how many processes, on which machines."""
+"""What `loralab launch` starts, and what it says of how that ended."""
 
+import os
+import signal
 import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from loralab.config.schema import Config
-from loralab.errors import ConfigError
-from loralab.workflows.launch import resolve_processes
+from loralab.errors import ConfigError, LoralabError, StoppedBySignal, WorkerError
+from loralab.progress import Reporter
+from loralab.workflows.launch import launch, resolve_processes
+from loralab.workflows.machines import Machines
 
 
 def config(device: str = "auto") -> Config:
@@ -50,6 +58,91 @@ def test_a_base_that_is_spread_is_for_one_process(monkeypatch: pytest.MonkeyPatc
     assert resolve_processes(None, spread).value == 1
     with pytest.raises(ConfigError, match="device_map 'auto' in a run of 2 processes"):
         resolve_processes(2, spread)
+
+
+_PROCESS = f"""#!{sys.executable}
+import os, signal, sys, time
+role, first = sys.argv[-1], os.environ["RANK"] == "0"
+def end(code, *lines):
+    print(*lines, sep="\\n", file=sys.stderr, flush=True)
+    sys.exit(code)
+def stop(seconds):
+    def handle(number, _):
+        time.sleep(seconds)
+        end(128 + number, "error: stopped")
+    signal.signal(signal.SIGINT, handle)
+exec(os.environ["ROLES"])
+open("ready" + os.environ["RANK"], "w").close()
+time.sleep(60)
+"""
+
+
+Roles = Callable[..., tuple[int | LoralabError, list[str]]]
+
+
+@pytest.fixture
+def run_roles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Roles:
+    """Return what launches two processes that do as they are told instead of training."""
+    program = tmp_path / "process"
+    program.write_text(_PROCESS)
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", str(program))
+    monkeypatch.setattr("loralab.workflows.launch._GRACE_SECONDS", 0.5)
+
+    def run(roles: str, *, sent: signal.Signals | None = None) -> tuple[int | LoralabError, list[str]]:
+        monkeypatch.setenv("ROLES", roles)
+        said: list[str] = []
+        reporter = Reporter()
+        monkeypatch.setattr(reporter, "say", said.append)
+
+        def send() -> None:
+            while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
+                time.sleep(0.01)
+            os.kill(os.getpid(), sent or 0)
+
+        if sent is not None:
+            threading.Thread(target=send, daemon=True).start()
+        try:
+            return launch(["train"], config(), processes=2, machines=Machines(), reporter=reporter), said
+        except LoralabError as error:
+            return error, said
+
+    return run
+
+
+def test_a_bug_of_another_process_is_shown(run_roles: Roles) -> None:
+    code, said = run_roles("end(1, 'error: process 1 failed') if first else end(1, 'Traceback', 'KeyError: 3')")
+    assert code == 1
+    assert said[-2:] == ["[process 1] Traceback", "[process 1] KeyError: 3"]
+    code, said = run_roles("end(1, 'Traceback') if first else end(1, 'error: process 0 failed')")
+    assert (code, said[1:]) == (1, [])  # said by the one that it is about
+
+
+def test_a_process_that_ends_before_the_others_have_met_it_is_named(run_roles: Roles) -> None:
+    error, said = run_roles("first or end(2, 'error: no package', 'where: key', 'fix:   install it')")
+    assert isinstance(error, WorkerError)
+    assert (error.exit_code, error.problems[0].what) == (2, "process 1 of 2 ended with exit code 2")
+    assert said[1:] == ["[process 1] error: no package", "[process 1] where: key", "[process 1] fix:   install it"]
+
+
+def test_a_killed_process_is_named_and_not_those_that_were_ended_with_it(run_roles: Roles) -> None:
+    for ending in ("", "signal.signal(signal.SIGTERM, lambda *_: end(143, 'error: stopped by SIGTERM'));"):
+        error, _ = run_roles(f"{ending}first or os.kill(os.getpid(), signal.SIGKILL)")
+        assert isinstance(error, WorkerError)
+        assert error.problems[0].what == "process 1 was ended by SIGKILL"
+
+
+def test_a_stop_takes_the_time_that_it_takes(run_roles: Roles) -> None:
+    code, said = run_roles("stop(2 if first else 0)", sent=signal.SIGINT)
+    assert (code, said[1:]) == (130, [])
+
+
+def test_a_signal_before_anybody_can_tell_of_it(run_roles: Roles) -> None:
+    roles = "signal.signal(signal.SIGINT, signal.SIG_DFL)"
+    error, _ = run_roles(roles, sent=signal.SIGINT)
+    assert isinstance(error, StoppedBySignal)
+    assert (error.exit_code, error.problems[0].what) == (130, "stopped by SIGINT")
 
 
 def test_the_script_for_slurm_is_one() -> None:
