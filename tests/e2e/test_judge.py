@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from loralab.api import Run
 from loralab.judging.folder import PreferenceFolder
 from loralab.judging.items import ItemSet
 from loralab.run import RunFolder, write_json
@@ -51,6 +52,7 @@ def _votes(run: RunFolder, rater: str) -> list[dict[str, Any]]:
 
 
 def test_voting_on_a_pipe_and_the_result(run: RunFolder) -> None:
+    assert Run(run.path).preference is None
     first = _terminal(run, "")
     assert first.code == 0, first.err
     assert f"0 of {PAIRS} pairs judged" in first.err
@@ -63,7 +65,7 @@ def test_voting_on_a_pipe_and_the_result(run: RunFolder) -> None:
     result = json.loads(run.preference.read_text(encoding="utf-8"))
     assert (result["adapter"], result["base"], result["tie"], result["same"]) == (PAIRS, 0, 1, 1)
     answer = run_here("judge", run.path, "--result", "--json")
-    assert json.loads(answer.out) == result
+    assert json.loads(answer.out) == result == Run(run.path).preference
 
 
 def test_nothing_shown_before_the_end_tells_the_models(run: RunFolder) -> None:

@@ -174,7 +174,8 @@ def _show_result(test: Any, *, as_json: bool) -> None:
         print_json(result)
     else:
         print_preference(result)
-    ConsoleReporter().say(f"wrote {test.place.preference}; `loralab report` shows it in a run's page and model card")
+    where = "; `loralab report` puts it on the run's page and model card" if test.place.exists() else ""
+    ConsoleReporter().say(f"wrote {test.place.preference}{where}")
 
 
 def _write_page(test: Any, path: Path, rater: str, *, as_json: bool) -> None:
