@@ -166,11 +166,12 @@ def _describe_adapters(parts: Sequence[Part], targets: Sequence[Target], hashes:
 
 def _describe_base(world: MergeWorld, folder: Path, sha256: str | None) -> dict[str, Any]:
     model = world.config.model
+    licence = licence_fields(model.name, model.revision)
     return {
         "name": model.name if sha256 is None else Path(model.name).name,
         "revision": snapshot_revision(folder) if sha256 is None else None,
         "sha256": sha256,
-        "licence": licence_fields(model.name, model.revision),
+        **({"licence": licence} if licence else {}),
     }
 
 

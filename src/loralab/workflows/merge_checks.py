@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
-from safetensors import SafetensorError
 
 from loralab.config.schema import Config
 from loralab.data.prompts.contract import CONTRACT_FILE
-from loralab.errors import AdapterIntegrityError, ConfigError, ModelError, StorageError, excerpt
+from loralab.errors import AdapterIntegrityError, ConfigError, ModelError, StorageError
 from loralab.lookup import look_up
 from loralab.models.adapters import adapter_sha256
 from loralab.models.load import model_sha256
@@ -114,9 +113,9 @@ def check_adapter(target: Target) -> str:
     """
     try:
         now = adapter_sha256(target.adapter)
-    except (OSError, SafetensorError) as error:
+    except ModelError as error:
         raise AdapterIntegrityError(
-            f"the adapter's tensors cannot be read: {excerpt(error)}",
+            f"the adapter's tensors cannot be read: {error.problems[0].what}",
             where=str(target.adapter),
             fix="restore the adapter folder from a copy, or train again",
         ) from error
