@@ -110,6 +110,7 @@ def test_wrong_key_on_a_pipe_keeps_what_came_before(run: RunFolder) -> None:
     assert len(_votes(run, "anna")) == 3
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_killed_sitting_goes_on_where_it_was(run: RunFolder, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "loralab.cli", "judge", str(run.path), "--terminal", "--rater", "anna"],
