@@ -12,6 +12,7 @@ from loralab.reports.wording import SPACE
 from loralab.run import Json
 
 _PARTS = (("adapter", "Adapter better"), ("tie", "Tie"), ("base", "Base better"))
+_SHOWN_LOST = 8
 _OUTCOMES = {"adapter preferred": "better", "base preferred": "worse"}
 
 
@@ -41,6 +42,7 @@ def is_own(facts: Facts) -> bool:
 
 
 def _section(result: Json, *, own: bool) -> Json:
+    lost = [row for row in result["rows"] if row["verdict"] == "base"]
     bars = [_bar("All items", result), *(_bar(rater["rater"], rater) for rater in result["raters"])]
     return {
         "own": own,
@@ -51,7 +53,20 @@ def _section(result: Json, *, own: bool) -> Json:
         "notes": [_glued(_sentence(line)) for line in preference_lines(result)[1:]],
         "legend": [(kind, words) for kind, words in _PARTS],
         "bars": bars if len(bars) != 2 or result["same"] else bars[:1],
+        "lost": [_lost(row) for row in lost[:_SHOWN_LOST]],
+        "lost_count": len(lost),
         "definitions": [(name.replace("_", " "), text) for name, text in result["definitions"].items()],
+    }
+
+
+def _lost(row: Mapping[str, Any]) -> Json:
+    """Return an item whose base's answer was better: where to look for what the adapter spoiled."""
+    votes = [f"{rater}: {str(vote).replace('_', ' ')}" for rater, vote in row["votes"].items()]
+    return {
+        "prompt": row["prompt"],
+        "pictures": len(row["pictures"]),
+        "answers": [("Base", "base", row["base_output"]), ("Adapter", "adapter", row["adapter_output"])],
+        "votes": ", ".join(votes),
     }
 
 

@@ -232,6 +232,20 @@ def test_intervals_with_ties_hold_the_truth_as_often_as_they_say(share: float, t
     assert COVERAGE[0] <= held / SESSIONS <= 0.99
 
 
+def test_items_not_votes_are_counted_since_votes_on_one_item_go_together() -> None:
+    rng = np.random.default_rng(2)
+    items, raters = 40, 5
+    chances = np.where(rng.random((SESSIONS, items)) < 0.6, 0.9, 0.1)  # most items have one answer that is better
+    votes = rng.random((SESSIONS, raters, items)) < chances[:, None, :]
+    names = np.where(votes, "adapter", "base").tolist()
+    by_item = [tally([majority(list(each)) for each in zip(*session, strict=True)]) for session in names]
+    wins = float(0.6 * stats.binom.sf(2, raters, 0.9) + 0.4 * stats.binom.sf(2, raters, 0.1))
+    held = sum(_holds(wilson(found.adapter, found.decided), wins) for found in by_item) / SESSIONS
+    naive = sum(_holds(wilson(int(session.sum()), items * raters), 0.58) for session in votes) / SESSIONS
+    assert COVERAGE[0] - 0.01 <= held <= COVERAGE[1]
+    assert naive < 0.85
+
+
 def test_no_preference_is_seen_in_few_sessions_without_one() -> None:
     rng = np.random.default_rng(1)
     counts = rng.binomial(40, 0.5, SESSIONS)

@@ -61,6 +61,18 @@ def test_page_without_votes_has_no_section(tmp_path: Path) -> None:
     assert "preference" not in render_model_card(folder)
 
 
+def test_page_shows_where_the_base_was_better(tmp_path: Path) -> None:
+    folder = _run(tmp_path, _result([*[AGAINST] * 10, FOR, "tie"]))
+    write_report(folder)
+    text = Page(folder.report.read_text(encoding="utf-8")).text
+    assert "Where the base\u2019s answer was better (10; the first 8, all stand in preference.json)" in text
+    assert "What is 7 + 7?" in text
+    assert "It makes 14." in text
+    assert "14, of course." in text
+    assert "rater-1: base" in text
+    assert "What is 8 + 8?" not in text
+
+
 def test_names_of_raters_are_text(tmp_path: Path) -> None:
     items = make_items(12)
     votes = cast_wishes(items, "<b>anna</b>", MIXED)
