@@ -104,7 +104,10 @@ def test_processes_end_when_the_launcher_is_killed(config: Path, tmp_path: Path)
     wait_for_steps(process, run)
     workers = children(process)
     process.kill()
-    process.communicate()  # ends once nobody holds its output any more
+    _, said = process.communicate()  # ends once nobody holds its output any more
+    assert "frame #" not in said  # what torch says of a store that is gone
+    assert said.count("error: ") == 1
+    assert f"loralab launch {run / 'config.yaml'} --resume --num-processes 2" in said
     end = time.monotonic() + _LIMIT_SECONDS
     while not gone(workers):
         assert time.monotonic() < end

@@ -24,7 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from loralab.errors import ConfigError, LoralabError, Problem, StoppedBySignal, WorkerError, excerpt
 from loralab.training.deepspeed_library import check_deepspeed
-from loralab.training.launched import LAUNCH, Place, end_with_launcher, read_place
+from loralab.training.launched import LAUNCH, Place, end_with_launcher, launcher_is_gone, read_place
 
 Value = TypeVar("Value")
 FloatArray = npt.NDArray[np.float64]
@@ -157,14 +157,14 @@ class Processes:
 
     def _leave_word(self, error: BaseException, *, lost: bool) -> None:
         """Tell the others why this process ends."""
-        if self._board is None:
+        if self._board is None or launcher_is_gone():  # torch would tell of the lost store at length
             return
         problems = error.problems if isinstance(error, LoralabError) else (_describe(error, self),)
         leave_word(self._board, self.rank, *problems, exit_code=getattr(error, "exit_code", 1), lost=lost)
 
     def _words(self) -> dict[int, dict[str, Any]]:
         """Return what processes that have ended left, by rank."""
-        if self._board is None:
+        if self._board is None or launcher_is_gone():
             return {}
         try:
             others = [rank for rank in range(self.count) if rank != self.rank and self._board.check([_key(rank)])]

@@ -115,14 +115,24 @@ def _check_alone() -> None:
             )
 
 
+def _launcher() -> int:
+    """Return the process id of the `loralab launch` that started this process or one above it, or 0."""
+    text = os.environ.get(LAUNCHER_VARIABLE, "")
+    return int(text) if text.isdecimal() else 0
+
+
+def launcher_is_gone() -> bool:
+    """Return whether this process has lost the launcher that started it."""
+    return _launcher() not in (0, os.getppid())
+
+
 def end_with_launcher() -> None:
     """Stop as on SIGTERM, with a checkpoint, when the launcher that started this process is killed.
 
     Raises:
         WorkerError: it was killed already.
     """
-    text = os.environ.get(LAUNCHER_VARIABLE, "")
-    launcher = int(text) if text.isdecimal() else 0
+    launcher = _launcher()
     if launcher == 0:
         return
     if launcher != os.getppid():

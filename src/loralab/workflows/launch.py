@@ -26,6 +26,7 @@ from loralab.errors import ConfigError, Problem, StoppedBySignal, WorkerError
 from loralab.models.device_map import resolve_device_map
 from loralab.models.precision import Resolved
 from loralab.progress import Reporter
+from loralab.training.deepspeed_library import check_deepspeed
 from loralab.training.distributed import leave_word
 from loralab.workflows.machines import Machines, agree, meet, take_leave
 
@@ -132,10 +133,13 @@ def launch(arguments: Sequence[str], config: Config, *, processes: int, machines
         The exit code of the run.
 
     Raises:
-        ConfigError: the machines do not find each other, or were started with different configurations.
+        ConfigError: the machines do not find each other, were started with different configurations, or lack a
+            package.
         StoppedBySignal: a signal came before any process could say so.
         WorkerError: a process was lost, and the run's first one could not say so.
     """
+    if config.training.distributed.startswith("zero") and (processes > 1 or machines.count > 1):
+        check_deepspeed(config.training.distributed)
     store = meet(machines, reporter.say)
     workers: list[_Worker] = []
     try:

@@ -389,7 +389,9 @@ def _stop_if_asked(request: StopRequest, run: Run) -> None:
     if request.agree(run.processes) and request.signal_number is not None:
         sealed = find_checkpoint(run.folder.checkpoints)
         command = f"loralab train {run.folder.config} --resume"
-        if run.processes.count > 1:
+        if run.processes.count > 1 and run.processes.count == run.processes.local_count:
+            command = f"loralab launch {run.folder.config} --resume --num-processes {run.processes.count}"
+        elif run.processes.count > 1:
             command += f", in {run.processes.count} processes as before"
         raise StoppedBySignal(
             request.signal_number,
