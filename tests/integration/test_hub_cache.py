@@ -17,6 +17,7 @@ from loralab.errors import DataError, StoppedBySignal
 from loralab.hub.cache import is_whole
 from loralab.progress import Reporter
 from loralab.run import read_json
+from loralab.workflows.sweep import Search, sweep
 from support import tiny
 from support.command import Answer, read_problems, run_here, write_config
 from support.hub_client import talking_to
@@ -264,6 +265,42 @@ def test_no_other_commit_of_the_data_takes_the_place_of_one_that_cannot_be_had(
         monkeypatch.setattr(name, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=f"the cache has another commit of it, {before}"):
         loralab.train(settings)
+
+
+class MovesOn(Reporter):
+    """Moves base and data on when the second run of a sweep is about to begin."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def say(self, text: str) -> None:
+        if text.startswith("run 002"):
+            self.place.hub.model(BASE).commit("moved on", {"config.json": b"{}"})
+            self.place.hub.repos["datasets", DATA].commit("moved on", {"train.jsonl": price_rows(30, 5)})
+
+
+def test_all_runs_of_a_sweep_take_the_commits_of_the_first(place: Place, run: Path, tmp_path: Path) -> None:
+    repos = (place.hub.model(BASE), place.hub.repos["datasets", DATA])
+    heads = [repo.head.sha for repo in repos]
+    settings = place.settings | {"output": {}}
+    settings["data"] = settings["data"] | {"validation": f"{DATA}#train[:4]"}
+    search = Search(
+        write_config(tmp_path / "sweep.yaml", settings),
+        ["lora.r=2,4"],
+        ["training.max_steps=1"],
+        output=tmp_path / "out",
+    )
+    try:
+        result = sweep(search, reporter=MovesOn(place))
+        assert [repo.head.sha for repo in repos] != heads
+    finally:
+        for repo, head in zip(repos, heads, strict=True):
+            repo.branches["main"] = head
+    assert [entry["status"] for entry in result["runs"]] == ["completed", "completed"], result["runs"]
+    for entry in result["runs"]:
+        record = read_json(tmp_path / "out" / entry["name"] / "run.json")
+        assert record["model"]["revision"] == heads[0]
+        assert {pin["commit"] for pin in record["revisions"]["data"]} == {heads[1]}
 
 
 def test_the_cards_say_what_base_and_data_say_of_themselves(place: Place, run: Path, tmp_path: Path) -> None:

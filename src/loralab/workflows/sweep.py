@@ -9,12 +9,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from loralab.config.load import LoadedConfig, dump_config
+from loralab.config.load import LoadedConfig, dump_config, load_config
 from loralab.config.metric_facts import figure_name
 from loralab.errors import ConfigError, RunFolderError, StoppedBySignal, StorageError, UserError
 from loralab.progress import Reporter
@@ -22,7 +22,7 @@ from loralab.reports.sweep_page import write_sweep_page
 from loralab.reports.sweep_reading import read_sweep
 from loralab.run import RunFolder, read_json, write_json, write_text
 from loralab.workflows.configure import load_run_config
-from loralab.workflows.output import LOCK, locked
+from loralab.workflows.output import LOCK, has_begun, locked
 from loralab.workflows.sweep_checks import check_alone, check_axes, check_base, check_points, comparable, direction
 from loralab.workflows.sweep_runs import Stop, is_complete, passing_signals, read_result, run_process, was_stopped
 from loralab.workflows.sweep_space import Point, grid_points, random_points, read_space
@@ -239,6 +239,23 @@ def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
+def _pin(found: _Sweep) -> None:
+    """Name the commits that the first run took: runs stand side by side, whatever the Hub's branches are by now."""
+    folders = [RunFolder(found.folder / point.name) for point in found.points]
+    first = next((each for each in folders if has_begun(each) and each.config.is_file()), None)
+    if first is None:
+        return
+    pins, took = read_json(first.record).get("revisions", {}), load_config(first.config).config
+    base, varied = found.base.config, set(found.content["space"])
+    model, data = base.model, base.data
+    if pins.get("model") and not varied & {"model.name", "model.revision"}:
+        model = model.model_copy(update={"revision": took.model.revision})
+    if pins.get("data"):
+        keys = [key for key in ("train", "validation", "test") if f"data.{key}" not in varied]
+        data = data.model_copy(update={key: getattr(took.data, key) for key in keys})
+    found.base = replace(found.base, config=base.model_copy(update={"model": model, "data": data}))
+
+
 def _settle(found: _Sweep, point: Point, entry: dict[str, Any], *, retry: bool, stop: Stop, reporter: Reporter) -> None:
     """Bring one run to its end, and its entry up to date."""
     folder = RunFolder(found.folder / point.name)
@@ -247,6 +264,7 @@ def _settle(found: _Sweep, point: Point, entry: dict[str, Any], *, retry: bool, 
         if entry["status"] == "failed" and not retry:
             reporter.say(f"{point}: failed before ({entry['reason']}); --retry-failed runs it again")
             return
+        _pin(found)
         entry |= {"status": "running", "reason": f"begun {datetime.now(UTC).isoformat(timespec='seconds')}"}
         found.save()
         reporter.say(f"{point} of {len(found.points)}")

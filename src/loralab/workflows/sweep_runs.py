@@ -116,6 +116,8 @@ def run_process(
     reader.join(_LAST_WORDS_SECONDS)
     if process.stdin is not None:
         process.stdin.close()
+    if process.stderr is not None and not reader.is_alive():  # workers that outlive the run may hold it open
+        process.stderr.close()
     return code, _reason(code, lines)
 
 
