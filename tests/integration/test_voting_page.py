@@ -26,7 +26,8 @@ from support.voting import ITEMS, make_pairs, open_sitting, served, swapped
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+slow = pytest.mark.slow  # all but the first: they take a minute and a half together
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SETTLE_MS = 300  # the page takes quicker presses for one
 HOSTILE = (
@@ -160,6 +161,7 @@ def test_keys_and_mouse_vote_and_the_names_come_at_the_end(context: Any, sitting
     assert all(line["choice"] is None or 0 < line["seconds"] < 60 for line in lines)
 
 
+@slow
 def test_a_lost_connection_is_told_and_votes_are_sent_later(context: Any, sitting: Sitting) -> None:
     items = [pair.item for pair in sitting.pairs]
     with served(sitting) as server:
@@ -181,6 +183,7 @@ def test_a_lost_connection_is_told_and_votes_are_sent_later(context: Any, sittin
     page.close(run_before_unload=False)
 
 
+@slow
 def test_a_reload_while_the_server_is_away_keeps_the_votes(context: Any, sitting: Sitting) -> None:
     """Votes that wait outlive a reload: here the server refuses them at first, as with a full disk."""
     items = [pair.item for pair in sitting.pairs]
@@ -197,6 +200,7 @@ def test_a_reload_while_the_server_is_away_keeps_the_votes(context: Any, sitting
         assert place(page) == "Pair 2 of 4"
 
 
+@slow
 def test_a_server_that_has_ended_is_told_without_a_vote(context: Any, sitting: Sitting) -> None:
     with served(sitting) as server:
         page = open_page(context, server.address)
@@ -204,6 +208,7 @@ def test_a_server_that_has_ended_is_told_without_a_vote(context: Any, sitting: S
         page.wait_for_selector("text=No connection to loralab. Your votes so far are saved.")
 
 
+@slow
 def test_a_vote_that_is_refused_is_told_and_does_not_count(context: Any, sitting: Sitting) -> None:
     with served(sitting) as server:
         page = open_page(context, server.address)
@@ -218,6 +223,7 @@ def test_a_vote_that_is_refused_is_told_and_does_not_count(context: Any, sitting
         page.wait_for_selector("#notice", state="hidden")
 
 
+@slow
 def test_two_tabs_see_the_same_votes_and_the_same_end(context: Any, sitting: Sitting) -> None:
     with served(sitting) as server:
         one, two = open_page(context, server.address), open_page(context, server.address)
@@ -235,6 +241,7 @@ def test_two_tabs_see_the_same_votes_and_the_same_end(context: Any, sitting: Sit
         assert sitting.answers[sitting.pairs[0].item] == "right"
 
 
+@slow
 def test_keys_that_are_held_or_meant_otherwise_do_not_vote(context: Any, tmp_path: Path) -> None:
     long = "line\n" * 400
     first, *others = make_pairs(3)
@@ -261,6 +268,7 @@ def test_keys_that_are_held_or_meant_otherwise_do_not_vote(context: Any, tmp_pat
         wait_for(lambda: dict(sitting.answers) == {first.item: "left"})
 
 
+@slow
 def test_everything_can_be_done_with_tab_and_enter(context: Any, sitting: Sitting) -> None:
     with served(sitting) as server:
         page = open_page(context, server.address)
@@ -281,6 +289,7 @@ def test_everything_can_be_done_with_tab_and_enter(context: Any, sitting: Sittin
         assert page.text_content("#status") == "Pair 1: both bad"
 
 
+@slow
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:12]))
 def test_texts_are_shown_as_they_are(context: Any, tmp_path: Path, text: str) -> None:
     (pair,) = make_pairs(1, prompt=text, left=text, right=f"{text} and more")
@@ -298,6 +307,7 @@ def test_texts_are_shown_as_they_are(context: Any, tmp_path: Path, text: str) ->
         assert page.said == page.foreign == []
 
 
+@slow
 def test_differences_are_marked_on_both_sides_alike(context: Any, tmp_path: Path) -> None:
     pairs = (
         BlindPair("1" * 16, "?", "The red fox runs home.", "The green fox runs far, far home.", ()),
@@ -329,6 +339,7 @@ def test_differences_are_marked_on_both_sides_alike(context: Any, tmp_path: Path
         assert fonts[0] == fonts[1]
 
 
+@slow
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (1920, 1080), (800, 600), (400, 800)])
 def test_both_answers_have_equal_boxes_and_buttons_stay_in_sight(
     context: Any, tmp_path: Path, width: int, height: int
@@ -351,6 +362,7 @@ def test_both_answers_have_equal_boxes_and_buttons_stay_in_sight(
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@slow
 def test_pictures_are_shown_and_outlive_the_server(context: Any, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     Image.new("RGB", (30, 20), "red").save(path)
@@ -370,6 +382,7 @@ def test_pictures_are_shown_and_outlive_the_server(context: Any, tmp_path: Path)
         page.wait_for_function("document.querySelector('#end details img').naturalWidth === 30")
 
 
+@slow
 def test_what_the_page_shows_is_the_same_for_swapped_sides(context: Any, tmp_path: Path) -> None:
     def shown(pairs: tuple[BlindPair, ...], name: str) -> str:
         with open_sitting(tmp_path / name, pairs) as sitting, served(sitting) as server:
@@ -409,6 +422,7 @@ def save(page: Any, words: str) -> Any:
     return json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
 
 
+@slow
 def test_the_offline_file_keeps_votes_and_saves_them(context: Any, offline_page: str) -> None:
     items = [pair.item for pair in make_pairs(3)]
     page = open_page(context, offline_page)
@@ -442,6 +456,7 @@ def test_the_offline_file_keeps_votes_and_saves_them(context: Any, offline_page:
     assert page.said == page.foreign == []
 
 
+@slow
 def test_two_tabs_of_the_offline_file_lose_no_vote(context: Any, offline_page: str) -> None:
     one, two = open_page(context, offline_page), open_page(context, offline_page)
     press(one, "1")
@@ -452,6 +467,7 @@ def test_two_tabs_of_the_offline_file_lose_no_vote(context: Any, offline_page: s
     assert [act["choice"] for act in save(one, "Finish and save the votes")["acts"]] == ["left", "right", "tie"]
 
 
+@slow
 def test_without_storage_the_offline_file_says_so_and_saves_all_the_same(context: Any, offline_page: str) -> None:
     context.add_init_script("Storage.prototype.setItem = () => { throw new Error('off'); };")
     page = open_page(context, offline_page)
@@ -479,6 +495,7 @@ def address_of(command: Any) -> str:
     return re.findall(r"http://\S+", line)[0]
 
 
+@slow
 def test_the_command_from_the_first_vote_to_the_result(context: Any, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 5).path
     with judge(run, "--no-browser", "--rater", "anna") as command:
@@ -506,6 +523,7 @@ def test_the_command_from_the_first_vote_to_the_result(context: Any, tmp_path: P
     assert shown[1:3] == [1, 1]
 
 
+@slow
 def test_votes_of_the_offline_page_are_taken(context: Any, tmp_path: Path) -> None:
     run, path = write_run(tmp_path / "run", 4).path, tmp_path / "for-ben.html"
     with judge(run, "--rater", "ben", "--html", str(path)) as command:
