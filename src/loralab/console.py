@@ -103,8 +103,8 @@ def speaks(error: LoralabError | None = None) -> bool:
     Args:
         error: what is to be told, or None for a result.
     """
-    rank = os.environ.get("RANK", "").strip()
-    if (os.environ.get("WORLD_SIZE") or "1") == "1" or not rank.isdecimal() or int(rank) == 0:
+    rank, count = (os.environ.get(name, "").strip() for name in ("RANK", "WORLD_SIZE"))
+    if not (rank.isdecimal() and count.isdecimal() and 0 < int(rank) < int(count)):
         return True
     return isinstance(error, WorkerError) or (error is not None and LAUNCHER_VARIABLE in os.environ)
 

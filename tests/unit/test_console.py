@@ -104,6 +104,7 @@ def test_only_a_closed_pipe_has_no_reader() -> None:
         ("2", "1", "", [False, False, True]),
         ("2", "1", "7", [False, True, True]),  # who started it keeps what it says
         ("2", "x", "", [True, True, True]),  # which is the mistake that it tells of
+        ("2", "2", "", [True, True, True]),
         ("", "1", "", [True, True, True]),
     ],
 )

@@ -361,7 +361,10 @@ def _name_loss(processes: Processes, error: RuntimeError) -> LoralabError:
 
 
 def _echo(rank: int, word: dict[str, Any]) -> LoralabError:
-    problems = [Problem(what, f"process {rank}: {where}", fix) for what, where, fix in word["problems"]]
+    problems = [
+        Problem(what, where if where.startswith(f"process {rank}") else f"process {rank}: {where}", fix)
+        for what, where, fix in word["problems"]
+    ]
     error = LoralabError.from_problems(problems)
     error.exit_code = int(word["exit_code"])
     return error

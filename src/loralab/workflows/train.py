@@ -236,6 +236,7 @@ def _train(
         evaluate_at_end(run, request)
         processes.wait()  # the first one alone lets the models answer
         _stop_if_asked(request, run)
+        request.notice = "finishing: only the report is left"
         remove_frozen_trunk(run)
         if processes.first:
             finish_record(run, state, watch)
@@ -389,10 +390,9 @@ def _stop_if_asked(request: StopRequest, run: Run) -> None:
     if request.agree(run.processes) and request.signal_number is not None:
         sealed = find_checkpoint(run.folder.checkpoints)
         command = f"loralab train {run.folder.config} --resume"
-        if run.processes.count > 1 and run.processes.count == run.processes.local_count:
-            command = f"loralab launch {run.folder.config} --resume --num-processes {run.processes.count}"
-        elif run.processes.count > 1:
-            command += f", in {run.processes.count} processes as before"
+        if (count := run.processes.count) > 1:
+            here = f"loralab launch {run.folder.config} --resume --num-processes {count}"
+            command = here if count == run.processes.local_count else f"{command}, in {count} processes as before"
         raise StoppedBySignal(
             request.signal_number,
             where=str(run.folder.path),

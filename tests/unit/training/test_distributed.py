@@ -137,7 +137,7 @@ processes.wait()
     assert [answer.code for answer in answers] == [128 + sent] * 2
     expected = f"StoppedBySignal\nerror: stopped by {sent.name}\nwhere: process 1 of 2, at once\n"
     assert answers[1].out.startswith(expected)
-    assert answers[0].out.startswith(f"LoralabError\nerror: stopped by {sent.name}\nwhere: process 1: process 1 of 2")
+    assert answers[0].out.startswith(f"LoralabError\nerror: stopped by {sent.name}\nwhere: process 1 of 2, at once")
 
 
 def test_the_signal_of_a_launcher_is_told_as_what_it_was_sent_for(tmp_path: Path) -> None:
