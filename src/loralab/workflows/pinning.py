@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from loralab.config.load import LoadedConfig
 from loralab.config.schema import Config, DataSource, ModelConfig
 from loralab.data.pools import is_split_name
 from loralab.data.reading.sources import find_hub_id
@@ -51,21 +52,22 @@ def pin_revisions(config: Config, recorded: Mapping[str, Any], *, reporter: Repo
     return pinned, {kind: pins for kind, pins in kinds.items() if pins}
 
 
-def name_commits(config: Config, reporter: Reporter) -> Config:
+def name_commits(loaded: LoadedConfig, reporter: Reporter) -> LoadedConfig:
     """Name the commit of everything that comes from the Hub, for work that needs no weights and keeps no record.
 
     Each is asked for once: by its commit, what lies in the cache is taken from there.
 
     Args:
-        config: as the user wrote it.
+        loaded: the configuration, as the user wrote it.
         reporter: told of commits.
 
     Raises:
         UserError: something is not there, not allowed, or the Hub cannot be reached.
     """
-    if not Path(config.model.name).expanduser().exists():  # a folder may hold a tokenizer alone
-        check_local_model(config.model.name)
-    return _find_all(config, {}, reporter)[0]
+    name = loaded.config.model.name
+    if not Path(name).expanduser().exists():  # a folder may hold a tokenizer alone
+        check_local_model(name)
+    return dataclasses.replace(loaded, config=_find_all(loaded.config, {}, reporter)[0])
 
 
 def _find_all(config: Config, known: Mapping[_Key, Pin], reporter: Reporter) -> tuple[Config, dict[_Key, Pin]]:

@@ -66,9 +66,8 @@ def plan(loaded: LoadedConfig, *, probe: bool, reporter: Reporter, processes: in
     Raises:
         UserError: what `train` would raise before its first step.
     """
-    config = name_commits(loaded.config, reporter)
-    loaded = replace(loaded, config=config)
-    team = Processes(count=processes, local_count=processes)
+    loaded = name_commits(loaded, reporter)
+    config, team = loaded.config, Processes(count=processes, local_count=processes)
     choices, drawn, data, data_bytes = _gather(loaded, reporter, processes)
     free = _free_bytes(config, drawn.device, processes)
     settled = _settle(config, drawn, data, free=free, team=team)

@@ -60,7 +60,7 @@ def prepare(loaded: LoadedConfig, output: Path | None, *, overwrite: bool, repor
     folder = named.resolve()  # what a link leads to, not the link, is replaced
     _check_folder(folder, overwrite=overwrite)
     _refuse_weights(loaded.config.data)
-    config = name_commits(loaded.config, reporter)
+    config = name_commits(loaded, reporter).config
     tokenizer = load_tokenizer(config.model)
     settle_tokens(config.lora, tokenizer)  # new tokens stand in the rows
     pictures = open_tokenizers_pictures(config)

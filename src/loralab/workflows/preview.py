@@ -78,7 +78,7 @@ def preview(
         UserError: the data cannot be used.
         MaskError: what would carry loss is not the answer, as tokenizing found out.
     """
-    config = name_commits(loaded.config, reporter)
+    config = name_commits(loaded, reporter).config
     # Too many dropped rows are something to look at: `check_preview` refuses them, after they were shown.
     section = config.data.model_copy(update={"max_dropped_fraction": 1.0})
     pictures = open_tokenizers_pictures(config)
