@@ -152,7 +152,6 @@ def test_what_measuring_cannot_fetch_is_three_lines(
     assert said in problem.what
 
 
-@pytest.mark.slow  # the client asks a dead Hub for optional files again and again, for 24 s a command
 def test_what_is_fetched_needs_no_hub(place: Place, run: Path) -> None:
     commit = read_json(run / "run.json")["model"]["revision"]
     place.hub.stop()
