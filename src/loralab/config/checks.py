@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from loralab.config import distributed_checks, lora_checks, metric_checks, output_checks, tracker_checks
 from loralab.config.findings import Finding
+from loralab.config.other_names import OTHER_NAMES
 from loralab.config.schema import Config, DataSource
 from loralab.lookup import suggest
 
@@ -42,19 +43,6 @@ SCHEDULE_TERMS: dict[str, dict[str, tuple[float, float, str]]] = {
     "inverse_sqrt": {"timescale": (math.ulp(0.0), math.inf, "a number of steps above 0")},
 }
 _POLYNOMIAL_END = 1e-7  # where transformers' polynomial schedule ends by default
-
-# TrainingArguments that have a key of their own here.
-OWN_KEYS = {
-    "bf16": "model.precision",
-    "fp16": "model.precision",
-    "use_cpu": "model.device",
-    "output_dir": "output.dir",
-    "eval_strategy": "evaluation.strategy",
-    "eval_steps": "evaluation.steps",
-    "per_device_eval_batch_size": "evaluation.batch_size",
-    "metric_for_best_model": "training.metric_for_best_model",
-    "greater_is_better": "training.early_stopping.mode",
-}
 
 
 def check_config(config: Config) -> list[Finding]:
@@ -218,7 +206,7 @@ def _check_trainer_args(config: Config) -> list[Finding]:
         elif name == "lr_scheduler_kwargs":
             findings += _check_schedule_terms(config, value)
         else:
-            own = OWN_KEYS.get(name) or next(
+            own = OTHER_NAMES.get(name) or next(
                 (
                     f"{section}.{name}"
                     for section in ("training", "evaluation")

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from loralab.config.checks import check_config
 from loralab.config.findings import Finding
+from loralab.config.other_names import OTHER_NAMES
 from loralab.config.paths import check_paths
 from loralab.config.schema import Config, DataSource
 from loralab.config.yaml_lines import dump_yaml, parse_scalar, parse_yaml
@@ -332,6 +333,8 @@ def schema_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 def _suggest_key(key: str) -> str:
     section, _, name = key.rpartition(".")
+    if name in OTHER_NAMES:
+        return f"here it is {OTHER_NAMES[name]!r}"
     known = schema_keys()
     known += dict.fromkeys(parent for k in known if "." in (parent := k.rpartition(".")[0]))  # sections in sections
     same_name = [k for k in known if k.rpartition(".")[2] == name]

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from loralab.config.checks import ADAM_TERMS, OWN_KEYS, RULES, SCHEDULE_TERMS, TRAINER_ARGS, check_config
+from loralab.config.checks import ADAM_TERMS, RULES, SCHEDULE_TERMS, TRAINER_ARGS, check_config
 from loralab.config.load import field_by_key, load_config
+from loralab.config.other_names import OTHER_NAMES
 from loralab.config.schema import Config
 from loralab.errors import ConfigError
 
@@ -476,12 +477,8 @@ def test_kept_rules_find_nothing(sections: Values) -> None:
     assert check_config(Config.model_validate(_values(sections))) == []
 
 
-def test_own_keys_exist() -> None:
-    assert [key for key in OWN_KEYS.values() if field_by_key(key) is None] == []
-
-
 def test_passed_through_arguments_have_no_key_of_their_own() -> None:
-    assert not set(TRAINER_ARGS) & set(OWN_KEYS)
+    assert not set(TRAINER_ARGS) & set(OTHER_NAMES)
 
 
 def test_terms_are_those_of_the_library() -> None:
