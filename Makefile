@@ -58,7 +58,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  $(PYTHON) -m venv .venv || { \
 	    echo "fix: install Python's venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }; \
 	fi
-	@echo "installing into .venv: on Linux about 5 GB with PyTorch, some minutes the first time"
+	@echo "installing into .venv: on Linux about 6.5 GB with PyTorch, some minutes the first time"
 	@$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[dev]' \
 	  | awk '/^ *Downloading|^Building|^Installing/ { print substr($$0, 1, 110); fflush() }'
 	@touch $@

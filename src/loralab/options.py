@@ -26,6 +26,7 @@ def usable_path(param: typer.CallbackParam, value: Path | None) -> Path | None:
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, on top of the configuration.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or an adapter folder.", callback=usable_path)]
+RecordedRun = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", callback=usable_path)]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 
 # How answers are made; the settings' own defaults are those of `GenerationSettings`, which needs torch.

@@ -126,9 +126,10 @@ def open_run(path: Path) -> RunFolder:
     if folder.exists():
         return folder
     what = "no such folder" if not path.exists() else "not a run folder (it has no run.json)"
-    raise RunFolderError(
-        f"{what}: {str(path)!r}", where="argument RUN", fix="give the folder that `loralab train` wrote"
-    )
+    fix = "give the folder that `loralab train` wrote"
+    if RunFolder(path.parent).exists():
+        fix += f": {str(path.parent)!r}"
+    raise RunFolderError(f"{what}: {str(path)!r}", where="argument RUN", fix=fix)
 
 
 @contextmanager

@@ -100,6 +100,11 @@ def test_help_imports_nothing_heavy(command: list[str], tmp_path: Path) -> None:
     assert all(name in answer.out for name in ([] if command else COMMANDS))
 
 
+def test_version(tmp_path: Path) -> None:
+    answer = run_watched("--version", folder=tmp_path)
+    assert (answer.code, answer.out, answer.err, answer.imported) == (0, f"loralab {loralab.__version__}\n", "", [])
+
+
 def test_options_take_help_from_the_schema(tmp_path: Path) -> None:
     text = run_watched("eval", "--help", folder=tmp_path).out
     for key in ("evaluation.batch_size", "data.max_length", "evaluation.split", "model.device"):

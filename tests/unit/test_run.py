@@ -137,3 +137,12 @@ def test_folder_that_cannot_be_replaced_is_still_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         replace_folder(tmp_path / "missing", folder)
     assert (folder / "old").is_file()
+
+
+def test_the_adapter_of_a_run_leads_to_the_run(tmp_path: Path) -> None:
+    write_json(tmp_path / "run" / "run.json", {})
+    (tmp_path / "run" / "adapter").mkdir()
+    with pytest.raises(RunFolderError) as caught:
+        open_run(tmp_path / "run" / "adapter")
+    (problem,) = caught.value.problems
+    assert problem.fix.endswith(f"wrote: {str(tmp_path / 'run')!r}")

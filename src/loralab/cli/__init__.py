@@ -7,7 +7,11 @@ so that help and configuration errors never wait for torch.
 import logging
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
+import typer
+
+from loralab import __version__
 from loralab.cli import (
     asking,
     comparing,
@@ -59,6 +63,23 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Ask": {"generate": asking.generate, "chat": asking.chat},
     "Share": {"push": sharing.push, "merge": merging.merge, "export": exporting.export},
 }
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"loralab {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_the_command(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """LoRA fine-tuning that proves what it claims: train, evaluate, compare, use."""
+
+
 for _heading, _commands in COMMANDS.items():
     for _name, _command in _commands.items():
         app.command(name=_name, rich_help_panel=_heading)(_command)

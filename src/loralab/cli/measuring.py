@@ -19,7 +19,7 @@ from loralab.options import (
     MaxLength,
     Metrics,
     Overrides,
-    RunPath,
+    RecordedRun,
     Split,
     option_overrides,
     usable_path,
@@ -119,7 +119,7 @@ def _targets(run: Path | None, adapters: list[Path]) -> list[Path]:
 
 
 def report(
-    run: RunPath,
+    run: RecordedRun,
     *,
     methods: Annotated[
         bool,

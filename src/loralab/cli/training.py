@@ -9,7 +9,7 @@ import typer
 from loralab.cli.application import print_json, result_alone_on_stdout
 from loralab.console import ConsoleReporter, speaks
 from loralab.errors import ConfigError
-from loralab.options import AsJson, Overrides, RunPath, usable_path
+from loralab.options import AsJson, Overrides, RecordedRun, usable_path
 
 
 def _start_path(text: str) -> Path:
@@ -84,7 +84,7 @@ def train(
 
 
 def replay(
-    run: RunPath,
+    run: RecordedRun,
     overrides: Overrides = None,
     *,
     verify: Annotated[

@@ -4,6 +4,7 @@ Owns what can be told of metrics without data or model. Whether the data can ans
 (`workflows/task.py`).
 """
 
+import json
 from collections.abc import Sequence
 
 from loralab.config.findings import Finding
@@ -91,7 +92,7 @@ def check_ways(config: Config) -> list[Finding]:
     if evaluation.metrics != "auto" and not names:
         what = "no metric in evaluation.metrics needs answers"
         return [
-            Finding(f"evaluation.{key}", f"{key} has no effect: {what}", "remove it")
+            Finding(f"evaluation.{key}", f"{key} has no effect: {what}", _unset(key))
             for key in ANSWER_KEYS
             if evaluation.chosen(key)
         ]
@@ -104,6 +105,12 @@ def check_ways(config: Config) -> list[Finding]:
             fix = f"leave {name} out, or set evaluation.answer_by: {'generate' if needs == 'generated' else 'score'}"
             findings.append(Finding("evaluation.metrics", what, fix))
     return findings + _check_labels(evaluation)
+
+
+def _unset(key: str) -> str:
+    """Say how a setting is taken back, also where a file has it that is not to be changed."""
+    default = json.dumps(EvaluationConfig.model_fields[key].get_default(call_default_factory=True))
+    return f"remove it; on the command line evaluation.{key}={default} takes it back"
 
 
 def _check_labels(evaluation: EvaluationConfig) -> list[Finding]:

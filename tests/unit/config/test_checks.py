@@ -477,6 +477,14 @@ def test_kept_rules_find_nothing(sections: Values) -> None:
     assert check_config(Config.model_validate(_values(sections))) == []
 
 
+def test_a_setting_without_effect_says_how_it_is_taken_back() -> None:
+    values = _values({"evaluation": {"metrics": [], "metric_rows": 25}})
+    (finding,) = check_config(Config.model_validate(values))
+    assert finding.fix == "remove it; on the command line evaluation.metric_rows=200 takes it back"
+    taken_back = load_config(values, overrides=["evaluation.metric_rows=200"])
+    assert not taken_back.config.evaluation.chosen("metric_rows")
+
+
 def test_passed_through_arguments_have_no_key_of_their_own() -> None:
     assert not set(TRAINER_ARGS) & set(OTHER_NAMES)
 
