@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import loralab
 from loralab.errors import ConfigError, ProofError
 from loralab.run import RunFolder, file_sha256
+from loralab.workflows.record import CHANGED_AT_RESUME
 from loralab.workflows.replay import check_evidence, compare_runs
 from support import tiny
 from support.command import read_problems, run_here, snapshot, write_config
@@ -264,6 +265,14 @@ def test_number_of_processes_is_a_difference(world: World, tmp_path: Path) -> No
     result = compare_runs(RunFolder(world.run), RunFolder(other))
     assert result["equal"]
     assert result["differences"] == ["processes was 1, now 2"]
+
+
+def test_a_run_that_changed_at_a_resume_says_so(world: World, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(world.run, tmp_path / "run"))
+    events = [{"at": "", "what": "resumed"}, {"at": "", "what": f"{CHANGED_AT_RESUME}threads was 2, now 1"}]
+    (run / "run.json").write_text(json.dumps(record(run) | {"events": events}), encoding="utf-8")
+    (cause,) = compare_runs(RunFolder(run), RunFolder(world.run))["differences"]
+    assert cause == "the run itself was resumed on another machine or library: threads was 2, now 1"
 
 
 def test_early_stop_between_two_lines_and_a_resume_with_others_are_whole(world: World, tmp_path: Path) -> None:

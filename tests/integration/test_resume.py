@@ -155,7 +155,7 @@ def test_other_versions_are_a_warning(world: World, whole: loralab.Run, tmp_path
     assert [line for line in notes.said if line.startswith("warning")] == [
         f"warning: {change}; the adapter may differ in its last digits from an uninterrupted run's"
     ]
-    assert events(resumed)[-1] == f"warning: {change}"
+    assert events(resumed)[-1] == f"changed at a resume: {change}"
     assert resumed.record["versions"] == old
 
 

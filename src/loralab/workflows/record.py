@@ -71,6 +71,10 @@ def _differing(before: Config, wanted: Config, ignored: Collection[str] = ()) ->
     ]
 
 
+# How the event of `add_environment_change` begins, by which `replay` knows it.
+CHANGED_AT_RESUME = "changed at a resume: "
+
+
 @dataclass
 class RunRecord:
     """The content of `run.json`, written at every change.
@@ -129,6 +133,10 @@ class RunRecord:
         write_text(folder.config, dump_config(anchored(loaded.config, folder)))
         record.update(status="running", origin=loaded.origin, config_sha256=file_sha256(folder.config), **facts)
         return record
+
+    def add_environment_change(self, change: str) -> None:
+        """Note what of libraries or machine is another one from a resume on."""
+        self.add_event(f"{CHANGED_AT_RESUME}{change}")
 
     def add_event(self, what: str) -> None:
         """Note something that happened; the next write keeps it."""

@@ -20,7 +20,7 @@ from loralab.progress import Reporter
 from loralab.run import Json, RunFolder, file_sha256, open_run, read_json, read_metrics
 from loralab.workflows.configure import load_run_config
 from loralab.workflows.evaluate import without_foreign_code
-from loralab.workflows.record import config_differences
+from loralab.workflows.record import CHANGED_AT_RESUME, config_differences
 from loralab.workflows.resume import contract_changes
 from loralab.workflows.train import train
 
@@ -178,6 +178,10 @@ def _differences(before: RunFolder, after: RunFolder) -> Iterator[str]:
     yield from _changed("frozen_trunk", *trunks)
     for part in ("resolved", "versions", "hardware"):
         yield from _changed(part, old.get(part, {}), new.get(part, {}))
+    for event in old.get("events", []):  # a replay is made in one go, so it can have only one of the two
+        what = str(event.get("what", ""))
+        if what.startswith(CHANGED_AT_RESUME):
+            yield f"the run itself was resumed on another machine or library: {what.removeprefix(CHANGED_AT_RESUME)}"
 
 
 def _process_count(record: Mapping[str, Any]) -> int:

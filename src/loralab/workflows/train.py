@@ -69,9 +69,9 @@ from loralab.workflows.record import (
     versions,
 )
 from loralab.workflows.report import build_report
-from loralab.workflows.resume import find_start, resume_contract
+from loralab.workflows.resume import find_start
 from loralab.workflows.run_base import RunBase, load_run_base
-from loralab.workflows.same_start import check_same_contract, check_same_settings
+from loralab.workflows.same_start import agree_on_contract, check_same_settings
 from loralab.workflows.split_evaluation import measured_splits, resolve_evaluation
 from loralab.workflows.step_layout import resolve_planner
 from loralab.workflows.steps import Run, run_steps
@@ -205,9 +205,7 @@ def _train(
         run.choices["token_budget"] = Resolved(
             beginning.token_budget, "as when the run began or last ran out of memory"
         )
-    contract = resume_contract(run.config, data=run.data, choices=run.choices, device=run.device, model=run.base_facts)
-    contract["processes"] = processes.count
-    check_same_contract(contract, processes)
+    contract = agree_on_contract(run)
     checkpoint = None
     if beginning.going_on:
         checkpoint = processes.share(find_start(folder, contract, reporter=reporter) if processes.first else None)
@@ -380,7 +378,7 @@ def _begin_record(run: Run, loaded: LoadedConfig, *, resumed: bool, source: Mapp
     record = (RunRecord.reopen if resumed else RunRecord.begin)(run.folder, loaded, facts)
     for change in changes:
         run.reporter.say(f"warning: {change}; the adapter may differ in its last digits from an uninterrupted run's")
-        record.add_event(f"warning: {change}")
+        record.add_environment_change(change)
     record.update()
     write_json(run.folder.data, run.data.report)
     return record
