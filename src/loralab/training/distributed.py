@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -230,12 +230,14 @@ def joined(setting: str, distributed: str = "ddp") -> Iterator[Processes]:
         return
     if distributed.startswith("zero"):
         check_deepspeed(distributed)
-    with _ending_at_once():
+    with _answering([signal.SIGINT], signal.SIG_DFL):
         processes = _join(place, setting, distributed)
     try:
         with _naming_end(processes), naming_losses(processes):
             yield processes
-            processes.wait()
+            # This one has done its part: whether the run stops is for those that have not.
+            with _answering([signal.SIGINT, signal.SIGTERM], signal.SIG_IGN):
+                processes.wait()
     except BaseException as error:
         # The group is not taken down: the others are still in it, and the process ends anyway.
         processes._leave_word(error, lost=False)
@@ -244,16 +246,17 @@ def joined(setting: str, distributed: str = "ddp") -> Iterator[Processes]:
 
 
 @contextmanager
-def _ending_at_once() -> Iterator[None]:
-    """Let SIGINT end the process while it waits for the others, where Python would see it only afterwards."""
+def _answering(numbers: Sequence[signal.Signals], action: signal.Handlers) -> Iterator[None]:
+    """Let signals have the system's own effect, or none, while Python waits for others and would see them only then."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before = {number: signal.signal(number, action) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -143,7 +143,13 @@ def launch(arguments: Sequence[str], config: Config, *, processes: int, machines
     store = meet(machines, reporter.say)
     workers: list[_Worker] = []
     try:
-        counts = agree(store, machines, processes, [*arguments, config.model_dump_json()], reporter.say)
+        counts = agree(
+            store,
+            machines,
+            processes=processes,
+            arguments=[*arguments, config.model_dump_json()],
+            say=reporter.say,
+        )
         first, total = sum(counts[: machines.rank]), sum(counts)
         place = f"machine {machines.rank} of {machines.count}: " if machines.count > 1 else ""
         reporter.say(f"{place}starting {processes} process{'es' if processes > 1 else ''} of {total}")
@@ -268,8 +274,8 @@ def _conclude(workers: Sequence[_Worker], total: int, asked: Sequence[int], repo
     if not failed:
         return 0
     if asked and all(worker.obeyed or _as_asked(worker, asked) for worker in failed):
-        if speaker is None or speaker.code >= 0:
-            return 128 + asked[0]
+        if speaker is None or speaker.code >= 0:  # 0: the run was complete when it came
+            return 128 + asked[0] if speaker is None else speaker.code
         raise StoppedBySignal(
             asked[0],
             where=f"process 0 of {total}, before it could say so",

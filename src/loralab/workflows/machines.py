@@ -171,7 +171,7 @@ def _connect(machines: Machines) -> TCPStore:
     )
 
 
-def agree(store: TCPStore, machines: Machines, processes: int, arguments: Sequence[str], say: Say) -> list[int]:
+def agree(store: TCPStore, machines: Machines, *, processes: int, arguments: Sequence[str], say: Say) -> list[int]:
     """Return how many processes each machine runs, once all of them have said so.
 
     Args:
@@ -187,7 +187,7 @@ def agree(store: TCPStore, machines: Machines, processes: int, arguments: Sequen
     """
     try:
         _claim_rank(store, machines)
-        return _compare(store, machines, processes, arguments, say)
+        return _compare(store, machines, processes=processes, arguments=arguments, say=say)
     except RuntimeError as error:
         raise WorkerError(
             f"the first machine has ended before all had come ({excerpt(error)})",
@@ -205,7 +205,7 @@ def _claim_rank(store: TCPStore, machines: Machines) -> None:
         )
 
 
-def _compare(store: TCPStore, machines: Machines, processes: int, arguments: Sequence[str], say: Say) -> list[int]:
+def _compare(store: TCPStore, machines: Machines, *, processes: int, arguments: Sequence[str], say: Say) -> list[int]:
     own = {
         "processes": processes,
         "machines": machines.count,
@@ -214,7 +214,7 @@ def _compare(store: TCPStore, machines: Machines, processes: int, arguments: Seq
     store.set(f"loralab/machine/{machines.rank}", json.dumps(own))
     found = []
     for rank in range(machines.count):
-        _wait_for_machine(store, machines, rank, say)
+        _wait_for_machine(store, machines, rank=rank, say=say)
         found.append(json.loads(store.get(f"loralab/machine/{rank}")))
         for name, what in (("machines", "--num-machines"), ("arguments", "the configuration or its overrides")):
             if found[rank][name] != own[name]:
@@ -226,7 +226,7 @@ def _compare(store: TCPStore, machines: Machines, processes: int, arguments: Seq
     return [int(each["processes"]) for each in found]
 
 
-def _wait_for_machine(store: TCPStore, machines: Machines, rank: int, say: Say) -> None:
+def _wait_for_machine(store: TCPStore, machines: Machines, *, rank: int, say: Say) -> None:
     started, said = time.monotonic(), False
     while not store.check([f"loralab/machine/{rank}"]):
         waited = time.monotonic() - started

@@ -11,7 +11,8 @@ from typing import Any
 from loralab.config.schema import Config
 from loralab.errors import ConfigError
 from loralab.training.distributed import Processes
-from loralab.workflows.resume import contract_changes
+from loralab.workflows.resume import contract_changes, resume_contract
+from loralab.workflows.steps import Run
 
 # Before either value of what differs.
 _WORDS = (" is ", ", there ")
@@ -41,6 +42,21 @@ def check_same_settings(config: Config, processes: Processes) -> None:
         changes_of=_differences,
         fix="give all machines the same configuration and the same versions",
     )
+
+
+def agree_on_contract(run: Run) -> dict[str, Any]:
+    """Return what a resume of a run must find unchanged, once all its processes have found the same.
+
+    Args:
+        run: before its first step.
+
+    Raises:
+        ConfigError: one has other data, another model or made other choices; in all processes alike.
+    """
+    contract = resume_contract(run.config, data=run.data, choices=run.choices, device=run.device, model=run.base_facts)
+    contract["processes"] = run.processes.count
+    check_same_contract(contract, run.processes)
+    return contract
 
 
 def check_same_contract(contract: Mapping[str, Any], processes: Processes) -> None:

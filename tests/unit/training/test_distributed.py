@@ -1,6 +1,7 @@
 """What processes say to each other: sums, shared values, and how the end of one reaches the others."""
 
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,23 @@ processes.wait()
     expected = f"StoppedBySignal\nerror: stopped by {sent.name}\nwhere: process 1 of 2, at once\n"
     assert answers[1].out.startswith(expected)
     assert answers[0].out.startswith(f"LoralabError\nerror: stopped by {sent.name}\nwhere: process 1 of 2, at once")
+
+
+def test_a_process_that_has_done_its_part_leaves_the_end_to_the_others(tmp_path: Path) -> None:
+    body = """
+if processes.rank == 0:
+    while not os.path.exists("signalled"):
+        time.sleep(0.05)
+else:
+    open("waits", "w").close()
+"""
+    team = start(body, tmp_path)
+    team.wait_for((tmp_path / "waits").exists)
+    time.sleep(0.5)
+    for sent in (signal.SIGINT, signal.SIGTERM):
+        team.members[1].send_signal(sent)
+    (tmp_path / "signalled").touch()
+    assert [answer.code for answer in team.answers()] == [0, 0]
 
 
 def test_the_signal_of_a_launcher_is_told_as_what_it_was_sent_for(tmp_path: Path) -> None:

@@ -138,6 +138,12 @@ def test_a_stop_takes_the_time_that_it_takes(run_roles: Roles) -> None:
     assert (code, said[1:]) == (130, [])
 
 
+def test_a_signal_that_comes_when_the_run_is_complete(run_roles: Roles) -> None:
+    roles = "stop(0) if not first else signal.signal(signal.SIGINT, lambda *_: end(0, 'done'))"
+    code, said = run_roles(roles, sent=signal.SIGINT)
+    assert (code, said[1:]) == (0, [])
+
+
 def test_a_signal_before_anybody_can_tell_of_it(run_roles: Roles) -> None:
     roles = "signal.signal(signal.SIGINT, signal.SIG_DFL)"
     error, _ = run_roles(roles, sent=signal.SIGINT)

@@ -84,7 +84,7 @@ def test_machines_of_one_number(said: list[str]) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store.add("loralab/machine-claimed/1", 1)
     with pytest.raises(ConfigError, match="a machine with number 1 has come before this one"):
-        agree(store, Machines(2, 1, "127.0.0.1", store.port), 1, ["train"], said.append)
+        agree(store, Machines(2, 1, "127.0.0.1", store.port), processes=1, arguments=["train"], say=said.append)
 
 
 def test_a_first_machine_that_has_ended(said: list[str], capfd: pytest.CaptureFixture[str]) -> None:
@@ -93,5 +93,5 @@ def test_a_first_machine_that_has_ended(said: list[str], capfd: pytest.CaptureFi
     place = Machines(2, 1, "127.0.0.1", first.port)
     del first
     with pytest.raises(WorkerError, match="the first machine has ended before all had come"):
-        agree(second, place, 1, ["train"], said.append)
+        agree(second, place, processes=1, arguments=["train"], say=said.append)
     capfd.readouterr()  # torch tells of it too
