@@ -18,7 +18,7 @@ from loralab.export.gguf_architectures import ROPE_FACTORS, rope_factors
 from loralab.export.gguf_file import GgufContent
 from loralab.export.gguf_library import load_gguf
 from loralab.export.sentencepiece_rule import SentencePieceRule
-from loralab.models.quiet_loading import quiet_loading
+from loralab.models.quiet_loading import quiet_loading, without_bars
 
 # Largest difference of logits, in standard deviations of the logits: rounding of float32 sums, nothing more.
 TOLERANCE = 1e-5
@@ -102,7 +102,7 @@ def prove_gguf(
     """
     half = _is_half(path)
     try:
-        with quiet_loading():
+        with quiet_loading(), without_bars():
             ids = _prove_tokens(path, tokenizer, prompts)
             rotary = _prove_rotary(path, content)
             own = _logits(merged, ids, rounded=half)

@@ -4,11 +4,13 @@ Owns attempts and waits, the check of what arrived, and the thread in which push
 Files that the repository has already are skipped by the client, so that a push that broke off is taken up again.
 """
 
+import contextlib
 import hashlib
+import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +33,8 @@ LONGEST_OBEYED_SECONDS = 300.0
 LONGEST_SILENCE_SECONDS = 900.0
 # Files from this size on are brought up before the commit, one by one.
 _LARGE_BYTES = 1 << 20
+# What the client logs where the repository has every file already.
+_NOTHING_NEW = "No files have been modified since last commit"
 # The client wraps what fails in a thread of its own (RuntimeError), and refuses answers that it does not know.
 _FAILURES: tuple[type[Exception], ...] = (*NETWORK_ERRORS, RuntimeError, ValueError)
 
@@ -142,14 +146,15 @@ def _commit(repository: Repository, push: Push, hashes: Mapping[str, str], *, cr
             api.preupload_lfs_files(
                 repository.name, [each], revision=repository.revision, create_pr=create_pr, free_memory=False
             )
-        made = api.create_commit(
-            repository.name,
-            additions,
-            commit_message=push.title,
-            commit_description=push.description,
-            revision=repository.revision,
-            create_pr=create_pr,
-        )
+        with _without_remark():
+            made = api.create_commit(
+                repository.name,
+                additions,
+                commit_message=push.title,
+                commit_description=push.description,
+                revision=repository.revision,
+                create_pr=create_pr,
+            )
     finally:
         if shown:
             enable_progress_bars()
@@ -159,6 +164,21 @@ def _commit(repository: Repository, push: Push, hashes: Mapping[str, str], *, cr
     if wrong:
         raise ConnectionError(f"the repository does not have {wrong[0]} as it was sent")
     return made.oid, str(made.pr_url or made.commit_url)
+
+
+@contextlib.contextmanager
+def _without_remark() -> Iterator[None]:
+    """Keep the client's remark on a commit that changes nothing out of what is said: all files are looked at anyway."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_NOTHING_NEW)
+
+    logger = logging.getLogger("huggingface_hub.hf_api")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
 
 
 def _arrived(file: RepoFile | None, path: Path, sha256: str) -> bool:

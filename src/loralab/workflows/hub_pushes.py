@@ -10,6 +10,7 @@ import shlex
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,6 @@ def _times(count: int) -> str:
     return f"{count} attempt" + ("s" if count > 1 else "")
 
 
-def push_command(path: Path) -> str:
-    """Return the command that pushes what lies in a folder."""
-    return f"loralab push {shlex.quote(str(path))}"
+def push_command(path: Path, options: Sequence[str] = ()) -> str:
+    """Return the command that pushes what lies in a folder, with the options that were given."""
+    return shlex.join(["loralab", "push", str(path), *options])

@@ -57,6 +57,17 @@ class PushRequest:
     create_pr: bool = False
     overwrite: bool = False
 
+    @property
+    def options(self) -> list[str]:
+        """The options of `loralab push` that ask for the same."""
+        return [
+            *(["--repo", self.repo] if self.repo is not None else []),
+            *([] if self.private is None else ["--private" if self.private else "--public"]),
+            *(["--revision", self.revision] if self.revision is not None else []),
+            *(["--create-pr"] if self.create_pr else []),
+            *(["--overwrite"] if self.overwrite else []),
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class _Source:
@@ -106,12 +117,13 @@ def push(path: Path, request: PushRequest, *, reporter: Reporter) -> Json:
             pushed = push_files(repository, bundle, create_pr=request.create_pr, where=where, note=reporter.say)
             files = _describe(bundle.files)
     except KeyboardInterrupt:
-        again = f"push again: {push_command(path)}; what arrived is not sent twice"
+        again = f"push again: {push_command(path, request.options)}; what arrived is not sent twice"
         raise StoppedBySignal(signal.SIGINT, where=f"the push to {repository.name}", fix=again) from None
     if source.run is not None:
         _keep(source.run, repository, pushed, run_id, settles=request.revision is None and not request.create_pr)
     if pushed.error is not None:
         raise pushed.error
+    reporter.say(f"all {len(files)} files are in the repository as they are here, compared by hash")
     return {
         "repo": repository.name,
         "url": pushed.url,

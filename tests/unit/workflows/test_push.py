@@ -1,0 +1,76 @@
+"""What a push says: the command that takes it up again, and that files arrived."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from loralab.errors import StoppedBySignal
+from loralab.progress import Reporter
+from loralab.workflows import push as workflow
+from loralab.workflows.push import PushRequest, push
+from support.hub_client import talking_to
+from support.hub_server import USER, HubServer
+
+
+class Listener(Reporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "my adapter"
+    folder.mkdir()
+    save_file({"layer.lora_A.weight": torch.ones(2, 3)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "meta/tiny"}))
+    (folder / "README.md").write_text("---\ntags: [lora]\n---\n\n# Card\n")
+    with HubServer() as hub, talking_to(hub, tmp_path / "home"):
+        yield folder
+
+
+@pytest.mark.parametrize(
+    ("request_", "options"),
+    [
+        (PushRequest(), ""),
+        (PushRequest(repo="mine"), " --repo mine"),
+        (
+            PushRequest("mine", private=False, revision="try out", create_pr=True, overwrite=True),
+            " --repo mine --public --revision 'try out' --create-pr --overwrite",
+        ),
+        (PushRequest(private=True), " --private"),
+    ],
+)
+def test_the_same_command_takes_it_up_again(request_: PushRequest, options: str) -> None:
+    assert workflow.push_command(Path("my adapter"), request_.options) == f"loralab push 'my adapter'{options}"
+
+
+def test_ctrl_c_names_the_command_with_its_options(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workflow, "push_files", stopped)
+    with pytest.raises(StoppedBySignal) as caught:
+        push(adapter, PushRequest("mine", private=True), reporter=Reporter())
+    assert f"loralab push '{adapter}' --repo mine --private;" in caught.value.problems[0].fix
+
+
+def test_the_end_says_how_many_files_were_compared(adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
+    listener, again = Listener(), Listener()
+    result = push(adapter, PushRequest("mine"), reporter=listener)
+    assert result["repo"] == f"{USER}/mine"
+    line = f"all {len(result['files'])} files are in the repository as they are here, compared by hash"
+    assert listener.said[-1] == line
+    with caplog.at_level(logging.WARNING):
+        push(adapter, PushRequest("mine"), reporter=again)
+    assert again.said[-1] == line
+    assert "No files have been modified" not in caplog.text
