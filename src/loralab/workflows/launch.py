@@ -279,7 +279,7 @@ def _conclude(workers: Sequence[_Worker], total: int, asked: Sequence[int], repo
         raise StoppedBySignal(
             asked[0],
             where=f"process 0 of {total}, before it could say so",
-            fix="start the run again, with --resume if it had begun",
+            fix="start the run again, with --resume if it had begun; where it is complete, that says so",
         )
     shown = [worker for worker in failed if worker.code == _BUG and not _has_said(worker)]
     for worker in shown:
