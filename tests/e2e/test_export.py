@@ -1,11 +1,13 @@
 """`loralab export` as a user calls it: from a run, to every program, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from loralab import train
+from loralab.workflows.export import _own_name
 from support.command import read_problems, run_here
 from support.tiny import alpaca_rows, run_config, save_base, write_rows
 
@@ -51,11 +53,33 @@ def test_ollama_says_which_form_its_weights_have(runs: Path, tmp_path: Path) -> 
     answer = run_here("export", runs / "llama", "--to", "ollama", "--output", tmp_path / "the out")
     assert answer.code == 0, answer.err
     assert "weights: gguf" in answer.out
+    assert "prompt: equal to the trained prompt on " in answer.out
+    assert "de-quantizing" not in answer.err
     assert f"ollama create llama -f '{tmp_path / 'the out' / 'Modelfile'}'" in answer.out
     assert "Loading weights" not in answer.err
     lines = (tmp_path / "the out" / "Modelfile").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "FROM ./llama-f16.gguf"
     assert 'PARAMETER stop "<|end|>"' in lines
+
+
+def test_an_adapter_without_a_contract_promises_no_prompt(runs: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(runs / "llama" / "adapter", tmp_path / "plain"))
+    for name in ("prompt_contract.json", "adapter_facts.json"):
+        (adapter / name).unlink()
+    answer = run_here("export", adapter, "--to", "ollama", "--output", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    assert "prompt: equal to the chat template (no trained prompt is known) on " in answer.out
+    assert "the trained one" not in answer.out
+    assert "golden prompts" not in answer.err
+    assert "set in model.precision" not in answer.err
+    assert "the adapter was trained on them" not in answer.err
+
+
+def test_a_merged_folder_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    assert _own_name(tmp_path / "merged") == "merged"
+    (tmp_path / "merged" / "merge.json").write_text(json.dumps({"name": "price run"}))
+    assert _own_name(tmp_path / "merged") == "price-run"
 
 
 def test_what_ollama_takes_in_no_form(runs: Path, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_merge_is_the_adapter_in_plain_transformers(
     adapter, output = moved_adapter(bases[family], tmp_path, "lora", held), tmp_path / "merged"
     content = merged_of(adapter, output)
     assert content["verdict"] == "held"
-    assert content["compared_on"] == "golden prompts and built-in texts"
+    assert content["compared_on"] == "built-in texts"
     assert content["proof"]["kl_adapter_base"] > 1e-4  # the adapter does something
     assert content["proof"]["kl_trained_merged"] is None
     if held == "none":
@@ -132,6 +132,9 @@ def test_a_merge_is_the_adapter_in_plain_transformers(
         expected = peft_logits(twin, tmp_path)
     assert_equal(output, expected)
     assert ("dequantized" in content["onto"]) == (held != "none")
+    said = "the adapter does not say what it was trained on" if held == "none" else "the adapter was trained on them"
+    assert content["onto_reason"].startswith(said)
+    assert said in (output / "README.md").read_text()
     config = json.loads((output / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == content["dtype"] == "float32"
@@ -238,6 +241,8 @@ def test_numbers_of_another_type_than_in_training_are_told_apart(bases: dict[str
     assert content["proof"]["kl_trained_merged"] > 1e-5 > content["proof"]["kl_adapter_merged"]
     assert content["proof"]["kl_trained_merged_reason"] == "its weights were quantized from bfloat16 numbers"
     assert "asked in float32, as the merged model is; the adapter was trained in bfloat16" in told.lines
+    assert "float32 (what the base's weights are stored in)" in told.lines
+    assert "bfloat16 (as in training)" in told.lines
 
 
 class Told(Reporter):
@@ -308,7 +313,7 @@ def test_a_head_that_comes_apart_from_its_embedding(
     content = merged_of(tmp_path / "adapter", tmp_path / "merged")
     assert content["untied"]
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
-    assert content["compared_on"] == "golden prompts and built-in texts"
+    assert content["compared_on"] == "built-in texts"
     assert_equal(tmp_path / "merged", expected)
 
 

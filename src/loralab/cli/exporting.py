@@ -68,8 +68,9 @@ def _show(result: dict[str, Any]) -> None:
         print(f"read back: logits within {apart:.2g} standard deviations of those of {logits['compared_with']}")
         print(f"rounding: KL {result['proof']['rounding_kl_nats']:.2g} nats from the merged model")
     if result.get("modelfile"):
-        print(f"prompt: equal to the trained one on {result['modelfile']['conversations_equal']} conversations")
-        for caveat in result["modelfile"]["caveats"]:
+        prompt = result["modelfile"]
+        print(f"prompt: equal to {prompt['compared_with']} on {prompt['conversations_equal']} conversations")
+        for caveat in prompt["caveats"]:
             print(f"note: {caveat}")
     for note in result["notes"]:
         print(f"note: {note}")

@@ -183,7 +183,7 @@ def _prove(template: str, messages: Sequence[Message], served: Render) -> int:
     sent = render_ollama(GoTemplate(template), messages)
     if sent != trained:
         raise PromptContractError(
-            f"the Go template writes {sent[:80]!r}, and the adapter was trained on {trained[:80]!r}",
+            f"the Go template writes {sent[:80]!r}, and the chat template {trained[:80]!r}",
             where=f"a conversation of {' > '.join(message.role for message in messages)}",
             fix="export to vllm or gguf, which carry the Jinja template itself",
         )
@@ -223,9 +223,15 @@ def _irregular(what: str) -> TemplateError:
     )
 
 
-def describe_prompt(prompt: OllamaPrompt) -> dict[str, Any]:
-    """Return what was proved of a template, as JSON holds it."""
+def describe_prompt(prompt: OllamaPrompt, *, promised: bool) -> dict[str, Any]:
+    """Return what was proved of a template, as JSON holds it.
+
+    Args:
+        prompt: the template.
+        promised: whether a prompt contract says what the adapter was trained on.
+    """
     return {
+        "compared_with": "the trained prompt" if promised else "the chat template (no trained prompt is known)",
         "conversations_equal": prompt.conversations,
         "several_turns": prompt.turns,
         "system_message": prompt.system,

@@ -59,7 +59,7 @@ def _lines(folder: Path, merged: Json) -> list[str]:
         f"# {escape_markdown(path_name(str(merged['name'] or folder.name)))}",
         "",
         f"{code(shown)} with {_adapters(merged)} merged into its weights by loralab. Merged onto "
-        f"{escape_markdown(merged['onto'])}.",
+        f"{escape_markdown(merged['onto'])} ({escape_markdown(merged['onto_reason'])}).",
         "",
     ]
     if base.get("revision"):

@@ -44,6 +44,7 @@ from loralab.progress import Reporter
 from loralab.run import file_sha256, read_json, write_json
 from loralab.workflows.export_source import ExportSource, open_source
 from loralab.workflows.inspect_modules import rank_and_scale
+from loralab.workflows.merge_checks import MERGE_FILE
 from loralab.workflows.new_folder import check_free, new_folder
 
 EXPORT_FILE = "export.json"
@@ -110,8 +111,7 @@ def export(path: Path, request: ExportRequest, *, reporter: Reporter) -> dict[st
     """
     work = look_up(EXPORTS, request.to, kind="program", where="option --to")
     dtype = _check_dtype(request)
-    own = re.sub(r"[^A-Za-z0-9._-]+", "-", path.absolute().name).strip("-._") or "model"
-    name = _check_name(own if request.name is None else request.name)
+    name = _check_name(_own_name(path) if request.name is None else request.name)
     output = request.output or path.absolute().with_name(f"{path.absolute().name}-{request.to}")
     check_free(output)
     if request.to == "gguf":
@@ -142,6 +142,13 @@ def _check_dtype(request: ExportRequest) -> str:
     return chosen
 
 
+def _own_name(path: Path) -> str:
+    """Return a name for the model: the one that a merged folder's record knows, or the folder's."""
+    merged = read_json(path / MERGE_FILE) if (path / MERGE_FILE).is_file() else {}
+    known = Path(str(merged.get("name") or "")).name or path.absolute().name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", known).strip("-._") or "model"
+
+
 def _check_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise ConfigError(
@@ -165,7 +172,7 @@ def _to_gguf(job: _Job) -> dict[str, Any]:
         return {**found, "modelfile": None, "notes": [*facts["notes"], f"no Modelfile: {error}"], "commands": [line]}
     _write_modelfile(job, f"./{file.name}", prompt, folder)
     create = _create_command(job)
-    return {**found, "modelfile": describe_prompt(prompt), "commands": [line, *create]}
+    return {**found, "modelfile": describe_prompt(prompt, promised=job.source.promised), "commands": [line, *create]}
 
 
 def _write_gguf(job: _Job, folder: Path, dtype: str) -> tuple[Path, dict[str, Any], GgufContent]:
@@ -269,7 +276,7 @@ def _to_ollama(job: _Job) -> dict[str, Any]:
     return {
         **facts,
         "weights": {"form": weights.value, "reason": weights.reason},
-        "modelfile": describe_prompt(prompt),
+        "modelfile": describe_prompt(prompt, promised=job.source.promised),
         "commands": _create_command(job),
         "notes": notes,
     }

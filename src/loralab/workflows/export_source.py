@@ -65,6 +65,11 @@ class ExportSource:
         merge(self.path, MergeRequest(output=place, base_model=self.base_model), reporter=reporter)
         return place
 
+    @property
+    def promised(self) -> bool:
+        """Whether a contract says what prompts the adapter was trained on."""
+        return (self.target.adapter / CONTRACT_FILE).is_file()
+
     def conversations(self) -> list[list[Message]]:
         """Return the golden prompts of the contract as messages, those that the template takes."""
         contract = self.target.adapter / CONTRACT_FILE

@@ -179,10 +179,12 @@ def _prove(
     path: Path, world: MergeWorld, staging: Path, written: Written, reporter: Reporter
 ) -> tuple[dict[str, Any], Prompter, str]:
     """Compare the merged model with the live adapter; one model is in memory at a time."""
-    rows, live, prompter, compared_on = _ask(path, world, world.overrides, reporter)
+    rows, live, prompter, compared_on = _ask(path, world, world.overrides, reporter, precision_reason=world.live_reason)
     trained = None
     if world.trained is not None:  # the adapter was trained on other numbers than it is merged onto
-        _, trained, _, _ = _ask(path, world, world.trained.value, reporter, rows=rows)
+        _, trained, _, _ = _ask(
+            path, world, world.trained.value, reporter, rows=rows, precision_reason="as in training"
+        )
     merged, dtype = _reload(staging, written, world), getattr(torch, world.live_precision)
 
     def compare(answers: LiveAnswers) -> dict[str, Any]:
@@ -211,8 +213,15 @@ def _ask(
     reporter: Reporter,
     *,
     rows: list[ProofRow] | None = None,
+    precision_reason: str,
 ) -> tuple[list[ProofRow], LiveAnswers, Prompter, str]:
-    session = open_session(path, overrides=overrides, base_model=world.base_model, reporter=reporter)
+    session = open_session(
+        path,
+        overrides=overrides,
+        base_model=world.base_model,
+        reporter=reporter,
+        precision_reason=precision_reason,
+    )
     add_parts(session.model, world.parts)
     name = ""
     if rows is None:

@@ -101,7 +101,9 @@ def find_rows(session: Session, reporter: Reporter) -> tuple[str, list[ProofRow]
         except LoralabError as error:  # the data may be gone or have changed since; the adapter can still be asked
             reporter.say(f"the run's own rows cannot be read ({error.problems[0].what}): built-in prompts instead")
     if not rows:
-        name, rows = "golden prompts and built-in texts", list(_built_in(session))
+        golden = _golden(session)
+        name = "golden prompts and built-in texts" if golden else "built-in texts"
+        rows = list(_built_in(session, golden))
     vocabulary = session.model.vocabulary
     most = max(1, min(_POSITIONS, _KEPT // vocabulary // max(len(rows), 1)))
     rows = [replace(row, positions=tuple(row.positions[at] for at in spread(len(row.positions), most))) for row in rows]
@@ -127,12 +129,16 @@ def _held_out(session: Session, reporter: Reporter) -> tuple[str, list[ProofRow]
     return words, rows
 
 
-def _built_in(session: Session) -> Iterator[ProofRow]:
+def _golden(session: Session) -> list[tuple[int, ...]]:
+    """Return the ids of the prompts that the adapter's contract fixes; it need not have one."""
+    if session.template in (None, "none"):
+        return []
+    contract = read_json(session.target.adapter / "prompt_contract.json")
+    return [tuple(session.prompter.encode_prompt([Message("user", each["prompt"])])) for each in contract["golden"]]
+
+
+def _built_in(session: Session, asked: Sequence[tuple[int, ...]]) -> Iterator[ProofRow]:
     prompter, limit = session.prompter, max_positions(session.model.language_model.config)
-    asked: list[tuple[int, ...]] = []
-    if session.template not in (None, "none"):
-        contract = read_json(session.target.adapter / "prompt_contract.json")
-        asked = [tuple(prompter.encode_prompt([Message("user", each["prompt"])])) for each in contract["golden"]]
     texts = [tuple(ids) for ids in prompter.encode(PROBE_TEXTS)]
     for number, ids in enumerate((*asked, *texts)):
         kept = ids[: limit and limit - NEW_TOKENS]

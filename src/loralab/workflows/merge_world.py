@@ -34,6 +34,7 @@ class MergeWorld:
         dtype: type that is asked for, or None.
         device: where the live adapter computes.
         live_precision: type that the live base is held in.
+        live_reason: why.
         overrides: settings under which the live adapter is opened.
         trained: settings under which it was trained, where it is merged onto other numbers, and how these differ.
         base_model: base to use instead of the recorded one.
@@ -48,6 +49,7 @@ class MergeWorld:
     dtype: torch.dtype | None
     device: torch.device
     live_precision: str
+    live_reason: str
     overrides: list[str]
     trained: Resolved[list[str]] | None
     base_model: str | None
@@ -86,8 +88,9 @@ def open_world(
     note = select_single_gpu(config.model.device)
     device = resolve_device("cuda:0" if note else config.model.device).value
     quantization = resolve_quantization(config.model, load_model_config(config.model), device).value
-    what, chosen = _choose_onto(onto, quantization)
-    precision = _live_precision(config, device, dtype)
+    what, chosen = _choose_onto(onto, quantization, told=all(known_base(each).told for each in targets))
+    held = _live_precision(config, device, dtype)
+    precision = held.value
     own = _trained_precision(known.precision, precision, device)
     live = [*overrides, f"model.precision={precision}"]
     trained = None
@@ -100,7 +103,9 @@ def open_world(
         live += ["model.quantization=none", "model.double_quantization=true"]
     tokens = new_tokens_in(targets[0], config, load_adapter_tokenizer(targets[0], config))
     notes.append(f"onto {what.value} ({what.reason})")
-    return MergeWorld(config, parts, tokens, chosen, what, dtype, device, precision, live, trained, base_model, notes)
+    return MergeWorld(
+        config, parts, tokens, chosen, what, dtype, device, precision, held.reason, live, trained, base_model, notes
+    )
 
 
 def _first_overrides(target: Target, device: str | None) -> list[str]:
@@ -130,17 +135,21 @@ def _pinned(config: Config, revision: str | None, notes: list[str]) -> list[str]
     return [f"model.revision={revision}"]
 
 
-def _choose_onto(onto: str, quantization: Quantization | None) -> tuple[Resolved[str], Quantization | None]:
+def _choose_onto(
+    onto: str, quantization: Quantization | None, *, told: bool
+) -> tuple[Resolved[str], Quantization | None]:
+    trained = "the adapter was trained on them" if told else "the adapter does not say what it was trained on"
     if quantization is None:
         if onto == "original":
+            why = "the adapter was trained on unquantized weights" if told else "the base is not quantized"
             raise ConfigError(
-                "--onto original has no effect: the adapter was trained on unquantized weights",
+                f"--onto original has no effect: {why}",
                 where="option --onto",
                 fix="leave it out",
             )
-        return Resolved("the base's own weights", "the adapter was trained on them"), None
+        return Resolved("the base's own weights", trained), None
     if onto == "dequantized":
-        why = "the adapter was trained on them; they differ from the unquantized ones by what quantization lost"
+        why = f"{trained}; they differ from the unquantized ones by what quantization lost"
         return Resolved(f"weights dequantized from {quantization}", why), quantization
     if quantization.stored:
         raise ModelError(
@@ -152,17 +161,21 @@ def _choose_onto(onto: str, quantization: Quantization | None) -> tuple[Resolved
     return Resolved("the original, unquantized weights", why), None
 
 
-def _live_precision(config: Config, device: torch.device, dtype: torch.dtype | None) -> str:
+def _live_precision(config: Config, device: torch.device, dtype: torch.dtype | None) -> Resolved[str]:
     """Return the type that the live adapter's base is held in: the merged one's, so that the merge alone is compared.
 
     float16 is not computed with here but on CUDA: there float32 takes its place.
     """
+    reason = "set in --dtype, as the merged weights are"
     if dtype is None:
-        dtype = open_checkpoint(config.model).dtype()
+        dtype, reason = open_checkpoint(config.model).dtype(), "what the base's weights are stored in"
     if dtype not in DTYPES.values():  # packed numbers, or float64
-        dtype = resolve_precision(config.model, device).value
+        found = resolve_precision(config.model, device)
+        dtype, reason = found.value, found.reason
     chosen = str(dtype).removeprefix("torch.")
-    return "float32" if chosen == "float16" and device.type != "cuda" else chosen
+    if chosen == "float16" and device.type != "cuda":
+        return Resolved("float32", f"float16 is not computed with on {device.type}")
+    return Resolved(chosen, reason)
 
 
 def _trained_precision(recorded: str | None, live: str, device: torch.device) -> str:

@@ -162,6 +162,7 @@ def open_session(
     reporter: Reporter,
     reads: Sequence[str] = ("",),
     ignores: Sequence[str] = (),
+    precision_reason: str | None = None,
 ) -> Session:
     """Load base, adapter and tokenizer, and check the prompt contract.
 
@@ -172,6 +173,7 @@ def open_session(
         reporter: told of choices.
         reads: sections and keys that the command reads; an override of another is refused.
         ignores: keys below `reads` that it does not read.
+        precision_reason: why overrides set the precision, where the user did not, or None.
 
     Raises:
         ConfigError: an override would have no effect.
@@ -190,8 +192,9 @@ def open_session(
     note = select_gpus(config.model)
     device = resolve_device("cuda:0" if note else config.model.device)
     precision = resolve_precision(config.model, device.value)
+    why = precision_reason or precision.reason
     threads = resolve_threads(device.value)
-    for line in (note, f"device {device.value} ({device.reason})", f"{precision.value} ({precision.reason})"):
+    for line in (note, f"device {device.value} ({device.reason})", f"{precision.value} ({why})"):
         if line:
             reporter.say(line.replace("torch.", ""))
     for name, number in threads.items():
@@ -231,6 +234,11 @@ class KnownBase:
     quantization: str | None
     double_quantization: bool | None
     precision: str | None
+
+    @property
+    def told(self) -> bool:
+        """Whether anything is recorded of what the adapter was trained on."""
+        return any((self.sha256, self.revision, self.quantization, self.precision))
 
 
 def known_base(target: Target) -> KnownBase:
