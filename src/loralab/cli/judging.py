@@ -169,7 +169,7 @@ def _use_votes(test: Any, ways: _Ways, *, as_json: bool) -> None:
 def _show_result(test: Any, *, as_json: bool) -> None:
     from loralab.workflows.judge_result import write_result
 
-    result = write_result(test)
+    result = write_result(test, ConsoleReporter())
     if as_json:
         print_json(result)
     else:
@@ -256,7 +256,7 @@ def _vote(test: Any, rater: str, serve: Callable[[Any, Any], None] | None, *, as
             raise JudgingError(
                 f"the sitting of {rater!r} is closed",
                 where=str(test.folder.votes_file(rater)),
-                fix="see the result with --result, vote under another name (--rater NAME), or begin anew with --new",
+                fix="see the result with --result; somebody else may judge (--rater NAME)",
             )
         if serve is not None:
             serve(test, sitting)

@@ -13,6 +13,7 @@ from loralab.cli.terminal import is_terminal, read_edited, read_from
 from loralab.console import printable
 from loralab.errors import JudgingError
 from loralab.judging.sitting import BlindPair, Choice, Sitting
+from loralab.judging.votes import LONGEST_SECONDS
 
 CHOICES: dict[str, Choice] = {"a": "left", "b": "right", "t": "tie", "n": "both_bad"}
 KEYS = "a: A is better, b: B is better, t: about the same, n: neither is good, u: back, s: skip, q: go on later"
@@ -69,7 +70,8 @@ class TerminalVoting:
         elif key == "s":
             self._open.rotate(-1)
         else:
-            seconds = round(time.monotonic() - started, 1) if self._person else None
+            spent = round(time.monotonic() - started, 1)
+            seconds = spent if self._person and spent <= LONGEST_SECONDS else None
             self._sitting.record(pair.item, CHOICES[key], seconds=seconds)
             self._done.append(self._open.popleft())
         return True

@@ -4,14 +4,14 @@ Owns what such a file must be. It comes from somebody else's hands, so nothing i
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loralab.errors import JudgingError
 from loralab.judging.folder import PreferenceFolder, check_rater, check_votes
 from loralab.judging.items import ItemSet
-from loralab.judging.votes import VERSION, Votes, open_votes, parse_act
+from loralab.judging.votes import VERSION, Act, Votes, is_held, open_votes, parse_act, read_votes
 
 # Changing one's mind a hundred times about each of a thousand items takes less.
 _MOST_BYTES = 16 << 20
@@ -70,15 +70,41 @@ def _foreign(path: Path, why: str) -> JudgingError:
     )
 
 
-def take_votes(votes: Votes, folder: PreferenceFolder, *, where: str) -> int:
-    """Add saved votes to those of their rater; return how many acts were new.
+def check_takeable(saved: Mapping[Path, Votes], folder: PreferenceFolder) -> None:
+    """Check that saved votes can be added to what is there, all of them in their order.
 
-    What is there already must be the beginning of what comes: the same page may be saved several times.
+    Args:
+        saved: from `read_saved_votes`, by file.
+        folder: of the test.
+
+    Raises:
+        JudgingError: a rater has other votes, or is judging at this moment.
+    """
+    known: dict[str, Votes | None] = {}
+    for path, votes in saved.items():
+        rater = votes.rater
+        file = folder.votes_file(rater)
+        if rater not in known:
+            known[rater] = read_votes(file)
+        if is_held(file):
+            raise JudgingError(
+                f"{rater!r} is judging at this moment", where=str(file), fix="wait for the end of that sitting"
+            )
+        there = known[rater]
+        if there is None or _new_acts(votes, there, where=str(path), folder=folder):
+            known[rater] = votes
+
+
+def take_votes(votes: Votes, folder: PreferenceFolder, *, where: str) -> tuple[int, Votes]:
+    """Add saved votes to those of their rater.
 
     Args:
         votes: from `read_saved_votes`.
         folder: of the test.
         where: they come from.
+
+    Returns:
+        How many acts were new, and what the folder holds of the rater now: more than the file where it is an old one.
 
     Raises:
         JudgingError: the rater has other votes here, or is judging at this moment.
@@ -86,27 +112,32 @@ def take_votes(votes: Votes, folder: PreferenceFolder, *, where: str) -> int:
     """
     path = folder.votes_file(votes.rater)
     with open_votes(path, rater=votes.rater, items_sha256=votes.items_sha256) as log:
-        there, known = log.votes, len(log.votes.acts)
-        if there.acts == votes.acts[:known]:
-            new = votes.acts[known:]
-            if there.closed and new:
-                raise _closed(votes, where)
-            if not there.closed:
-                log.extend(new, closed=votes.closed)
-            return len(new)
-        if votes.acts == there.acts[: len(votes.acts)]:  # saved earlier than what was taken before
-            return 0
-    raise JudgingError(
-        f"{votes.rater!r} has other votes here already: {known} acts that are not those of the file",
-        where=where,
-        fix="make every rater a page of their own (--html FILE --rater NAME); to take these instead, move "
-        f"{str(path)!r} away",
-    )
+        new = _new_acts(votes, log.votes, where=where, folder=folder)
+        if not log.votes.closed:
+            # An end counts only where it is the end of all that is there.
+            log.extend(new, closed=votes.closed and len(votes.acts) == len(log.votes.acts) + len(new))
+        return len(new), log.votes
+
+
+def _new_acts(votes: Votes, there: Votes, *, where: str, folder: PreferenceFolder) -> Sequence[Act]:
+    """Return the acts that a file adds. One is the beginning of the other: a page may be saved several times."""
+    known = len(there.acts)
+    if there.acts[: len(votes.acts)] != votes.acts[:known]:
+        raise JudgingError(
+            f"{votes.rater!r} has other votes here already: {known} acts that are not those of the file",
+            where=where,
+            fix="make every rater a page of their own (--html FILE --rater NAME); to take these instead, move "
+            f"{str(folder.votes_file(votes.rater))!r} away",
+        )
+    new = votes.acts[known:]
+    if there.closed and new:
+        raise _closed(votes, where)
+    return new
 
 
 def _closed(votes: Votes, where: str) -> JudgingError:
     return JudgingError(
         f"the sitting of {votes.rater!r} is closed, and the file has more votes",
         where=where,
-        fix="a closed sitting is final; votes of a later sitting need another name",
+        fix="a closed sitting is final: leave the file out",
     )

@@ -50,7 +50,7 @@ def serve_sitting(
         raise JudgingError(
             f"the sitting of {sitting.rater!r} is closed",
             where=f"rater {sitting.rater}",
-            fix="see its result (--result), or vote under another name (--rater NAME)",
+            fix="see its result (--result); somebody else may judge (--rater NAME)",
         )
     desk = Desk(sitting, title=title, result=result)
     with _bind(port, desk) as server:

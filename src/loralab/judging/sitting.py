@@ -117,7 +117,7 @@ class Sitting:
             raise JudgingError(
                 f"the sitting of {self.rater!r} is closed",
                 where=f"item {item}",
-                fix="its votes are final; vote again under another name (--rater NAME)",
+                fix="its votes are final; somebody else may judge (--rater NAME)",
             )
         if item not in self._items:
             raise JudgingError(

@@ -129,7 +129,7 @@ def _is_time(at: object) -> bool:
 
 
 def read_votes(path: Path) -> Votes | None:
-    """Read a rater's votes; None where there are none. A last line that a kill cut short is left out.
+    """Read a rater's votes; None where there are none. Half a line at the end, as a kill leaves it, is left out.
 
     Raises:
         JudgingError: the file is no file of votes.
@@ -156,26 +156,26 @@ def _line(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 
-def _unreadable(path: Path, why: str) -> JudgingError:
-    return JudgingError(
-        f"cannot read the votes of {path.stem!r}: {why}",
-        where=str(path),
-        fix="restore the file from a backup, or move it away to vote again",
-    )
+def _unreadable(
+    path: Path, why: str, fix: str = "restore it from a backup, or move it away to vote again"
+) -> JudgingError:
+    return JudgingError(f"cannot read the votes of {path.stem!r}: {why}", where=str(path), fix=fix)
 
 
 def _parse(data: bytes, path: Path) -> tuple[Votes | None, int]:
-    """Return what a file's lines come to, and how many of its bytes hold whole lines."""
+    """Return what a file's lines come to, and how many of its bytes hold them; editors leave the last end away."""
     votes: Votes | None = None
     good, lines = 0, data.splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line) if line.endswith(b"\n") else None
-        except (ValueError, RecursionError):
-            value = None
-        if value is None and number == len(lines):
-            break
         where = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines) and not line.endswith(b"\n"):
+                break  # what a kill left of a vote that was not answered
+            raise JudgingError(
+                "a line that is not JSON", where=where, fix="restore the file from a backup, or remove that line"
+            ) from None
         if votes is None:
             votes = _start(value, path)
         elif votes.closed:
@@ -193,7 +193,8 @@ def _start(value: object, path: Path) -> Votes:
     if not isinstance(value, dict) or not isinstance(rater, str) or not isinstance(sha256, str):
         raise _unreadable(path, "the first line does not name rater and items")
     if value.get("loralab_votes") != VERSION:
-        raise _unreadable(path, f"version {str(value.get('loralab_votes'))[:40]!r} is not known here")
+        why = f"version {str(value.get('loralab_votes'))[:40]!r} is not known here"
+        raise _unreadable(path, why, fix="take the version of loralab that wrote them")
     return Votes(rater, sha256)
 
 
@@ -304,13 +305,28 @@ def open_votes(
         _lock(descriptor, path, rater)
         _sync_folder(path.parent)
         with open(descriptor, "rb", closefd=False) as stream:
-            found, size = _parse(stream.read(), path)
-        os.ftruncate(descriptor, size)
+            data = stream.read()
+        found, size = _parse(data, path)
+        size = _trim(descriptor, data[:size], path)
         votes = Votes(rater, items_sha256) if found is None else found
         check_belongs(votes, rater=rater, items_sha256=items_sha256, where=str(path))
         yield VoteLog(descriptor, path, votes=votes, size=size, before_first=before_first)
     finally:
         os.close(descriptor)  # the lock goes with it
+
+
+def _trim(descriptor: int, data: bytes, path: Path) -> int:
+    """Cut a file behind its lines, end the last of them, and return its size in bytes."""
+    try:
+        os.ftruncate(descriptor, len(data))
+        if data and not data.endswith(b"\n"):
+            os.lseek(descriptor, len(data), os.SEEK_SET)
+            return len(data) + os.write(descriptor, b"\n")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the votes of {path.stem!r}: {error.strerror}", where=str(path), fix="make room on that disk"
+        ) from None
+    return len(data)
 
 
 def is_held(path: Path) -> bool:

@@ -21,7 +21,8 @@ from loralab.judging.items import (
     missing_pictures,
     read_comparison,
 )
-from loralab.judging.saved_votes import read_saved_votes, take_votes
+from loralab.judging.saved_votes import check_takeable, read_saved_votes, take_votes
+from loralab.judging.votes import Votes
 from loralab.models.adapter_hash import WEIGHTS_FILE, adapter_sha256
 from loralab.progress import Reporter
 from loralab.reports.pictures import images_in, pictures_folder
@@ -91,10 +92,12 @@ def open_test(path: Path, request: JudgeRequest, *, compare: Compare, reporter: 
     adapter, place = _find(path, request.output)
     folder = PreferenceFolder(place.preference_votes, pictures_folder(place))
     digest = adapter_sha256(adapter)
+    _check_data(place, request)
     if request.new:
+        if place.comparison.is_file():
+            _check_adapter(read_json(place.comparison), digest, place)
         _put_aside(place, folder, reporter)
     frozen = folder.load_items()
-    _check_data(place, request)
     if not place.comparison.is_file() and (frozen is None or request.examples is not None):
         reporter.say("nothing is compared yet: base and adapter answer first")
         rows = request.examples or DEFAULT_EXAMPLES
@@ -308,29 +311,31 @@ def import_votes(test: PreferenceTest, paths: Sequence[Path], reporter: Reporter
         reporter: told what was taken.
 
     Returns:
-        Of each file: `file`, `rater`, `votes` that count, `pairs`, `new` acts, and whether it is `closed`.
+        Of each file: `file`, `rater`, `new` acts, and of the rater afterwards: `votes` that count, `pairs`, and whether
+        the sitting is `closed`.
 
     Raises:
-        JudgingError: a file is none of this test, or its rater has other votes here.
+        JudgingError: a file is none of this test, or its rater has other votes here, or is judging at this moment.
     """
-    read = [(path, read_saved_votes(path, test.items)) for path in paths]
-    found = []
-    for path, votes in read:
-        new = take_votes(votes, test.folder, where=str(path))
-        pairs = len(test.items.shown)
-        end = "closed" if votes.closed else "not closed yet"
-        reporter.say(f"{votes.rater}: {len(votes.choices)} of {pairs} pairs judged, {end} ({new} new acts)")
-        found.append(
-            {
-                "file": str(path),
-                "rater": votes.rater,
-                "votes": len(votes.choices),
-                "pairs": pairs,
-                "new": new,
-                "closed": votes.closed,
-            }
-        )
-    return found
+    saved = {path: read_saved_votes(path, test.items) for path in paths}
+    check_takeable(saved, test.folder)
+    return [_take(test, path, votes, reporter) for path, votes in saved.items()]
+
+
+def _take(test: PreferenceTest, path: Path, votes: Votes, reporter: Reporter) -> dict[str, Any]:
+    new, there = take_votes(votes, test.folder, where=str(path))
+    judged, pairs = len(there.choices), len(test.items.shown)
+    end = "closed" if there.closed else "not closed yet"
+    added = f"{new} new act{'' if new == 1 else 's'}" if new else "nothing new"
+    reporter.say(f"{there.rater}: {judged} of {pairs} pairs judged, {end} ({added})")
+    return {
+        "file": str(path),
+        "rater": there.rater,
+        "votes": judged,
+        "pairs": pairs,
+        "new": new,
+        "closed": there.closed,
+    }
 
 
 def check_unvoted(test: PreferenceTest, rater: str) -> None:

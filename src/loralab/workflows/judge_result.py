@@ -25,6 +25,7 @@ from loralab.evaluation.preference import (
 from loralab.judging.items import ItemSet
 from loralab.judging.server import Reveal
 from loralab.judging.votes import Choice, Votes
+from loralab.progress import Reporter
 from loralab.run import write_json
 from loralab.workflows.judge import PreferenceTest
 
@@ -48,23 +49,24 @@ def _named(choice: Choice, adapter_side: str) -> Vote:
     return "both_bad" if choice == "both_bad" else "tie"
 
 
-def write_result(test: PreferenceTest) -> dict[str, Any]:
+def write_result(test: PreferenceTest, reporter: Reporter) -> dict[str, Any]:
     """Compute the result of all closed sittings, write it to `preference.json`, and return it.
 
     A sitting with all pairs judged is closed here, since names are shown now; one that another process holds is not.
 
     Args:
         test: the test.
+        reporter: told whose sitting is closed.
 
     Raises:
         JudgingError: nobody's sitting is closed.
         StorageError: the result cannot be written.
     """
-    found = _close_finished(test)
+    found = _close_finished(test, reporter)
     closed = [votes for votes in found if votes.closed and votes.choices]
     opened = [votes for votes in found if not votes.closed]
     if not closed and test.items.shown:
-        raise _nobody(test, opened)
+        raise _nobody(test, found)
     result = compute_result(test.items, closed, opened)
     try:
         write_json(test.place.preference, result)
@@ -77,7 +79,7 @@ def write_result(test: PreferenceTest) -> dict[str, Any]:
     return result
 
 
-def _close_finished(test: PreferenceTest) -> list[Votes]:
+def _close_finished(test: PreferenceTest, reporter: Reporter) -> list[Votes]:
     pairs = len(test.items.shown)
     for votes in test.folder.load_votes(test.items):
         if votes.closed or len(votes.choices) < pairs:
@@ -87,14 +89,23 @@ def _close_finished(test: PreferenceTest) -> list[Votes]:
                 sitting.close()
         except JudgingError:  # the rater is still at it, and may change a choice
             continue
+        reporter.say(f"all pairs of {votes.rater} are judged: the sitting is closed now, since names are shown")
     return test.folder.load_votes(test.items)
 
 
-def _nobody(test: PreferenceTest, opened: Sequence[Votes]) -> JudgingError:
+def _nobody(test: PreferenceTest, found: Sequence[Votes]) -> JudgingError:
     pairs = len(test.items.shown)
     where = str(test.folder.path)
-    if not opened:
+    opened = [votes for votes in found if not votes.closed]
+    if not found:
         return JudgingError("nobody has voted yet", where=where, fix="vote first: loralab judge RUN")
+    if not opened:
+        names = ", ".join(votes.rater for votes in found)
+        return JudgingError(
+            f"no vote counts: {names} closed the sitting without one",
+            where=where,
+            fix="somebody else may judge: loralab judge RUN --rater NAME",
+        )
     names = ", ".join(f"{votes.rater} ({len(votes.choices)} of {pairs} pairs judged)" for votes in opened)
     return JudgingError(
         f"no sitting is closed, and only closed ones count; open: {names}",

@@ -50,6 +50,13 @@ def test_times_are_taken_where_somebody_sits(sitting: Sitting, monkeypatch: pyte
     assert recorded == [7.2, 3.0]
 
 
+def test_pair_that_lay_open_for_days_can_be_voted_on(sitting: Sitting, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 300_000.0, 300_001.0])
+    monkeypatch.setattr("loralab.cli.voting.time.monotonic", lambda: next(clock))
+    _hold(sitting, "a")
+    assert list(sitting.answers.values()) == ["left"]
+
+
 def test_unknown_key_is_asked_for_again(sitting: Sitting) -> None:
     shown = _hold(sitting, "left", "", "1", "b", "q")
     assert shown.count(KEYS) == 3

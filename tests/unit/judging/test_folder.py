@@ -120,7 +120,7 @@ def test_test_is_not_moved_under_a_rater(folder: PreferenceFolder, items: ItemSe
 
 
 def _take(folder: PreferenceFolder, items: ItemSet, path: Path) -> int:
-    return take_votes(read_saved_votes(path, items), folder, where=str(path))
+    return take_votes(read_saved_votes(path, items), folder, where=str(path))[0]
 
 
 def test_saved_votes_are_taken(folder: PreferenceFolder, items: ItemSet, tmp_path: Path) -> None:

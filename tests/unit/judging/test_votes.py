@@ -79,7 +79,7 @@ def test_first_vote_can_be_stopped(tmp_path: Path) -> None:
     assert _path(tmp_path).read_bytes() == b""
 
 
-@pytest.mark.parametrize("tail", [b'{"item": "00', b"\xff\xfe\xc3", b"\0" * 30, b'{"item": 1}garbage\n'])
+@pytest.mark.parametrize("tail", [b'{"item": "00', b"\xff\xfe\xc3", b"\0" * 30])
 def test_torn_last_line_is_cut(tmp_path: Path, tail: bytes) -> None:
     path = _write(_path(tmp_path), HEADER, ACT)
     whole = path.read_bytes()
@@ -92,6 +92,31 @@ def test_torn_last_line_is_cut(tmp_path: Path, tail: bytes) -> None:
         log.append(TWO, "right", seconds=None)
     lines = path.read_bytes().removeprefix(whole)
     assert json.loads(lines)["item"] == TWO
+
+
+def test_last_line_without_its_end_counts(tmp_path: Path) -> None:
+    path = _write(_path(tmp_path), HEADER, ACT)
+    path.write_bytes(path.read_bytes().removesuffix(b"\n"))  # as editors leave it
+    found = read_votes(path)
+    assert found is not None
+    assert found.choices == {ONE: "left"}
+    with open_votes(path, rater="anna", items_sha256=ITEMS) as log:
+        log.append(TWO, "right", seconds=None)
+    found = read_votes(path)
+    assert found is not None
+    assert found.choices == {ONE: "left", TWO: "right"}
+
+
+def test_whole_last_line_that_is_no_vote_is_named(tmp_path: Path) -> None:
+    path = _write(_path(tmp_path), HEADER, ACT)
+    path.write_bytes(path.read_bytes() + b'{"item": 1}garbage\n')
+    before = path.read_bytes()
+    with (
+        pytest.raises(JudgingError, match="a line that is not JSON"),
+        open_votes(path, rater="anna", items_sha256=ITEMS),
+    ):
+        pass
+    assert path.read_bytes() == before
 
 
 def test_torn_first_line_is_no_vote(tmp_path: Path) -> None:
@@ -244,7 +269,7 @@ def test_broken_file_is_named(tmp_path: Path, lines: list[object], words: str) -
 def test_broken_line_in_the_middle_is_no_torn_one(tmp_path: Path) -> None:
     path = _write(_path(tmp_path), HEADER, ACT)
     path.write_bytes(path.read_bytes() + b"{half\n" + f"{json.dumps(ACT)}\n".encode())
-    with pytest.raises(JudgingError, match="not a vote") as raised:
+    with pytest.raises(JudgingError, match="a line that is not JSON") as raised:
         read_votes(path)
     assert f"{path}:3" in str(raised.value)
 

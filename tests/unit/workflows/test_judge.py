@@ -196,7 +196,7 @@ def test_adapter_that_changes_is_noticed(run: RunFolder) -> None:
 
 def test_new_test_keeps_the_old_one(run: RunFolder) -> None:
     _vote(_open(run), "anna", close=True)
-    write_result(load_test(run.path, None))
+    write_result(load_test(run.path, None), Notes())
     before = file_sha256(run.preference)
     test = _open(run, new=True)
     assert not test.folder.has_votes()
@@ -230,15 +230,19 @@ def test_result_needs_a_closed_sitting(run: RunFolder) -> None:
         load_test(run.path, None)
     test = _open(run)
     with pytest.raises(JudgingError, match="nobody has voted yet"):
-        write_result(test)
+        write_result(test, Notes())
+    with test.folder.open_sitting(test.items, "carl") as sitting:
+        sitting.close()
+    with pytest.raises(JudgingError, match="no vote counts: carl closed the sitting without one"):
+        write_result(test, Notes())
     _vote(test, "anna", 3)
     with pytest.raises(JudgingError, match=r"open: anna \(3 of 8 pairs judged\)"):
-        write_result(test)
+        write_result(test, Notes())
     with pytest.raises(JudgingError, match="no votes of 'bert' here") as raised:
         close_sitting(test, "bert")
-    assert "name one of anna" in str(raised.value)
+    assert "name one of anna, carl" in str(raised.value)
     close_sitting(test, "anna")
-    result = write_result(test)
+    result = write_result(test, Notes())
     assert (result["votes"], result["judged"], result["not_judged"]) == (3, 3, 5)
     assert json.loads(run.preference.read_text(encoding="utf-8")) == result
 
@@ -248,11 +252,13 @@ def test_finished_sitting_is_closed_by_its_result_but_not_under_the_rater(run: R
     _vote(test, "anna")
     _vote(test, "bert")
     with test.folder.open_sitting(test.items, "bert") as sitting:
-        result = write_result(test)
+        result = write_result(test, Notes())
         assert [each["rater"] for each in result["raters"]] == ["anna"]
         assert result["open"] == [{"rater": "bert", "votes": 8}]
         assert not sitting.closed
-    assert [each["rater"] for each in write_result(test)["raters"]] == ["anna", "bert"]
+    notes = Notes()
+    assert [each["rater"] for each in write_result(test, notes)["raters"]] == ["anna", "bert"]
+    assert notes.lines == ["all pairs of bert are judged: the sitting is closed now, since names are shown"]
 
 
 def test_result_names_every_item(tmp_path: Path) -> None:
@@ -273,7 +279,7 @@ def test_result_names_every_item(tmp_path: Path) -> None:
 
 def test_all_answers_the_same_need_no_votes(tmp_path: Path) -> None:
     test = _open(write_run(tmp_path / "run", 3, same=3))
-    result = write_result(test)
+    result = write_result(test, Notes())
     assert (result["tie"], result["decided"], result["raters"], result["votes"]) == (3, 0, [], 0)
     assert result["verdict"] == "no difference seen at n = 0 decided items"
 
@@ -303,10 +309,49 @@ def test_saved_pages_are_taken_all_or_none(run: RunFolder, tmp_path: Path) -> No
     (taken,) = import_votes(test, [good], notes)
     assert taken == {"file": str(good), "rater": "anna", "votes": 8, "pairs": 8, "new": 8, "closed": True}
     assert notes.lines == ["anna: 8 of 8 pairs judged, closed (8 new acts)"]
-    assert write_result(test)["adapter"] == 8
+    assert write_result(test, Notes())["adapter"] == 8
     check_unvoted(test, "bert")
     with pytest.raises(JudgingError, match="'anna' has votes here already"):
         check_unvoted(test, "anna")
+
+
+def test_saved_page_that_does_not_fit_what_is_there_stops_all(run: RunFolder, tmp_path: Path) -> None:
+    test = _open(run)
+    _vote(test, "bert", 3, close=True)
+    good = write_saved(tmp_path / "a.json", saved_page_votes(test.items, "anna"))
+    other = write_saved(tmp_path / "b.json", saved_page_votes(test.items, "bert"))
+    with pytest.raises(JudgingError, match="'bert' has other votes here already"):
+        import_votes(test, [good, other], Notes())
+    carl = write_saved(tmp_path / "c.json", saved_page_votes(test.items, "carl"))
+    with (
+        test.folder.open_sitting(test.items, "carl"),
+        pytest.raises(JudgingError, match="'carl' is judging at this moment"),
+    ):
+        import_votes(test, [good, carl], Notes())
+    assert "anna" not in test.folder.raters()
+
+
+def test_old_saved_page_does_not_change_what_is_said_of_its_rater(run: RunFolder, tmp_path: Path) -> None:
+    test, notes = _open(run), Notes()
+    old = write_saved(tmp_path / "old.json", saved_page_votes(test.items, "anna", count=3, closed=False))
+    new = write_saved(tmp_path / "new.json", saved_page_votes(test.items, "anna"))
+    import_votes(test, [old, new], notes)
+    import_votes(test, [old], notes)
+    assert notes.lines == [
+        "anna: 3 of 8 pairs judged, not closed yet (3 new acts)",
+        "anna: 8 of 8 pairs judged, closed (5 new acts)",
+        "anna: 8 of 8 pairs judged, closed (nothing new)",
+    ]
+
+
+def test_new_test_that_cannot_be_leaves_the_old_one(run: RunFolder, tmp_path: Path) -> None:
+    _vote(_open(run), "anna", 2)
+    with pytest.raises(JudgingError, match="a comparison of other rows"):
+        _open(run, data="other.jsonl", output=run.path, new=True)
+    _change_adapter(run)
+    with pytest.raises(JudgingError, match="the comparison is of another adapter"):
+        _open(run, new=True)
+    assert (run.preference_votes / "votes" / "anna.jsonl").is_file()
 
 
 def _session(rng: random.Random, *, share: float, ties: float, left: float) -> Callable[[str], Choice]:
