@@ -571,6 +571,20 @@ def test_no_adapter(command: list[str], place: str, world: World) -> None:
     assert snapshot(folder) == before
 
 
+@pytest.mark.parametrize(
+    "command", [["generate", "-p", "red"], ["merge", "--output", "out"], ["export", "--to", "gguf"]]
+)
+def test_adapter_without_its_local_base(
+    command: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter = Path(shutil.copytree(finished / "adapter", tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone"}))
+    answer = run_here(command[0], adapter, *command[1:])
+    refused(answer, what="it was a local folder called 'gone'", where=str(adapter), fix="--model FOLDER")
+
+
 def llama_base(folder: Path, *, hidden: int, layers: int) -> Path:
     tokenizer = tiny.build_tokenizer()
     tokenizer.save_pretrained(folder)

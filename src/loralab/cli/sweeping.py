@@ -47,7 +47,11 @@ def sweep(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="Folder of the sweep; by default sweeps/<name of CONFIG>.", callback=usable_path),
+        typer.Option(
+            "--output",
+            help="Folder of the sweep; by default sweeps/<name of CONFIG>, of RUN where that is RUN/config.yaml.",
+            callback=usable_path,
+        ),
     ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run again what failed before; by default it stays failed.")

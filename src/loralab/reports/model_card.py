@@ -20,7 +20,7 @@ from loralab.reports.paths import is_absolute, path_name
 from loralab.reports.preference_section import describe_preference
 from loralab.reports.provenance import describe_data
 from loralab.reports.sections import describe_overview, describe_scores
-from loralab.reports.usage import describe_usage, reads_pictures
+from loralab.reports.usage import ADAPTER_PLACE, describe_usage, reads_pictures
 from loralab.reports.verdict import assess
 from loralab.reports.wording import format_value
 from loralab.run import Json, RunFolder, write_text
@@ -158,8 +158,9 @@ def _card_context(facts: Facts, hub_id: str | None) -> dict[str, Any]:
             facts,
             base=base if hub_id else f"path/to/{base}",
             revision=dig(facts.record, "model", "revision") if hub_id else None,
-            run="path/to/this/adapter",
-            adapter="path/to/this/adapter",
+            run=ADAPTER_PLACE,
+            adapter=ADAPTER_PLACE,
+            names_base=hub_id is None,
         ),
         "versions": _versions(facts),
         "adapter_sha256": facts.record.get("adapter_sha256"),

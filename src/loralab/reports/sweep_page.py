@@ -54,6 +54,7 @@ def sweep_context(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         "seed": content["seed"],
         "space": list(content["space"].items()),
         "keys": [key.rpartition(".")[2] for key in content["space"]],
+        "has_test": (content.get("config", {}).get("data") or {}).get("test") is not None,
         "done": len(order),
         "of": len(entries),
         "best": reading["best"],

@@ -54,9 +54,10 @@ def _noise(metric: str, ordered: Sequence[Mapping[str, Any]]) -> str:
     near = [f"{entry['number']:03}" for entry in others if low <= entry["metric"] <= high]
     if not near:
         return ""
+    whose, who = ("Its", "it") if len(near) == 1 else ("Their", "they")
     return (
-        f"Within the noise of the validation rows: {', '.join(near)}. Their {metric} lies within the 95 % interval of "
-        f"{best['number']:03} ({format_number(low)} to {format_number(high)}), so they may be as good."
+        f"Within the noise of the validation rows: {', '.join(near)}. {whose} {metric} lies within the 95 % interval "
+        f"of {best['number']:03} ({format_number(low)} to {format_number(high)}), so {who} may be as good."
     )
 
 

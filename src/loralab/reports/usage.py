@@ -13,6 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from loralab.reports.facts import Facts, dig, dig_list
 
 DEFAULT_NEW_TOKENS = 128
+# What a card calls the folder that it lies in.
+ADAPTER_PLACE = "path/to/this/adapter"
 _TEXT, _VISION = "peft_program.jinja", "peft_vision_program.jinja"
 
 
@@ -29,7 +31,9 @@ class Usage:
     program: str
 
 
-def describe_usage(facts: Facts, *, base: str, revision: str | None, run: str, adapter: str) -> Usage:
+def describe_usage(
+    facts: Facts, *, base: str, revision: str | None, run: str, adapter: str, names_base: bool = False
+) -> Usage:
     """Return how to prompt the adapter.
 
     Args:
@@ -38,6 +42,7 @@ def describe_usage(facts: Facts, *, base: str, revision: str | None, run: str, a
         revision: commit of a base model on the Hub, if known.
         run: what `loralab generate` is given.
         adapter: what PEFT is given.
+        names_base: whether the command says where the base is, since the adapter does not.
     """
     # Not HTML: the program is escaped as a whole where it is shown; its values are Python literals.
     environment = Environment(
@@ -57,7 +62,22 @@ def describe_usage(facts: Facts, *, base: str, revision: str | None, run: str, a
         new_tokens=dig(facts.record, "resolved", "new_tokens", "value"),
     )
     picture = " --image picture.png" if reads_pictures(facts) else ""
-    return Usage(command=f"loralab generate {shlex.quote(run)}{picture} --prompt 'Your question'", program=program)
+    given = f" --model {shlex.quote(base)}" if names_base else ""
+    command = f"loralab generate {shlex.quote(run)}{given}{picture} --prompt 'Your question'"
+    return Usage(command=command, program=program)
+
+
+def name_repository(card: str, repository: str) -> str:
+    """Return the text of a card, whose commands name the repository where it is.
+
+    Args:
+        card: as it lies beside the adapter.
+        repository: OWNER/NAME on the Hub.
+    """
+    name = repository.rpartition("/")[2]
+    fetched = f"hf download {repository} --local-dir {name}\nloralab generate {name} "
+    named = card.replace(f"loralab generate {ADAPTER_PLACE} ", fetched)
+    return named.replace(f'adapter = "{ADAPTER_PLACE}"', f'adapter = "{repository}"')
 
 
 def reads_pictures(facts: Facts) -> bool:

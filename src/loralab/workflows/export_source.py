@@ -19,7 +19,7 @@ from loralab.run import read_json
 from loralab.workflows.configure import load_run_config
 from loralab.workflows.merge import MergeRequest, merge
 from loralab.workflows.merge_checks import MERGE_FILE
-from loralab.workflows.session import Target, find_target, load_target_config, open_prompter
+from loralab.workflows.session import Target, check_base_named, find_target, load_target_config, open_prompter
 
 _QUESTIONS = ("What is the capital of France?", "Sort these: 3, 1, 2.")
 
@@ -105,6 +105,7 @@ def open_source(path: Path, base_model: str | None, reporter: Reporter) -> Expor
     else:
         target = find_target(path)
         config = load_target_config(target, [], base_model).config
+        check_base_named(target, config, base_model)
     prompter = open_prompter(target, config, reporter)
     return ExportSource(path, target, target.adapter == path and not _is_adapter(path), config, prompter, base_model)
 

@@ -26,6 +26,7 @@ from loralab.hub.upload import ATTEMPTS, BackgroundPushes, Push, Pushed, push_fi
 from loralab.models.adapters import adapter_sha256
 from loralab.progress import Reporter
 from loralab.reports.model_card import render_model_card
+from loralab.reports.usage import name_repository
 from loralab.run import Json, RunFolder, read_json, write_text
 from loralab.training.callbacks import StopRequest, catching_signals
 from loralab.training.distributed import Processes
@@ -220,6 +221,8 @@ class HubPushes:
         if only:  # a checkpoint has no tokenizer, and no card yet
             save_prompting(target, run.data.prompter)
             write_text(target / CARD, render_model_card(run.folder))
+        if self._plan.repository is not None:
+            name_own_place(target, self._plan.repository.name)
         name = run.folder.path.absolute().name
         title, description = commit_text(name, self._plan.run_id, step=step, adapter=adapter_sha256(source))
         return Push(pushable_files(target), title, description, step, own_folder=target)
@@ -299,6 +302,18 @@ def _reason(error: Exception) -> str:
 
 def _times(count: int) -> str:
     return f"{count} attempt" + ("s" if count > 1 else "")
+
+
+def name_own_place(folder: Path, repository: str) -> None:
+    """Let the card of an adapter that is pushed name its repository.
+
+    Args:
+        folder: what is pushed, laid out; the adapter's own card stays as it is.
+        repository: OWNER/NAME.
+    """
+    card = folder / CARD
+    if card.is_file():  # in one step, so that the file that it may be linked to is not written into
+        write_text(card, name_repository(card.read_text(encoding="utf-8"), repository))
 
 
 def push_command(path: Path, options: Sequence[str] = ()) -> str:

@@ -18,7 +18,14 @@ from loralab.models.new_tokens import NewToken
 from loralab.models.precision import Resolved, resolve_device, resolve_precision, select_single_gpu
 from loralab.models.quantization import Quantization, resolve_quantization
 from loralab.workflows.merge_checks import DTYPES
-from loralab.workflows.session import Target, known_base, load_adapter_tokenizer, load_target_config, new_tokens_in
+from loralab.workflows.session import (
+    Target,
+    check_base_named,
+    known_base,
+    load_adapter_tokenizer,
+    load_target_config,
+    new_tokens_in,
+)
 
 
 @dataclass(slots=True)
@@ -82,6 +89,7 @@ def open_world(
     overrides = _first_overrides(targets[0], device_name)
     notes = [f"{text} (as the adapter's own facts say)" for text in overrides if "quantization=" in text]
     config = load_target_config(targets[0], overrides, base_model).config
+    check_base_named(targets[0], config, base_model)
     check_local_model(config.model.name)
     overrides += _pinned(config, known.revision, notes)
     config = _with(config, overrides)

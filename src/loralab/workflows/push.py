@@ -33,7 +33,15 @@ from loralab.hub.upload import Push, Pushed, push_files
 from loralab.progress import Reporter
 from loralab.reports.model_card import HUB_ID, write_model_card
 from loralab.run import Json, RunFolder, file_sha256, read_json, write_json
-from loralab.workflows.hub_pushes import KEY, base_on_hub, commit_text, note_push, push_command, timestamp
+from loralab.workflows.hub_pushes import (
+    KEY,
+    base_on_hub,
+    commit_text,
+    name_own_place,
+    note_push,
+    push_command,
+    timestamp,
+)
 from loralab.workflows.merge_checks import check_adapter
 from loralab.workflows.output import writer_of
 from loralab.workflows.session import Target, known_base
@@ -113,7 +121,7 @@ def push(path: Path, request: PushRequest, *, reporter: Reporter) -> Json:
     reporter.say(f"pushing {source.path} to {repository.url}")
     try:
         with _staging(source) as staging:
-            bundle = _bundle(source, staging, run_id, weights)
+            bundle = _bundle(source, staging, run_id, weights, repository=repository.name)
             pushed = push_files(repository, bundle, create_pr=request.create_pr, where=where, note=reporter.say)
             files = _describe(bundle.files)
     except KeyboardInterrupt:
@@ -257,7 +265,7 @@ def _staging(source: _Source) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _bundle(source: _Source, staging: Path, run_id: str, adapter: str) -> Push:
+def _bundle(source: _Source, staging: Path, run_id: str, adapter: str, *, repository: str) -> Push:
     if is_merged(source.path):
         title, description = commit_text(source.name, run_id, step=None, adapter=adapter)
         return Push(pushable_files(source.path), title.replace("adapter", "merged from adapter"), description)
@@ -270,6 +278,7 @@ def _bundle(source: _Source, staging: Path, run_id: str, adapter: str) -> Push:
             where=str(staging),
             fix="free space there, or push from a folder on another disk",
         ) from error
+    name_own_place(staging, repository)
     step = source.record.get("steps")
     title, description = commit_text(source.name, run_id, step=step, adapter=adapter)
     return Push(pushable_files(staging), title, description, step)

@@ -186,6 +186,7 @@ def open_session(
     _check_effect(overrides, reads, [*ignores, *_NEVER_READ, *(_IN_CONTRACT if contracted else ())])
     if base_model is not None:
         _check_effect(overrides, ("",), ("model.name",))
+    check_base_named(target, config, base_model)
     check_local_model(config.model.name)
     fetch_base(config.model, reporter)
     _check_base(target, config)
@@ -272,6 +273,26 @@ def base_misfit(known: KnownBase, sha256: str | None) -> str | None:
     if not theirs or not sha256 or theirs == sha256:
         return None
     return f"its base model was sha256 {theirs[:12]}.., this one is {sha256[:12]}.."
+
+
+def check_base_named(target: Target, config: Config, base_model: str | None) -> None:
+    """Check that a base that was a local folder is named where that is not here: the Hub would be asked for it.
+
+    Args:
+        target: the adapter.
+        config: names the base.
+        base_model: base to use instead of the recorded one.
+
+    Raises:
+        ModelError: it is not.
+    """
+    place = Path(config.model.name).expanduser()
+    if base_model is None and known_base(target).sha256 and not place.exists():
+        raise ModelError(
+            f"the base of this adapter is not here: it was a local folder called {place.name!r}",
+            where=str(target.adapter),
+            fix="say where it is with --model FOLDER",
+        )
 
 
 def _check_base(target: Target, config: Config) -> None:

@@ -42,7 +42,8 @@ class Search:
         seed: of the drawing.
         metric: the figure of the final evaluation that decides.
         mode: "min", "max", or None where the figure itself says it.
-        output: folder of the sweep, or None for sweeps/<name of the configuration file>.
+        output: folder of the sweep, or None for sweeps/<name of the configuration file>, or of
+            its folder where it is config.yaml, as in a run.
         retry_failed: run those again that failed before.
     """
 
@@ -158,7 +159,7 @@ def _prepare(search: Search, reporter: Reporter) -> _Sweep:
     check_base(base.config, axes)
     points = grid_points(axes) if search.random is None else random_points(axes, search.random, seed=search.seed)
     figure = figure_name(search.metric)
-    check_points(points, [_load_point(search, overrides, point) for point in points], figure)
+    check_points(points, [_load_point(search, overrides, point) for point in points], search.metric)
     settings = comparable(base.config)
     content: dict[str, Any] = {
         "metric": figure,
@@ -170,10 +171,15 @@ def _prepare(search: Search, reporter: Reporter) -> _Sweep:
         "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "config": settings,
     }
-    folder = (search.output or Path("sweeps") / base.name).expanduser()
+    folder = (search.output or Path("sweeps") / _own_name(search.config, base)).expanduser()
     if base.config.output.dir is not None:
         reporter.say(f"output.dir of {search.config} is not used: the runs go to {folder}")
     return _Sweep(folder, base, points, content)
+
+
+def _own_name(path: Path, base: LoadedConfig) -> str:
+    """Return what a sweep is called: as its configuration's file, or as the folder of a run whose file has no name."""
+    return base.name if base.name != "config" else path.expanduser().absolute().parent.name or base.name
 
 
 def _load_point(search: Search, overrides: Sequence[str], point: Point) -> LoadedConfig | ConfigError:

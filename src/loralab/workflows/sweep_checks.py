@@ -7,7 +7,7 @@ from typing import Any
 
 from loralab.config.load import LoadedConfig
 from loralab.config.metric_checks import asked_metrics
-from loralab.config.metric_facts import ALWAYS, better_of, figure_name, is_outside, owner_of
+from loralab.config.metric_facts import ALWAYS, FACTS, better_of, figure_name, is_outside, owner_of
 from loralab.config.schema import Config
 from loralab.errors import ConfigError, Problem
 from loralab.lookup import suggest
@@ -104,7 +104,7 @@ def check_points(points: Sequence[Point], configs: Sequence[LoadedConfig | Confi
     Args:
         points: of the space.
         configs: the configuration of each, or what is wrong with it.
-        metric: the figure's name in `evaluation.json`.
+        metric: option --metric.
 
     Raises:
         ConfigError: one cannot; each mistake is told once, with the first point that has it.
@@ -114,7 +114,8 @@ def check_points(points: Sequence[Point], configs: Sequence[LoadedConfig | Confi
     for point, loaded in zip(points, configs, strict=True):
         found = loaded.problems if isinstance(loaded, ConfigError) else _metric_problems(loaded.config, metric)
         for each in found:
-            problems.setdefault((each.what, each.fix), Problem(each.what, f"{point}: {each.where}", each.fix))
+            fix = _as_values(point, each) or each.fix
+            problems.setdefault((each.what, fix), Problem(each.what, f"{point}: {each.where}", fix))
         if isinstance(loaded, LoadedConfig):
             first = seen.setdefault(json.dumps(comparable(loaded.config), sort_keys=True), point)
             if first is not point:
@@ -124,8 +125,16 @@ def check_points(points: Sequence[Point], configs: Sequence[LoadedConfig | Confi
         raise ConfigError.from_problems(list(problems.values()))
 
 
-def _metric_problems(config: Config, figure: str) -> list[Problem]:
-    problems = []
+def _as_values(point: Point, problem: Problem) -> str | None:
+    """Return how values are written that were given as a list in brackets, where that list is the problem."""
+    for key, value in point.settings.items():
+        if value.startswith("[") and value.endswith("]") and problem.where.endswith(f"key {key}"):
+            return f"write {key}={','.join(part.strip() for part in value[1:-1].split(','))}"
+    return None
+
+
+def _metric_problems(config: Config, metric: str) -> list[Problem]:
+    problems, figure = [], figure_name(metric)
     if config.data.validation is None:
         fix = "set data.validation: 0.1, a number of rows or a file"
         problems.append(Problem("a sweep chooses by the validation split, and there is none", "data.validation", fix))
@@ -139,10 +148,11 @@ def _metric_problems(config: Config, figure: str) -> list[Problem]:
         return problems
     if owner is not None:
         fix = f"add evaluation.metrics=[{owner}]"
-        problems.append(Problem(f"no run measures {figure!r}", "option --metric", fix))
+        problems.append(Problem(f"no run measures {metric!r}", "option --metric", fix))
     else:
-        fix = suggest(figure, sorted(_ALWAYS_MEASURED))
-        problems.append(Problem(f"no such figure: {figure!r}", "option --metric", fix))
+        measured = [name for each in named if each in FACTS for name in FACTS[each].figures]
+        fix = suggest(metric, dict.fromkeys([*sorted(_ALWAYS_MEASURED), *measured]))
+        problems.append(Problem(f"no such figure: {metric!r}", "option --metric", fix))
     return problems
 
 

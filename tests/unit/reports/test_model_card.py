@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from loralab.reports.model_card import escape_markdown, write_model_card
+from loralab.reports.usage import name_repository
 from loralab.run import RunFolder
 from unit.reports import run_folders
 from unit.reports.run_folders import HOSTILE, build_run, build_whole_run
@@ -94,6 +95,14 @@ def test_the_programs_are_python_and_shell(tmp_path: Path) -> None:
     assert "```sh\nloralab generate path/to/this/adapter --prompt 'Your question'\n```" in body
 
 
+def test_on_the_hub_the_card_names_its_repository(tmp_path: Path) -> None:
+    _, body = read_card(build_whole_run(tmp_path))
+    named = name_repository(body, "ada/price")
+    assert "\nhf download ada/price --local-dir price\nloralab generate price --prompt 'Your question'\n" in named
+    assert 'adapter = "ada/price"' in find_program(named)
+    assert "path/to/this/adapter" not in named
+
+
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
@@ -110,6 +119,7 @@ def test_a_local_base_model_is_named_by_its_folder_only(tmp_path: Path, name: st
     assert "base_model" not in front
     assert f"`{shown}`" in body
     assert f'"path/to/{shown}"' in body
+    assert f"loralab generate path/to/this/adapter --model path/to/{shown} --prompt 'Your question'" in body
     assert "ann" not in body
     assert "secret" not in body
     assert "b" * 64 in body

@@ -52,6 +52,21 @@ def test_a_lead_within_the_interval_is_said() -> None:
     assert read_sweep(far)["cautions"] == []
 
 
+def test_one_run_is_one(tmp_path: Path) -> None:
+    one = content(entry(1, 1.0, interval=[0.9, 1.2], r="4"), entry(2, 1.1, r="8"))
+    assert any("002. Its eval_loss" in text and "so it may be" in text for text in read_sweep(one)["cautions"])
+    two = content(entry(1, 1.0, interval=[0.9, 1.2], r="4"), entry(2, 1.1, r="8"), entry(3, 1.1, r="9"))
+    assert any("003. Their eval_loss" in text and "so they may be" in text for text in read_sweep(two)["cautions"])
+
+
+@pytest.mark.parametrize("test", [None, 4])
+def test_the_test_split_is_named_where_there_is_one(tmp_path: Path, test: int | None) -> None:
+    runs = content(entry(1, 1.0, interval=[0.9, 1.2], r="4"), entry(2, 1.1, r="8"))
+    page = write_sweep_page(tmp_path, runs | {"config": {"data": {"test": test}}}).read_text()
+    assert ("--split test" in page) == (test is not None)
+    assert ("the configuration has no test split" in page) == (test is None)
+
+
 def test_seeds_rows_and_edges_are_said() -> None:
     wide = [0.99, 1.0]
     seeds = content(entry(1, 1.0, interval=wide, r="4", seed="1"), entry(2, 1.4, r="4", seed="2"))

@@ -16,6 +16,8 @@ from loralab.workflows.push import PushRequest, push
 from support.hub_client import talking_to
 from support.hub_server import USER, HubServer
 
+USE = "loralab generate path/to/this/adapter --prompt 'Your question'"
+
 
 class Listener(Reporter):
     """Keeps what is said."""
@@ -28,14 +30,19 @@ class Listener(Reporter):
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> Iterator[Path]:
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    with HubServer() as server, talking_to(server, tmp_path / "home"):
+        yield server
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
     folder = tmp_path / "my adapter"
     folder.mkdir()
     save_file({"layer.lora_A.weight": torch.ones(2, 3)}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "meta/tiny"}))
-    (folder / "README.md").write_text("---\ntags: [lora]\n---\n\n# Card\n")
-    with HubServer() as hub, talking_to(hub, tmp_path / "home"):
-        yield folder
+    (folder / "README.md").write_text(f"# Card\n\n{USE}\n")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -54,6 +61,7 @@ def test_the_same_command_takes_it_up_again(request_: PushRequest, options: str)
     assert workflow.push_command(Path("my adapter"), request_.options) == f"loralab push 'my adapter'{options}"
 
 
+@pytest.mark.usefixtures("hub")
 def test_ctrl_c_names_the_command_with_its_options(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -64,10 +72,15 @@ def test_ctrl_c_names_the_command_with_its_options(adapter: Path, monkeypatch: p
     assert f"loralab push '{adapter}' --repo mine --private;" in caught.value.problems[0].fix
 
 
-def test_the_end_says_how_many_files_were_compared(adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_end_says_how_many_files_were_compared(
+    hub: HubServer, adapter: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     listener, again = Listener(), Listener()
     result = push(adapter, PushRequest("mine"), reporter=listener)
     assert result["repo"] == f"{USER}/mine"
+    there = hub.model(f"{USER}/mine").head.files["README.md"].decode()
+    assert f"hf download {USER}/mine --local-dir mine\nloralab generate mine --prompt 'Your question'\n" in there
+    assert USE in (adapter / "README.md").read_text()  # linked to what was pushed, and not changed
     line = f"all {len(result['files'])} files are in the repository as they are here, compared by hash"
     assert listener.said[-1] == line
     with caplog.at_level(logging.WARNING):

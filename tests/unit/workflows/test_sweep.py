@@ -9,7 +9,8 @@ import pytest
 
 from loralab.errors import ConfigError, StorageError
 from loralab.progress import Reporter
-from loralab.workflows.sweep import Search, sweep
+from loralab.workflows.configure import load_run_config
+from loralab.workflows.sweep import Search, _own_name, sweep
 from support import tiny
 from support.command import write_config
 
@@ -74,6 +75,26 @@ def test_the_validation_split_decides(tmp_path: Path) -> None:
 def test_the_metric_must_be_measured(metric: str, words: str, tmp_path: Path) -> None:
     search = Search(config(tmp_path), ["lora.r=4,8"], metric=metric, output=tmp_path / "out")
     assert words in refuse(tmp_path, search)
+
+
+def test_a_metric_that_does_not_exist_is_named_whole(tmp_path: Path) -> None:
+    asked = config(tmp_path, evaluation={"metrics": ["exact_match", "rouge"]})
+    words = refuse(tmp_path, Search(asked, ["lora.r=4,8"], metric="eval_lss", output=tmp_path / "out"))
+    assert "no such figure: 'eval_lss'" in words
+    assert "did you mean 'eval_loss'? known: eval_loss, perplexity, token_accuracy, exact_match, rouge1," in words
+
+
+def test_values_in_brackets_are_written_without(tmp_path: Path) -> None:
+    words = refuse(tmp_path, Search(config(tmp_path), ["lora.r=[4, 8]"], output=tmp_path / "out"))
+    assert "fix:   write lora.r=4,8" in words
+
+
+def test_the_configuration_of_a_run_is_called_as_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "price" / "config.yaml"
+    file.parent.mkdir()
+    assert _own_name(file, load_run_config(config(tmp_path), [])) == "tiny"
+    file.write_text(config(tmp_path).read_text())
+    assert _own_name(file, load_run_config(file, [])) == "price"
 
 
 def test_the_process_of_a_sweep_holds_no_torch() -> None:
