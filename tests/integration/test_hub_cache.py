@@ -1,7 +1,5 @@
 """What lies in the cache by its commit: nothing is asked of the Hub for it, and no other commit takes its place."""
 
-import os
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,23 +20,13 @@ from support import tiny
 from support.command import Answer, read_problems, run_here, write_config
 from support.hub_client import talking_to
 from support.hub_server import HubServer
+from support.reporters import StopAt
 
 BASE, DATA = "meta/tiny", "ed/prices"
 CARD = b"---\nlicense: other\nlicense_name: tiny-licence\nlicense_link: LICENSE\nlanguage: en\n---\n"
 _CONFIGS = "configs:\n- config_name: prices\n  data_files:\n  - split: train\n    path: train.jsonl\n"
 DATA_CARD = f"---\nlicense: mit\nlanguage:\n- en\n- fr\n{_CONFIGS}---\n".encode()
 _PROGRAM = "import sys\nfrom loralab.cli import main\nsys.argv[0] = 'loralab'\nmain()\n"
-
-
-class StopAt(Reporter):
-    """Asks the run to stop at a step, as Ctrl-C does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def progress(self, label: str, done: int, total: int | None, *, detail: str = "") -> None:
-        if label == "train" and done == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @dataclass(frozen=True)

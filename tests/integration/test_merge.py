@@ -24,6 +24,7 @@ from loralab.workflows.merge import MergeRequest, merge
 from support import tiny
 from support.quantized import load as load_quantized
 from support.quantized import plain_twin
+from support.reporters import Notes
 from support.tiny_vision import save_vision_base, vqa_rows
 
 FAMILIES: tuple[tiny.Family, ...] = ("llama", "gpt2", "qwen2")
@@ -236,23 +237,13 @@ def test_numbers_of_another_type_than_in_training_are_told_apart(bases: dict[str
     adapter = moved_adapter(bases["llama"], tmp_path, "lora", "nf4")
     facts = json.loads((adapter / "adapter_facts.json").read_text())
     (adapter / "adapter_facts.json").write_text(json.dumps(facts | {"precision": "bfloat16"}))
-    told = Told()
+    told = Notes()
     content = merge(adapter, MergeRequest(tmp_path / "merged"), reporter=told)
     assert content["proof"]["kl_trained_merged"] > 1e-5 > content["proof"]["kl_adapter_merged"]
     assert content["proof"]["kl_trained_merged_reason"] == "its weights were quantized from bfloat16 numbers"
-    assert "asked in float32, as the merged model is; the adapter was trained in bfloat16" in told.lines
-    assert "float32 (what the base's weights are stored in)" in told.lines
-    assert "bfloat16 (as in training)" in told.lines
-
-
-class Told(Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
+    assert "asked in float32, as the merged model is; the adapter was trained in bfloat16" in told.said
+    assert "float32 (what the base's weights are stored in)" in told.said
+    assert "bfloat16 (as in training)" in told.said
 
 
 @pytest.mark.parametrize(("family", "saved"), [("qwen2", ("embed_tokens", "norm")), ("llama", ("lm_head", "norm"))])

@@ -33,6 +33,7 @@ from loralab.workflows.plan import plan
 from loralab.workflows.replay import replay
 from loralab.workflows.session import Session, open_session
 from support import tiny
+from support.reporters import Notes
 
 TOKENS = ["<tool_call>", "<|sep|>", " cat"]
 # Llama's head is a matrix of its own. Of these, Qwen2 has rows to spare.
@@ -44,16 +45,6 @@ TRAINING = {
     "save_steps": 8,
     "save_total_limit": None,
 }
-
-
-class Notes(Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 def save_base(folder: Path, family: tiny.Family = "llama", spare: int = 0) -> Path:

@@ -1,8 +1,6 @@
 """A run without an adapter: every command that needs one says how far the run came and what to do."""
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,9 +10,9 @@ import pytest
 
 import loralab
 from loralab.errors import StoppedBySignal
-from loralab.progress import Reporter
 from support import tiny
 from support.command import read_problems, run_here
+from support.reporters import StopAt
 
 COMMANDS = {
     "eval": (),
@@ -32,17 +30,6 @@ with claim_output(RunFolder(Path(sys.argv[1])), resume=True, overwrite=False):
     print("held", flush=True)
     sys.stdin.read()
 """
-
-
-class StopAt(Reporter):
-    """Asks the run to stop at a step, as Ctrl-C does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def progress(self, label: str, done: int, total: int | None, *, detail: str = "") -> None:
-        if label == "train" and done == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")

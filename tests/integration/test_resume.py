@@ -13,23 +13,13 @@ import pytest
 
 import loralab
 from loralab.errors import RunFolderError, StoppedBySignal
-from loralab.progress import Reporter
 from loralab.training.checkpoint import find_checkpoint, list_checkpoints
 from support import tiny
+from support.reporters import Notes
 
 Sections = dict[str, dict[str, Any]]
 STEPS = 8  # of a run: 16 rows in steps of 4, two epochs
 EVERY_TWO: Sections = {"training": {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}}
-
-
-class Notes(Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 import importlib
 import json
-import os
 import shutil
-import signal
 import sqlite3
 import struct
 import subprocess
@@ -17,33 +15,12 @@ import pytest
 
 import loralab
 from loralab.errors import ConfigError, StoppedBySignal
-from loralab.progress import Reporter
 from support import tiny
+from support.reporters import Notes, StopAt
 
 SECRET = "hf_" + "s3cr3t" * 6
 KEY = "0123456789abcdef" * 3
 Read = dict[tuple[str, int], list[float]]
-
-
-class StopAt(Reporter):
-    """Asks the run to stop at a step, as Ctrl-C does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def progress(self, label: str, done: int, total: int | None, *, detail: str = "") -> None:
-        if label == "train" and done == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-class Notes(Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.fixture(autouse=True)

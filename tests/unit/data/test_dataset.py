@@ -13,22 +13,14 @@ from loralab.data.tokens import identity
 from loralab.data.tokens.identity import tokenizer_sha256
 from loralab.errors import DataError, ModelError
 from loralab.progress import Reporter
-from support import tiny
+from support import reporters, tiny
 from unit.data.prompters import CHATML, build_tokenizer
 
 
-class Notes(Reporter):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
+class Notes(reporters.Notes):
     @property
     def hits(self) -> int:
-        return sum("cache hit" in line for line in self.lines)
+        return sum("cache hit" in line for line in self.said)
 
 
 @pytest.fixture
@@ -156,7 +148,7 @@ def test_report_says_what_was_read_kept_and_why(path: Path, notes: Notes) -> Non
     assert part["length_percentiles"]["p0"] == lengths[0]
     assert part["length_percentiles"]["p100"] == lengths[1]
     json.dumps(report)
-    assert "dropped 1 stop_token_inside_answer, 1 bad_row" in notes.lines[-1]
+    assert "dropped 1 stop_token_inside_answer, 1 bad_row" in notes.said[-1]
 
 
 def test_too_many_dropped_rows_list_reasons_and_rows(path: Path, notes: Notes) -> None:

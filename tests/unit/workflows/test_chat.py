@@ -16,6 +16,7 @@ from loralab.progress import Reporter
 from loralab.workflows.chat import SessionAnswerer
 from loralab.workflows.generate import resolve_system
 from support import tiny
+from support.reporters import Notes
 from unit.data.prompters import CHATML, build_prompter
 
 POSITIONS = 256  # of the tiny model
@@ -24,14 +25,6 @@ DEAF = CHATML.replace(
     "{% for", "{% for message in messages if message['role'] != 'system' %}{% endfor %}{% for", 1
 ).replace("messages %}<|start|>", "messages if message['role'] != 'system' %}<|start|>")
 REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
-
-
-class Notes(Reporter):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.fixture(scope="module")
