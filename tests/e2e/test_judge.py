@@ -155,6 +155,13 @@ def test_page_for_somebody_else_and_its_votes(run: RunFolder, tmp_path: Path) ->
     assert items.sha256 in page
     assert all(pair.item in page for pair in items.pairs_for("bert"))
     assert str(items.seed) not in page
+    (problem,) = read_problems(
+        run_here("judge", run.path, "--terminal", "--examples", 3)
+    )  # the page would be for nothing
+    assert "the items are frozen" in problem.what
+    assert run_here("judge", run.path, "--html", tmp_path / "page.html", "--rater", "bert").code == 0
+    (problem,) = read_problems(run_here("judge", run.path, "--result"))
+    assert f"open: bert (0 of {PAIRS} pairs judged)" in problem.what
     saved = write_saved(tmp_path / "votes.json", saved_page_votes(items, "bert"))
     answer = run_here("judge", run.path, "--import", saved, "--json")
     assert json.loads(answer.out)["imported"][0]["votes"] == PAIRS

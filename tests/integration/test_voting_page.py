@@ -106,6 +106,23 @@ def chosen(page: Any) -> list[str]:
     ]
 
 
+@slow
+def test_result_lists_prompts_by_what_is_their_own(context: Any, tmp_path: Path) -> None:
+    head = "Below is an instruction.\n\n### Instruction:\n"
+    pairs = tuple(
+        replace(pair, prompt=f"{head}Name city {number}.\n\n### Response:\n")
+        for number, pair in enumerate(make_pairs(3))
+    )
+    with open_sitting(tmp_path / "votes.jsonl", pairs) as sitting, served(sitting) as server:
+        page = open_page(context, server.address)
+        press(page, "1", "1", "1")
+        click(page, "Finish and show the names")
+        page.wait_for_selector("text=What you judged")
+        shown = page.locator("summary span:nth-child(2)").all_text_contents()
+        assert [text.split("\n")[0] for text in shown] == [f"… Name city {number}." for number in range(3)]
+        assert page.said == []
+
+
 def test_keys_and_mouse_vote_and_the_names_come_at_the_end(context: Any, sitting: Sitting, tmp_path: Path) -> None:
     items = [pair.item for pair in sitting.pairs]
     with served(sitting) as server:

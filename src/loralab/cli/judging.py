@@ -5,10 +5,10 @@ import os
 import sys
 import threading
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,10 @@ from loralab.config.paths import check_path
 from loralab.console import ConsoleReporter
 from loralab.errors import ConfigError, JudgingError, StorageError
 from loralab.options import AsJson, RunPath, Split, usable_path
+
+if TYPE_CHECKING:
+    from loralab.judging.sitting import Sitting
+    from loralab.workflows.judge import Compare, PreferenceTest
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,7 @@ def judge(
     _vote(test, name, _serving(port, no_browser) if not terminal else None, as_json=as_json)
 
 
-def _check_ways(ways: _Ways, opening: dict[str, Any], *, rater: str | None, page: dict[str, Any]) -> None:
+def _check_ways(ways: _Ways, opening: Mapping[str, object], *, rater: str | None, page: Mapping[str, object]) -> None:
     """Refuse options that would have no effect together.
 
     Raises:
@@ -136,7 +140,7 @@ def _rater(name: str | None) -> str:
     return check_rater(login, where="the login name (option --rater takes another)")
 
 
-def _comparer(run: Path) -> Any:
+def _comparer(run: Path) -> "Compare":
     """Return what compares where nothing is compared yet; only then torch is needed."""
 
     def compare(*, data: str | None, split: str | None, max_examples: int, output: Path | None) -> None:
@@ -151,7 +155,7 @@ def _comparer(run: Path) -> Any:
     return compare
 
 
-def _use_votes(test: Any, ways: _Ways, *, as_json: bool) -> None:
+def _use_votes(test: "PreferenceTest", ways: _Ways, *, as_json: bool) -> None:
     from loralab.judging.folder import check_rater
     from loralab.workflows.judge import close_sitting, import_votes
 
@@ -166,7 +170,7 @@ def _use_votes(test: Any, ways: _Ways, *, as_json: bool) -> None:
     _show_result(test, as_json=as_json)
 
 
-def _show_result(test: Any, *, as_json: bool) -> None:
+def _show_result(test: "PreferenceTest", *, as_json: bool) -> None:
     from loralab.workflows.judge_result import write_result
 
     result = write_result(test, ConsoleReporter())
@@ -178,7 +182,7 @@ def _show_result(test: Any, *, as_json: bool) -> None:
     ConsoleReporter().say(f"wrote {test.place.preference}{where}")
 
 
-def _write_page(test: Any, path: Path, rater: str, *, as_json: bool) -> None:
+def _write_page(test: "PreferenceTest", path: Path, rater: str, *, as_json: bool) -> None:
     from loralab.judging.page import render_offline
     from loralab.run import write_text
     from loralab.workflows.judge import check_unvoted
@@ -198,6 +202,7 @@ def _write_page(test: Any, path: Path, rater: str, *, as_json: bool) -> None:
         raise StorageError(
             f"cannot write the page: {error.strerror or error}", where=str(path), fix="name another file with --html"
         ) from None
+    test.folder.await_votes(test.items, rater)
     if as_json:
         print_json({"page": str(path), "rater": rater, "pairs": len(pairs), "items_sha256": test.items.sha256})
     else:
@@ -205,14 +210,14 @@ def _write_page(test: Any, path: Path, rater: str, *, as_json: bool) -> None:
     ConsoleReporter().say(f"{len(pairs)} pairs for {rater}; take what the page saves with --import FILE")
 
 
-def _title(test: Any) -> str:
+def _title(test: "PreferenceTest") -> str:
     return f"Which answer is better? {test.name}"
 
 
-def _serving(port: int | None, no_browser: bool) -> Callable[[Any, Any], None]:
+def _serving(port: int | None, no_browser: bool) -> Callable[["PreferenceTest", "Sitting"], None]:
     """Return what holds a sitting in the browser."""
 
-    def serve(test: Any, sitting: Any) -> None:
+    def serve(test: "PreferenceTest", sitting: "Sitting") -> None:
         from loralab.judging.server import serve_sitting
         from loralab.workflows.judge_result import reveal
 
@@ -242,7 +247,9 @@ def open_page(address: str) -> None:
     threading.Thread(target=browser.open, args=(address,), daemon=True).start()
 
 
-def _vote(test: Any, rater: str, serve: Callable[[Any, Any], None] | None, *, as_json: bool) -> None:
+def _vote(
+    test: "PreferenceTest", rater: str, serve: Callable[["PreferenceTest", "Sitting"], None] | None, *, as_json: bool
+) -> None:
     """Hold a rater's sitting; show the result where it is closed at the end."""
     from loralab.cli.voting import vote_in_terminal
 

@@ -87,11 +87,11 @@ class PreferenceFolder:
             raise _unwritable(self.path, error) from None
 
     def has_votes(self) -> bool:
-        """Return whether anybody has voted here, so that the items are frozen."""
+        """Return whether anybody has voted here, or has a page to vote on, so that the items are frozen."""
         return any(path.stat().st_size for path in self._vote_files())
 
     def raters(self) -> list[str]:
-        """Return the names of those who have voted, sorted."""
+        """Return the names of those who have voted or have a page to vote on, sorted."""
         # macOS gives names back in parts: a letter, then its accent.
         names = (unicodedata.normalize("NFC", path.name) for path in self._vote_files() if path.stat().st_size)
         return sorted(name.removesuffix(_SUFFIX) for name in names)
@@ -144,6 +144,20 @@ class PreferenceFolder:
         with open_votes(file, rater=rater, items_sha256=sha256, before_first=still_there) as log:
             check_votes(log.votes, items, rater=rater, where=str(file))
             yield Sitting(rater, items.pairs_for(rater), log)
+
+    def await_votes(self, items: ItemSet, rater: str) -> None:
+        """Freeze the items for a rater who has a page to vote on; its votes come later, from elsewhere.
+
+        Args:
+            items: the items of this folder.
+            rater: name of the rater, checked.
+
+        Raises:
+            JudgingError: another process holds the rater's sitting, or its votes are on other items.
+            StorageError: it cannot be written.
+        """
+        with open_votes(self.votes_file(rater), rater=rater, items_sha256=items.sha256) as log:
+            log.begin()
 
     def move_aside(self) -> Path | None:
         """Move the test aside for a new one; return where it is now, or None where there was none.

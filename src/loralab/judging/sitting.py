@@ -110,7 +110,7 @@ class Sitting:
         """
         with self._lock:
             if not self._log.votes.closed:
-                self._log.close_votes()
+                self._log.extend([], closed=True)
 
     def _check(self, item: str) -> None:
         if self._log.votes.closed:

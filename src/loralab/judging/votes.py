@@ -218,6 +218,15 @@ class VoteLog:
         self._size = size
         self._before_first = before_first
 
+    def begin(self) -> None:
+        """Write who is going to vote on which items, if that is not there yet.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        if not self._size:
+            self._write([])
+
     def append(self, item: str, choice: Choice | None, *, seconds: float | None) -> None:
         """Write an act, and let it count.
 
@@ -229,10 +238,10 @@ class VoteLog:
         self.votes.take(act)
 
     def extend(self, acts: Sequence[Act], *, closed: bool) -> None:
-        """Write acts that were made elsewhere, and let them count.
+        """Write acts that were made elsewhere, or the end, and let them count.
 
         Args:
-            acts: in their order.
+            acts: in their order; none where only the end is to be written.
             closed: whether the sitting is over with them.
 
         Raises:
@@ -244,14 +253,6 @@ class VoteLog:
         for act in acts:
             self.votes.take(act)
         self.votes.closed = closed
-
-    def close_votes(self) -> None:
-        """Write that the sitting is over.
-
-        Raises:
-            StorageError: it could not be written, and the sitting goes on.
-        """
-        self.extend([], closed=True)
 
     def _write(self, lines: Iterable[Mapping[str, Any]]) -> None:
         values = list(lines)

@@ -22,7 +22,7 @@ from loralab.judging.items import (
     read_comparison,
 )
 from loralab.judging.saved_votes import check_takeable, read_saved_votes, take_votes
-from loralab.judging.votes import Votes
+from loralab.judging.votes import Votes, read_votes
 from loralab.models.adapter_hash import WEIGHTS_FILE, adapter_sha256
 from loralab.progress import Reporter
 from loralab.reports.pictures import images_in, pictures_folder
@@ -253,7 +253,7 @@ def _freeze(
     if folder.has_votes():
         raise _changed(folder, str(changed))
     if changed is not None:
-        reporter.say(f"nobody has voted yet, so the items are taken anew: {changed}")
+        reporter.say(f"nobody has votes or a page yet, so the items are taken anew: {changed}")
     folder.keep_items(items)
     return items
 
@@ -344,7 +344,8 @@ def check_unvoted(test: PreferenceTest, rater: str) -> None:
     Raises:
         JudgingError: the rater has.
     """
-    if rater in test.folder.raters():
+    votes = read_votes(test.folder.votes_file(rater))
+    if votes is not None and (votes.acts or votes.closed):
         raise JudgingError(
             f"{rater!r} has votes here already; those of a page could not be added to them",
             where="option --rater",

@@ -77,6 +77,17 @@ def test_raters_are_those_who_voted(folder: PreferenceFolder, items: ItemSet) ->
     assert (anna.closed, anna.choices, bert.closed, len(bert.choices)) == (True, {}, False, 1)
 
 
+def test_page_for_somebody_else_freezes_the_items(folder: PreferenceFolder, items: ItemSet, tmp_path: Path) -> None:
+    folder.await_votes(items, "bert")
+    folder.await_votes(items, "bert")
+    assert folder.has_votes()
+    assert folder.raters() == ["bert"]
+    (votes,) = folder.load_votes(items)
+    assert (votes.rater, votes.choices, votes.closed) == ("bert", {}, False)
+    with pytest.raises(JudgingError, match="on other items"):
+        folder.await_votes(make_items(2), "bert")
+
+
 def test_first_vote_on_items_that_were_changed_meanwhile_is_refused(folder: PreferenceFolder, items: ItemSet) -> None:
     with folder.open_sitting(items, "anna") as sitting:
         folder.keep_items(make_items(PAIRS, seed=99))

@@ -48,7 +48,7 @@ def test_acts_are_on_disk_before_they_are_answered(tmp_path: Path, monkeypatch: 
         log.append(ONE, "tie", seconds=None)
         log.append(TWO, "both_bad", seconds=1.0)
         log.append(ONE, None, seconds=None)
-        log.close_votes()
+        log.extend([], closed=True)
         assert synced[-1] == path.read_bytes()
         assert len(synced) == 5
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

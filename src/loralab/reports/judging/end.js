@@ -98,6 +98,18 @@ function showResult(state) {
     make("p", { className: "muted" }, "You can close this page."),
   );
 }
+// A prompt from the line on in which it differs from the one that is most like it: templates begin all of them alike.
+const prompts = [...new Set(given.pairs.map((pair) => pair.prompt))].sort();
+function shortly(prompt) {
+  const place = prompts.indexOf(prompt);
+  const common = [prompts[place - 1], prompts[place + 1]].map((other) => {
+    let length = 0;
+    while (other !== undefined && length < prompt.length && prompt[length] === other[length]) length += 1;
+    return length;
+  });
+  const start = prompt.lastIndexOf("\n", Math.max(...common) - 1) + 1;
+  return `${start ? "… " : ""}${prompt.slice(start).trim()}`;
+}
 function judged(pair, place, result, choice) {
   const onLeft = result.left[pair.item];
   const names = [result.names[onLeft], result.names[1 - onLeft]];
@@ -109,7 +121,7 @@ function judged(pair, place, result, choice) {
     return make("div", { className: chosen ? "answer chosen" : "answer" }, make("h2", {}, words), box);
   };
   return make("details", {},
-    make("summary", {}, make("span", { className: "muted" }, String(place + 1)), make("span", { dir: "auto" }, pair.prompt.trim() || "(picture)"), make("b", {}, make("i", { className: kind }), name)),
+    make("summary", {}, make("span", { className: "muted" }, String(place + 1)), make("span", { dir: "auto" }, shortly(pair.prompt) || "(picture)"), make("b", {}, make("i", { className: kind }), name)),
     make("div", { className: "pictures", hidden: !pair.pictures.length }, ...pictures(pair)),
     make("div", { className: "text", dir: "auto" }, pair.prompt),
     make("div", { className: "answers" },
