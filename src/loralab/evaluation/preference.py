@@ -353,12 +353,16 @@ def judge_preference(adapter: int, base: int) -> dict[str, Any]:
     if share.low is None or share.high is None:
         return {**nothing, "reason": "there is no interval: no answer was better than the other"}
     if share.low <= 0.5 <= share.high:
-        return {**nothing, "reason": f"the interval holds 50 %; the sign test has p = {p:.2g}"}
+        return {**nothing, "reason": f"the interval holds 50 %; the sign test has {_p(p)}"}
     out = "the interval leaves out 50 %"
     if p > 1 - LEVEL + 1e-12:
-        return {**nothing, "reason": f"{out}, but the sign test has p = {p:.2g}"}
+        return {**nothing, "reason": f"{out}, but the sign test has {_p(p)}"}
     verdict = "adapter preferred" if adapter > base else "base preferred"
-    return {"verdict": verdict, "decided_needed": None, "reason": f"{out}; the sign test has p = {p:.2g}"}
+    return {"verdict": verdict, "decided_needed": None, "reason": f"{out}; the sign test has {_p(p)}"}
+
+
+def _p(p: float) -> str:
+    return f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
 
 
 def typical_seconds(seconds: Sequence[float]) -> float | None:

@@ -130,7 +130,7 @@ def summarize_preference(result: Mapping[str, Any]) -> str:
         return f"{text}."
     return (
         f"{text}. The adapter's share of those with a better answer is {_percent(share['value'])} (95 % interval "
-        f"{100 * share['low']:.0f} to {_percent(share['high'])}, sign test p = {result['sign_test_p']:.2g})."
+        f"{100 * share['low']:.0f} to {_percent(share['high'])}, sign test {_p(result['sign_test_p'])})."
     )
 
 
@@ -147,6 +147,11 @@ def _power(result: Mapping[str, Any]) -> list[str]:
     if result["decided_needed"] is None:
         return []
     aim = result["aim"]
+    if result["decided"] >= result["decided_needed"]:
+        return [
+            f"a true share of {_percent(aim['share'])} would have been seen with a chance of {_percent(aim['power'])} or "
+            f"more: that takes {result['decided_needed']} decided items, and there are {result['decided']}"
+        ]
     return [
         f"to see a true share of {_percent(aim['share'])} with a chance of {_percent(aim['power'])} it takes "
         f"{result['decided_needed']} decided items; there are {result['decided']}"
@@ -174,7 +179,7 @@ def _raters(result: Mapping[str, Any]) -> list[str]:
         if position["biased"]:
             lines.append(
                 f"rater {rater['rater']} chose the left answer in {position['left']} of "
-                f"{position['left'] + position['right']} decided votes (p = {position['p']:.2g}): a habit of position. "
+                f"{position['left'] + position['right']} decided votes ({_p(position['p'])}): a habit of position. "
                 "Sides are drawn for every item, so it favours neither model; it adds noise"
             )
     return lines
@@ -197,6 +202,10 @@ def _count(items: int) -> str:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.0f} %"
+
+
+def _p(p: float) -> str:
+    return f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
 
 
 def _sentence(line: str) -> str:

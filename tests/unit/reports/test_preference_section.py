@@ -141,3 +141,16 @@ def test_habit_of_position_is_said_with_what_it_means() -> None:
     (line,) = [line for line in preference_lines(compute_result(items, [votes])) if "position" in line]
     assert line.startswith("rater anna chose the left answer in 12 of 12 decided votes (p = 0.00049)")
     assert "favours neither model" in line
+
+
+def test_large_test_is_described_without_a_p_of_zero() -> None:
+    even: list[Vote] = [FOR, AGAINST] * 600
+    lines = preference_lines(_result(even, count=1200))
+    assert lines[1] == (
+        "a true share of 60 % would have been seen with a chance of 80 % or more: that takes 210 decided items, and "
+        "there are 1200"
+    )
+    result = _result([FOR] * 1200, count=1200)
+    assert result["sign_test_p"] < 1e-300
+    assert "sign test p < 0.0001" in summarize_preference(result)
+    assert preference_lines(result)[0].endswith("the sign test has p < 0.0001")
