@@ -24,9 +24,12 @@ from loralab.cli import training
 from loralab.config.load import describe_field, schema_keys
 from loralab.config.schema import Config
 from loralab.console import ConsoleReporter
+from loralab.export.gguf_file import FILE_TYPES
 from loralab.progress import Reporter
 from loralab.training.checkpoint import list_checkpoints, read_checkpoint
+from loralab.workflows import first_look
 from loralab.workflows.configure import load_run_config
+from loralab.workflows.export import EXPORTS
 from loralab.workflows.session import open_session
 from support import tiny
 from support.command import Answer, read_problems, run_here, run_watched, snapshot, start, write_config
@@ -125,6 +128,40 @@ def test_config_error_imports_nothing_heavy(tmp_path: Path) -> None:
     assert answer.imported == []
     assert "'alpcaa'" in read_problems(answer)[0].what
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        *((f"{each} nowhere", "no such folder: 'nowhere'") for each in ("chat", "eval", "push", "generate -p a")),
+        ("eval --adapter there --adapter nowhere --data x", "no such folder: 'nowhere'"),
+        ("merge nowhere --output out", "no such folder: 'nowhere'"),
+        ("merge there --output out --dtype float8", "no such dtype: 'float8'"),
+        ("merge there --output out --onto dequantised", "no such choice: 'dequantised'"),
+        ("merge there --output full", "already there: 'full'"),
+        ("export nowhere --to gguf", "no such folder: 'nowhere'"),
+        ("export there --to gguff", "no such program: 'gguff'"),
+        ("export there --to gguf --dtype q4", "no such type of GGUF weights: 'q4'"),
+        ("export there --to gguf --output full", "already there: 'full'"),
+        *(
+            (f"{each} merged", "a whole model that `loralab merge` wrote")
+            for each in ("chat", "eval", "generate -p a", "merge --output out", "report", "inspect")
+        ),
+    ],
+)
+def test_a_typo_imports_nothing_heavy(command: str, words: str, tmp_path: Path) -> None:
+    for name, file in (("there", "adapter_config.json"), ("full", "mine"), ("merged", "merge.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    (tmp_path / "merged" / "config.json").write_text("{}")
+    answer = run_watched(*command.split(), folder=tmp_path)
+    assert words in read_problems(answer)[0].what
+    assert answer.imported == []
+
+
+def test_the_words_of_a_first_look_are_those_that_act() -> None:
+    assert tuple(EXPORTS) == first_look.PROGRAMS
+    assert set(FILE_TYPES) == set(first_look.GGUF_DTYPES)
 
 
 def test_watching_sees_torch(world: World) -> None:

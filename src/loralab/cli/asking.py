@@ -48,6 +48,9 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Prompt the adapter under its prompt contract."""
+    from loralab.workflows.first_look import check_run
+
+    check_run(run)
     from loralab.workflows.prompts import read_prompts
 
     prompts = read_prompts(prompt or [], file, None if sys.stdin is None or sys.stdin.isatty() else sys.stdin)
@@ -100,6 +103,9 @@ def chat(
 
     Turns come from the terminal, or from a pipe, one a line; answers go to stdout, all else to stderr.
     """
+    from loralab.workflows.first_look import check_run
+
+    check_run(run)
     from loralab.cli.terminal import history_path, is_terminal, keeping_history, turn_reader, write_answer
     from loralab.evaluation.generate import GenerationSettings
     from loralab.workflows.chat import open_chat

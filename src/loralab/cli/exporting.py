@@ -45,6 +45,9 @@ def export(
 
     Example: loralab export runs/price --to ollama
     """
+    from loralab.workflows.first_look import check_export
+
+    check_export(run, output, to=to, dtype=dtype, name=name)
     from loralab.workflows.export import ExportRequest, export
 
     request = ExportRequest(to, output, name, dtype, model)

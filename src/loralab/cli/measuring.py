@@ -74,6 +74,10 @@ def evaluate(
         metrics=_as_list(metrics),
         answer_by=answer_by,
     )
+    from loralab.workflows.first_look import check_run
+
+    for target in targets:
+        check_run(target)
     from loralab.workflows.evaluate import evaluate_adapters
 
     results = evaluate_adapters(
@@ -131,8 +135,10 @@ def report(
 ) -> None:
     """Rebuild plots, page and model card from the run folder, or print a methods paragraph."""
     from loralab.run import open_run
+    from loralab.workflows.first_look import check_no_merged
     from loralab.workflows.report import build_report, methods_of
 
+    check_no_merged(run)
     folder = open_run(run)
     if methods:
         found = methods_of(folder)

@@ -53,6 +53,9 @@ def merge(
     Example: loralab merge runs/price --output price-merged
     """
     others = [_read_other(text) for text in adapter or []]
+    from loralab.workflows.first_look import check_merge
+
+    check_merge([run, *(path for path, _ in others)], output, dtype=dtype, onto=onto)
     from loralab.workflows.merge import MergeRequest
     from loralab.workflows.merge import merge as merge_adapter
 

@@ -51,6 +51,9 @@ def push(
 
     Example: loralab push runs/price --repo price-adapter
     """
+    from loralab.workflows.first_look import check_run
+
+    check_run(run, merged=True)
     from loralab.workflows.push import PushRequest
     from loralab.workflows.push import push as run_push
 

@@ -15,9 +15,9 @@ from typing import Any
 from safetensors import safe_open
 
 from loralab import __version__
-from loralab.errors import ConfigError, ModelError, TemplateError, UserError
+from loralab.errors import ModelError, TemplateError, UserError
 from loralab.export.gguf_architectures import choose_architecture
-from loralab.export.gguf_file import FILE_TYPES, GgufContent, write_gguf
+from loralab.export.gguf_file import GgufContent, write_gguf
 from loralab.export.gguf_library import load_gguf
 from loralab.export.gguf_proof import Prompt, choose_blank, prove_gguf
 from loralab.export.gguf_vocabulary import build_vocabulary
@@ -35,7 +35,6 @@ from loralab.export.vllm import (
     write_adapter,
     write_extras,
 )
-from loralab.lookup import look_up
 from loralab.models.adapters import CONFIG_FILE, WEIGHTS_FILE
 from loralab.models.load import load_model_config, max_positions
 from loralab.models.merge_source import open_checkpoint
@@ -43,12 +42,12 @@ from loralab.models.vision import VISION_FAMILIES
 from loralab.progress import Reporter
 from loralab.run import file_sha256, read_json, write_json
 from loralab.workflows.export_source import ExportSource, open_source
+from loralab.workflows.first_look import LONGEST_NAME, check_export
 from loralab.workflows.inspect_modules import rank_and_scale
 from loralab.workflows.merge_checks import MERGE_FILE
 from loralab.workflows.new_folder import check_free, new_folder
 
 EXPORT_FILE = "export.json"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHORTEST_CONTEXT = 2048
 
 
@@ -109,11 +108,9 @@ def export(path: Path, request: ExportRequest, *, reporter: Reporter) -> dict[st
         UserError: it cannot be exported this way.
         ProofError: what was written is not what the model does; nothing is left.
     """
-    work = look_up(EXPORTS, request.to, kind="program", where="option --to")
-    dtype = _check_dtype(request)
-    name = _check_name(_own_name(path) if request.name is None else request.name)
-    output = request.output or path.absolute().with_name(f"{path.absolute().name}-{request.to}")
-    check_free(output)
+    output = check_export(path, request.output, to=request.to, dtype=request.dtype, name=request.name)
+    work, dtype = EXPORTS[request.to], request.dtype or "f16"
+    name = _own_name(path) if request.name is None else request.name
     if request.to == "gguf":
         load_gguf()
     source = open_source(path, request.base_model, reporter)
@@ -130,33 +127,11 @@ def export(path: Path, request: ExportRequest, *, reporter: Reporter) -> dict[st
     return {**result, "output": str(output)}
 
 
-def _check_dtype(request: ExportRequest) -> str:
-    if request.dtype is not None and request.to != "gguf":
-        raise ConfigError(
-            f"--dtype {request.dtype} with --to {request.to}, which takes weights as they are",
-            where="option --dtype",
-            fix="remove it, or export --to gguf",
-        )
-    chosen = request.dtype or "f16"
-    look_up(FILE_TYPES, chosen, kind="type of GGUF weights", where="option --dtype")
-    return chosen
-
-
 def _own_name(path: Path) -> str:
     """Return a name for the model: the one that a merged folder's record knows, or the folder's."""
     merged = read_json(path / MERGE_FILE) if (path / MERGE_FILE).is_file() else {}
     known = Path(str(merged.get("name") or "")).name or path.absolute().name
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", known).strip("-._") or "model"
-
-
-def _check_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"not a name for a model: {name!r}",
-            where="option --name",
-            fix="use letters, digits, dots, dashes and underscores",
-        )
-    return name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", known).strip("-._")[:LONGEST_NAME] or "model"
 
 
 def _to_gguf(job: _Job) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from loralab.doctor.findings import Finding, by_severity
 from loralab.errors import ModelError, RunFolderError
 from loralab.run import RunFolder, read_json
+from loralab.workflows.first_look import check_no_merged
 from loralab.workflows.inspect_modules import by_kind, misfit, names_in, rank_and_scale, variant_of
 from loralab.workflows.inspect_tensors import StoredTensor, not_finite, read_tensors
 
@@ -83,6 +84,7 @@ def find_adapter(path: Path) -> tuple[Path, RunFolder | None]:
     owner = parent if parent.exists() and path.resolve() == parent.adapter.resolve() else None
     if (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file():
         return path, owner
+    check_no_merged(path)
     if not path.is_dir():
         what = f"no such folder: {str(path)!r}" if not path.exists() else f"not a folder: {str(path)!r}"
         raise ModelError(what, where="argument RUN", fix="give a run folder, or the adapter folder inside it")

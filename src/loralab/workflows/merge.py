@@ -25,17 +25,17 @@ from loralab.models.vision import auto_class
 from loralab.progress import Reporter
 from loralab.reports.merged_card import write_merged_card
 from loralab.run import file_sha256, write_json
+from loralab.workflows.first_look import check_merge
 from loralab.workflows.memory_watch import MemoryWatch
 from loralab.workflows.merge_checks import (
+    DTYPES,
     MERGE_FILE,
     check_adapter,
     check_base,
     check_contracts,
     check_kinds,
-    check_onto,
     check_same_base,
     check_weights,
-    read_dtype,
 )
 from loralab.workflows.merge_files import copy_companions, data_facts
 from loralab.workflows.merge_proof import (
@@ -96,9 +96,10 @@ def merge(path: Path, request: MergeRequest, *, reporter: Reporter) -> dict[str,
         AdapterIntegrityError: the adapter's tensors are not those that were saved.
         MergeParityError: the merged model does not answer as the adapter does; nothing was kept.
     """
-    dtype = read_dtype(request.dtype)
-    check_onto(request.onto)
-    targets = [find_target(each) for each in (path, *(other for other, _ in request.others))]
+    others = [other for other, _ in request.others]
+    check_merge([path, *others], request.output, dtype=request.dtype, onto=request.onto)
+    dtype = None if request.dtype is None else DTYPES[request.dtype]
+    targets = [find_target(each) for each in (path, *others)]
     weights = [request.weight, *(weight for _, weight in request.others)]
     parts = [Part(target.adapter, weight) for target, weight in zip(targets, weights, strict=True)]
     check_kinds(parts)

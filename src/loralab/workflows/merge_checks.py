@@ -15,43 +15,22 @@ from peft import PeftConfig, PeftType
 from loralab.config.schema import Config
 from loralab.data.prompts.contract import CONTRACT_FILE
 from loralab.errors import AdapterIntegrityError, ConfigError, ModelError, StorageError
-from loralab.lookup import look_up
 from loralab.models.adapters import adapter_sha256
 from loralab.models.load import model_sha256
 from loralab.models.merge_source import checkpoint_folder, snapshot_revision
 from loralab.models.merging import Part
 from loralab.run import Json, read_json
+from loralab.workflows.first_look import DTYPE_NAMES
 from loralab.workflows.session import Target, base_misfit, known_base
 
 MERGE_FILE = "merge.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ONTO = ("dequantized", "original")
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 # Room for tokenizer, card and the like, beside the weights.
 _MARGIN = 64 * 2**20
 # PEFT's kinds whose updates add up.
 _ADDITIVE = {PeftType.LORA, PeftType.LOHA, PeftType.LOKR, PeftType.VERA}
 # Kinds that train nothing inside a layer.
 _WITHOUT_LAYERS = {PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING, PeftType.ADAPTION_PROMPT}
-
-
-def read_dtype(name: str | None) -> torch.dtype | None:
-    """Return the type that is asked for.
-
-    Raises:
-        ConfigError: there is no such type.
-    """
-    if name is None:
-        return None
-    return look_up(DTYPES, name, kind="dtype", where="option --dtype")
-
-
-def check_onto(name: str) -> None:
-    """Check what a merge goes onto.
-
-    Raises:
-        ConfigError: there is no such word.
-    """
-    look_up(dict.fromkeys(ONTO), name, kind="choice", where="option --onto")
 
 
 def check_weights(targets: Sequence[Target], parts: Sequence[Part], hashes: Sequence[str]) -> list[str]:

@@ -32,6 +32,7 @@ from loralab.run import RunFolder, read_json
 from loralab.training.checkpoint import find_checkpoint
 from loralab.workflows.adapter_folder import FACTS_FILE
 from loralab.workflows.configure import load_run_config
+from loralab.workflows.first_look import check_run
 from loralab.workflows.output import writer_of
 from loralab.workflows.pictures import open_pictures
 from loralab.workflows.pinning import fetch_base
@@ -99,12 +100,7 @@ def find_target(path: Path) -> Target:
     Raises:
         ModelError: there is no adapter.
     """
-    if not path.exists() and len(path.parts) == 2 and not path.parent.exists():
-        raise ModelError(
-            f"no such folder: {str(path)!r}",
-            where="argument RUN",
-            fix=f"check the path; an adapter on the Hub is fetched first: hf download {path} --local-dir {path.name}",
-        )
+    check_run(path)
     if RunFolder(path).exists():
         folder = RunFolder(path)
         if not (folder.adapter / CONFIG_FILE).is_file():
