@@ -146,15 +146,15 @@ def preference_lines(result: Mapping[str, Any]) -> list[str]:
 def _power(result: Mapping[str, Any]) -> list[str]:
     if result["decided_needed"] is None:
         return []
-    aim = result["aim"]
-    if result["decided"] >= result["decided_needed"]:
+    decided, needed = result["decided"], result["decided_needed"]
+    share, power = (_percent(result["aim"][name]) for name in ("share", "power"))
+    if decided < needed:
         return [
-            f"a true share of {_percent(aim['share'])} would have been seen with a chance of {_percent(aim['power'])} or "
-            f"more: that takes {result['decided_needed']} decided items, and there are {result['decided']}"
+            f"to see a true share of {share} with a chance of {power} it takes {needed} decided items; there are {decided}"
         ]
     return [
-        f"to see a true share of {_percent(aim['share'])} with a chance of {_percent(aim['power'])} it takes "
-        f"{result['decided_needed']} decided items; there are {result['decided']}"
+        f"a true share of {share} would have been seen with a chance of {power} or more: that takes {needed} decided "
+        f"items, and there are {decided}"
     ]
 
 
