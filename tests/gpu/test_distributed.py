@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from gpu.world import run_config, save_base
+from gpu.world import check_same, run_config, save_base
 from support.command import write_config
 
 pytestmark = [
@@ -51,22 +50,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return start
 
 
-def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
 def resolved(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / "run.json").read_text(encoding="utf-8"))["resolved"])
-
-
-def check_same(one: Path, other: Path, *, rel: float) -> None:
-    assert losses(one)
-    assert losses(other) == pytest.approx(losses(one), rel=rel)
-    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, other))
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert float((second[name] - tensor).norm() / tensor.norm()) <= 100 * rel, name
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])

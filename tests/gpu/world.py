@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import loralab
@@ -111,3 +113,19 @@ def killed_after(run: loralab.Run, step: int, folder: Path) -> Path:
     record = json.loads((cut / "run.json").read_text(encoding="utf-8"))
     (cut / "run.json").write_text(json.dumps(record | {"status": "running"}), encoding="utf-8")
     return cut
+
+
+def losses(run: Path) -> list[float]:
+    """Return the logged training losses of a run folder."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def check_same(one: Path, other: Path, *, rel: float) -> None:
+    """Check that two runs have one curve and one adapter, whose tensors may differ a hundred times as much."""
+    assert losses(one)
+    assert losses(other) == pytest.approx(losses(one), rel=rel)
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, other))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert float((second[name] - tensor).norm() / tensor.norm()) <= 100 * rel, name

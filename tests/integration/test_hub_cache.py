@@ -267,6 +267,7 @@ class MovesOn(Reporter):
             self.place.hub.repos["datasets", DATA].commit("moved on", {"train.jsonl": price_rows(30, 5)})
 
 
+@pytest.mark.slow
 def test_all_runs_of_a_sweep_take_the_commits_of_the_first(place: Place, run: Path, tmp_path: Path) -> None:
     repos = (place.hub.model(BASE), place.hub.repos["datasets", DATA])
     heads = [repo.head.sha for repo in repos]
