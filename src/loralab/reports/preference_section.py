@@ -150,7 +150,8 @@ def _power(result: Mapping[str, Any]) -> list[str]:
     share, power = (_percent(result["aim"][name]) for name in ("share", "power"))
     if decided < needed:
         return [
-            f"to see a true share of {share} with a chance of {power} it takes {needed} decided items; there are {decided}"
+            f"to see a true share of {share} with a chance of {power} it takes {needed} decided items; "
+            f"there are {decided}"
         ]
     return [
         f"a true share of {share} would have been seen with a chance of {power} or more: that takes {needed} decided "
