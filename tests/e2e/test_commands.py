@@ -383,6 +383,24 @@ def test_eval_with_other_data_writes_nothing(world: World, tmp_path: Path) -> No
     assert snapshot(world.run) == before
 
 
+def test_eval_says_how_many_rows_were_trained_on(world: World, tmp_path: Path) -> None:
+    trained = run_here("eval", world.run, "--data", world.rows)
+    count = ROWS - VALIDATION_ROWS
+    assert f"warning: {count} of {ROWS} rows are among the rows that {world.run} was trained on" in trained.err
+    file = tiny.write_rows(tmp_path / "other.json", tiny.alpaca_rows(5, seed=9))
+    assert "trained on" not in run_here("eval", world.run, "--data", file).err
+    gone = run_here("eval", world.run, "--data", file, "data.max_length=100")
+    assert gone.code == 0, gone.err
+    run = Path(shutil.copytree(world.run, tmp_path / "run"))
+    data = json.loads((run / "data.json").read_text())
+    for source in data["sources"]:
+        source["sha256"] = "0" * 64
+    (run / "data.json").write_text(json.dumps(data))
+    answer = run_here("eval", run, "--data", file)
+    assert answer.code == 0, answer.err
+    assert "not known: whether" in answer.err
+
+
 @dataclass(frozen=True)
 class Exported:
     """An adapter that plain PEFT made, and the same rows as a file and as a tokenized data set."""

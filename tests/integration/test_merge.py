@@ -1,6 +1,7 @@
 """A merged model answers as the live adapter: families, quantizations, variants, trained layers, pictures, sums."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,13 @@ def test_a_merged_folder_is_whole(bases: dict[str, Path], trained: Path, tmp_pat
     own = json.loads((run / "run.json").read_text())
     assert content["adapters"][0]["sha256"] == own["adapter_sha256"]
     assert content["base"]["sha256"] == own["model"]["sha256"]
+    card = (output / "README.md").read_text()
+    measured = json.loads((run / "evaluation.json").read_text())
+    assert content["measured"]["figures"]["loss"]["adapter"] == measured["eval_loss"]
+    assert f"| `loss` | {measured['base']['eval_loss']:.4g} | {measured['eval_loss']:.4g} |" in card
+    assert f"It is `{content['template']}`." in card
+    (program,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(compile(program.replace("path/to/this/model", str(output)), "program", "exec"), {})
     index = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
     theirs = json.loads((bases["qwen2"] / "model.safetensors.index.json").read_text())["weight_map"]
     assert index == theirs  # one shard for each of the base's, the same tensors in it

@@ -74,10 +74,6 @@ def evaluate(
         metrics=_as_list(metrics),
         answer_by=answer_by,
     )
-    from loralab.workflows.first_look import check_run
-
-    for target in targets:
-        check_run(target)
     from loralab.workflows.evaluate import evaluate_adapters
 
     results = evaluate_adapters(
@@ -119,6 +115,10 @@ def _targets(run: Path | None, adapters: list[Path]) -> list[Path]:
         raise ConfigError(
             f"adapter {str(twice[0])!r} is given twice", where="arguments RUN, --adapter", fix="give it once"
         )
+    from loralab.workflows.first_look import check_run
+
+    for path in given:
+        check_run(path)
     return given
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from loralab.reports.model_card import HUB_ID, code, escape_markdown, licence_name
+from loralab.reports.model_card import HUB_ID, code, code_block, code_cell, escape_markdown, licence_name
 from loralab.reports.paths import is_absolute, path_name
 from loralab.run import Json, write_text
 
@@ -20,6 +20,20 @@ _FIGURES = (
     ("max_logit_difference", "Largest difference of a logit"),
     ("logit_standard_deviation", "Standard deviation of the logits"),
 )
+
+
+_PROGRAM = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/model"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+messages = [{"role": "user", "content": "Your question"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=128, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
 
 
 def write_merged_card(folder: Path, merged: Json) -> Path:
@@ -66,6 +80,7 @@ def _lines(folder: Path, merged: Json) -> list[str]:
         lines += [f"Revision of the base model: {code(base['revision'])}.", ""]
     if base.get("sha256"):
         lines += [f"SHA-256 of the base model: {code(base['sha256'])}.", ""]
+    lines += [*_use(merged), *_measured(merged.get("measured") or {})]
     lines += [
         "## Proof",
         "",
@@ -85,6 +100,41 @@ def _lines(folder: Path, merged: Json) -> list[str]:
         f"({licence}) and of the data apply.",
     ]
     return lines
+
+
+def _use(merged: Json) -> list[str]:
+    """Return how to ask the model; the program that reads pictures differs from family to family."""
+    named = f" It is {code(merged['template'])}." if merged.get("template") else ""
+    prompt = f"The prompt template and the stop tokens lie in this folder.{named}"
+    if merged["reads_pictures"]:
+        loaded = "`AutoModelForImageTextToText` and `AutoProcessor` of transformers load it."
+        return ["## How to use it", "", f"{loaded} {prompt}", ""]
+    return ["## How to use it", "", f"With transformers. {prompt}", "", code_block(_PROGRAM, "python"), ""]
+
+
+def _measured(measured: Json) -> list[str]:
+    """Return what the run measured of the adapter, before it was merged."""
+    if not measured.get("figures"):
+        return []
+    rows = [
+        f"| {code_cell(name)} | {_figure(each['base'])} | {_figure(each['adapter'])} |"
+        for name, each in measured["figures"].items()
+    ]
+    return [
+        "## Results",
+        "",
+        f"Measured by the run on {measured['rows']} rows of its {escape_markdown(measured['split'])} split, with the "
+        "adapter beside the base, before the merge:",
+        "",
+        "| Figure | Base model | Adapter |",
+        "|---|--:|--:|",
+        *rows,
+        "",
+    ]
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "not measured"
 
 
 def _adapters(merged: Json) -> str:

@@ -19,9 +19,9 @@ from loralab.run import RunFolder, read_json, write_json
 from loralab.workflows.blank_pictures import check_blanking
 from loralab.workflows.pictures import reading_pictures
 from loralab.workflows.predictions import write_lines, write_predictions
+from loralab.workflows.seen_rows import check_same_data, warn_of_seen_rows
 from loralab.workflows.session import (
     Session,
-    Target,
     find_target,
     load_adapter_tokenizer,
     load_target_config,
@@ -227,6 +227,8 @@ def _evaluate_one(
         ignores=() if data is None else OWN_ROWS,
     )
     found = find_split(session, data, request.data_split, reporter)
+    if data is not None:
+        warn_of_seen_rows(session, found.split, reporter, max_length=found.max_length)
     if request.blank_images:
         check_blanking(found.split, found.name)
     config = without_foreign_code(session.config, overrides, reporter)
@@ -363,27 +365,8 @@ def find_split(session: Session, data: str | None, data_split: str | None, repor
             where=str(session.target.adapter),
             fix="name data with --data FILE, or evaluate the training rows with --split train",
         )
-    _check_same_data(session.target, prepared)
+    check_same_data(session.target, prepared)
     return Found(chosen, prepared.splits[chosen], section.max_length, prepared)
-
-
-def _check_same_data(target: Target, prepared: PreparedData) -> None:
-    """Check that the run's own data is still what the run saw; its splits would be others."""
-    if target.folder is None or not target.folder.data.is_file():
-        return
-    before = {source["name"]: source["sha256"] for source in read_json(target.folder.data).get("sources", [])}
-    now = {source["name"]: source["sha256"] for source in prepared.report["sources"]}
-    changed = [
-        name
-        for name, sha in now.items()
-        if Path(name).name in {Path(b).name for b in before} and sha not in before.values()
-    ]
-    if changed:
-        raise DataError(
-            f"the data has changed since the run: {', '.join(changed)}",
-            where=str(target.folder.path),
-            fix="restore it, or evaluate on it by name with --data (rows may have been trained on)",
-        )
 
 
 def _fit_length(session: Session, reporter: Reporter) -> DataConfig:

@@ -37,7 +37,7 @@ from loralab.workflows.merge_checks import (
     check_same_base,
     check_weights,
 )
-from loralab.workflows.merge_files import copy_companions, data_facts
+from loralab.workflows.merge_files import copy_companions, data_facts, run_facts
 from loralab.workflows.merge_proof import (
     DEFINITIONS,
     LiveAnswers,
@@ -124,6 +124,7 @@ def merge(path: Path, request: MergeRequest, *, reporter: Reporter) -> dict[str,
             "adapters": _describe_adapters(parts, targets, hashes),
             "base": _describe_base(world, written.checkpoint.folder, base_sha256),
             "trained_on": data_facts(targets),
+            **run_facts(targets, weights),
             "onto": world.onto.value,
             "onto_reason": world.onto.reason,
             "dtype": str(written.dtype.value).removeprefix("torch."),

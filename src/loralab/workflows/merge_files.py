@@ -43,6 +43,33 @@ def data_facts(targets: Sequence[Target]) -> Json:
     return {**({"language": spoken} if every else {}), **({"datasets": sets} if sets else {})}
 
 
+def run_facts(targets: Sequence[Target], weights: Sequence[float]) -> Json:
+    """Return what a run knows of the adapter that was merged alone and as trained; empty of any other.
+
+    Args:
+        targets: the adapters.
+        weights: factors of their updates.
+
+    Returns:
+        `template`, its name, and `measured`, the figures of the run's final evaluation.
+    """
+    folder = targets[0].folder
+    if folder is None:
+        return {}
+    template = ((read_json(folder.data) if folder.data.is_file() else {}).get("template") or {}).get("name")
+    found: Json = {"template": template} if template else {}
+    if len(targets) > 1 or weights[0] != 1 or not folder.evaluation.is_file():
+        return found
+    own = read_json(folder.evaluation)
+    base = own.get("base") or {}
+    sides = {"loss": (base.get("eval_loss"), own.get("eval_loss"))}
+    for name, figure in (own.get("metrics") or {}).items():
+        if isinstance(figure, dict):
+            sides[name] = (((base.get("metrics") or {}).get(name) or {}).get("value"), figure.get("value"))
+    figures = {name: {"base": b, "adapter": a} for name, (b, a) in sides.items() if a is not None}
+    return {**found, "measured": {"split": own.get("split"), "rows": own.get("num_examples"), "figures": figures}}
+
+
 def _of_run(folder: RunFolder) -> Json:
     record = read_json(folder.record)
     names = list(hub_data_names(record.get("revisions", {})))
