@@ -10,6 +10,7 @@ import yaml
 
 from loralab.reports.model_card import HUB_ID, code, code_block, code_cell, escape_markdown, licence_name
 from loralab.reports.paths import is_absolute, path_name
+from loralab.reports.usage import MODEL_PLACE
 from loralab.run import Json, write_text
 
 _FIGURES = (
@@ -22,14 +23,14 @@ _FIGURES = (
 )
 
 
-_PROGRAM = """\
+_PROGRAM = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "path/to/this/model"
+folder = "{MODEL_PLACE}"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
-messages = [{"role": "user", "content": "Your question"}]
+messages = [{{"role": "user", "content": "Your question"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=128, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -13,8 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from loralab.reports.facts import Facts, dig, dig_list
 
 DEFAULT_NEW_TOKENS = 128
-# What a card calls the folder that it lies in.
+# What a card of an adapter, and of a merged model, calls the folder that it lies in.
 ADAPTER_PLACE = "path/to/this/adapter"
+MODEL_PLACE = "path/to/this/model"
 _TEXT, _VISION = "peft_program.jinja", "peft_vision_program.jinja"
 
 
@@ -71,13 +72,14 @@ def name_repository(card: str, repository: str) -> str:
     """Return the text of a card, whose commands name the repository where it is.
 
     Args:
-        card: as it lies beside the adapter.
+        card: as it lies beside the adapter or the merged model.
         repository: OWNER/NAME on the Hub.
     """
     name = repository.rpartition("/")[2]
     fetched = f"hf download {repository} --local-dir {name}\nloralab generate {name} "
     named = card.replace(f"loralab generate {ADAPTER_PLACE} ", fetched)
-    return named.replace(f'adapter = "{ADAPTER_PLACE}"', f'adapter = "{repository}"')
+    named = named.replace(f'adapter = "{ADAPTER_PLACE}"', f'adapter = "{repository}"')
+    return named.replace(f'folder = "{MODEL_PLACE}"', f'folder = "{repository}"')
 
 
 def reads_pictures(facts: Facts) -> bool:

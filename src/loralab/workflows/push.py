@@ -268,7 +268,12 @@ def _staging(source: _Source) -> Iterator[Path]:
 def _bundle(source: _Source, staging: Path, run_id: str, adapter: str, *, repository: str) -> Push:
     if is_merged(source.path):
         title, description = commit_text(source.name, run_id, step=None, adapter=adapter)
-        return Push(pushable_files(source.path), title.replace("adapter", "merged from adapter"), description)
+        files = pushable_files(source.path)
+        if CARD in files:
+            shutil.copyfile(files[CARD], staging / CARD)
+            name_own_place(staging, repository)
+            files[CARD] = staging / CARD
+        return Push(files, title.replace("adapter", "merged from adapter"), description)
     base, commit = base_on_hub(source.record) if source.run is not None else _named_base(source.path)
     try:
         stage_adapter(source.path, staging, base_name=base, base_commit=commit)

@@ -61,6 +61,18 @@ def test_the_same_command_takes_it_up_again(request_: PushRequest, options: str)
     assert workflow.push_command(Path("my adapter"), request_.options) == f"loralab push 'my adapter'{options}"
 
 
+def test_the_card_of_a_merged_model_names_its_repository(hub: HubServer, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    save_file({"weight": torch.ones(2, 3)}, merged / "model.safetensors")
+    for name in ("config.json", "merge.json"):
+        (merged / name).write_text("{}")
+    (merged / "README.md").write_text('folder = "path/to/this/model"\n')
+    push(merged, PushRequest("mine"), reporter=Reporter())
+    assert hub.model(f"{USER}/mine").head.files["README.md"] == f'folder = "{USER}/mine"\n'.encode()
+    assert (merged / "README.md").read_text() == 'folder = "path/to/this/model"\n'
+
+
 @pytest.mark.usefixtures("hub")
 def test_ctrl_c_names_the_command_with_its_options(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*_: object, **__: object) -> None:
