@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from loralab.errors import StoppedBySignal
 from loralab.progress import Reporter
 from loralab.workflows import push as workflow
+from loralab.workflows.hub_pushes import push_command
 from loralab.workflows.push import PushRequest, push
 from support.hub_client import talking_to
 from support.hub_server import USER, HubServer
@@ -58,7 +59,7 @@ def adapter(tmp_path: Path) -> Path:
     ],
 )
 def test_the_same_command_takes_it_up_again(request_: PushRequest, options: str) -> None:
-    assert workflow.push_command(Path("my adapter"), request_.options) == f"loralab push 'my adapter'{options}"
+    assert push_command(Path("my adapter"), request_.options) == f"loralab push 'my adapter'{options}"
 
 
 def test_the_card_of_a_merged_model_names_its_repository(hub: HubServer, tmp_path: Path) -> None:
