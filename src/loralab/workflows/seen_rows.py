@@ -11,7 +11,7 @@ from loralab.data.dataset import PreparedData, prepare_data
 from loralab.data.proofs.survey import hash_split
 from loralab.data.tokens.store import TokenStore
 from loralab.errors import DataError, LoralabError
-from loralab.progress import Reporter
+from loralab.progress import ProgressOnly, Reporter
 from loralab.run import read_json
 from loralab.workflows.session import Session, Target, load_adapter_tokenizer
 
@@ -60,7 +60,7 @@ def warn_of_seen_rows(session: Session, split: TokenStore, reporter: Reporter, *
         own = prepare_data(
             session.config.data.model_copy(update={"max_length": max_length}),
             tokenizer,
-            reporter=Reporter(),
+            reporter=ProgressOnly(reporter, "rows of the run"),  # long where the run's cache is gone
             template=session.template,
             pictures=session.prompter.pictures,
         )
