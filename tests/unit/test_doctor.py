@@ -167,10 +167,17 @@ def test_memory() -> None:
 X86 = {"architecture": "x86_64", "cpu_name": "CPU", "avx2": True}
 
 
-def processor(threads: int = 8, *, usable: float = 8, setting: str | None = None, **capabilities: object) -> Section:
+def processor(
+    threads: int = 8,
+    *,
+    usable: float = 8,
+    setting: str | None = None,
+    load: float | None = None,
+    **capabilities: object,
+) -> Section:
     environ = {} if setting is None else {"OMP_NUM_THREADS": setting}
     facts = {"threads": threads, "capabilities": {**X86, **capabilities}}
-    return examine_processor(16, usable=usable, limits=Limits(None), torch=facts, environ=environ)
+    return examine_processor(16, usable=usable, limits=Limits(None), load=load, torch=facts, environ=environ)
 
 
 def test_threads_match_processors() -> None:
@@ -191,6 +198,12 @@ def test_threads_match_processors() -> None:
     )
 
 
+def test_a_busy_machine() -> None:
+    assert said(processor(load=23.9)) == said(processor(1, usable=1, load=99.0)) == []
+    finding = only(processor(load=24.0))
+    assert (finding.severity, finding.what) == ("note", "the machine is busy: 24.0 tasks want its 16 processors")
+
+
 def test_usable_processors() -> None:
     assert usable_cpus(8, Limits(None)) == usable_cpus(8, Limits(2, 16.0)) == 8
     assert usable_cpus(8, Limits(2, 1.5)) == 1.5
@@ -202,7 +215,7 @@ def test_processor_instructions() -> None:
     assert section.facts["instructions"] == ["avx2", "avx512_bf16"]
     assert said(processor(avx2=False)) == [("warning", "the processor has no AVX2")]
     assert said(processor(avx2=False, architecture="aarch64")) == []
-    assert said(examine_processor(4, usable=4, limits=Limits(None), torch={}, environ={})) == []
+    assert said(examine_processor(4, usable=4, limits=Limits(None), load=None, torch={}, environ={})) == []
 
 
 # --- GPUs --------------------------------------------------------------------------------------------------------

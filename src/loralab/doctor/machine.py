@@ -9,6 +9,8 @@ from loralab.models.limits import Limits
 
 # Below this, not even a model of half a billion parameters trains.
 _LITTLE_MEMORY = 4 * 2**30
+# Tasks for each processor from which on other programs are in the way.
+_BUSY = 1.5
 _VECTORS = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16", "asimd")
 _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 
@@ -49,7 +51,13 @@ def examine_memory(memory: Memory, limits: Limits) -> Section:
 
 
 def examine_processor(
-    cores: int, *, usable: float, limits: Limits, torch: Mapping[str, object], environ: Mapping[str, str]
+    cores: int,
+    *,
+    usable: float,
+    limits: Limits,
+    load: float | None,
+    torch: Mapping[str, object],
+    environ: Mapping[str, str],
 ) -> Section:
     """Judge processors and threads.
 
@@ -57,6 +65,7 @@ def examine_processor(
         cores: logical processors of the machine.
         usable: as `usable_cpus` returns it.
         limits: of the control groups.
+        load: tasks that run or wait for a processor of the machine, averaged over minutes; None where not known.
         torch: what PyTorch says: `threads` and `capabilities`; empty where it cannot be imported.
         environ: environment variables.
     """
@@ -76,6 +85,12 @@ def examine_processor(
     if isinstance(threads, int):
         section.facts["threads"] = threads
         section.findings += _judge_threads(threads, usable, environ.get("OMP_NUM_THREADS"))
+    if load is not None:
+        section.facts["load"] = round(load, 1)
+        if load >= _BUSY * cores and threads != 1:
+            what = f"the machine is busy: {load:.1f} tasks want its {cores} processors"
+            why = "PyTorch's threads wait for one another; a small model trained faster with one"
+            section.findings.append(Finding("note", what, why, "end other programs, or export OMP_NUM_THREADS=1"))
     return section
 
 

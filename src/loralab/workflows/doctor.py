@@ -89,9 +89,10 @@ def _hardware(environ: Mapping[str, str], outputs: Mapping[str, Output]) -> list
     torch = next(iter(outputs[TORCH].lines), {})
     limits, memory = read_limits(), psutil.virtual_memory()
     cores = os.cpu_count() or 1
-    processor = examine_processor(
-        cores, usable=usable_cpus(runnable_cpus(), limits), limits=limits, torch=torch, environ=environ
-    )
+    # The lower of two averages: the doctor's own steps raise that of the last minute.
+    load = min(os.getloadavg()[:2]) if hasattr(os, "getloadavg") else None
+    usable = usable_cpus(runnable_cpus(), limits)
+    processor = examine_processor(cores, usable=usable, limits=limits, load=load, torch=torch, environ=environ)
     gpus = examine_gpus(read_driver(), torch)
     if not torch:
         gpus.findings.append(_broken_torch(outputs[TORCH]))
