@@ -620,7 +620,9 @@ def wait_for_steps(process: subprocess.Popen[str], run: Path, count: int) -> Non
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_signal_stops_after_a_checkpoint(
     number: signal.Signals, code: int, long_run: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -57,7 +57,7 @@ def test_batch_times_accumulation_is_all_that_counts(base: Path, rows: Path, tmp
         torch.testing.assert_close(adapters[2][name], tensor, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_layout_and_token_budget_never_change_the_curve(base: Path, rows: Path, tmp_path: Path, dropout: float) -> None:
     expected = None
     for layout in ("padded", "packed", "shared"):

@@ -146,7 +146,7 @@ def test_one_of_several_processes_without_a_launcher_is_refused(
     base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one of 2 processes"):
+    with pytest.raises(ConfigError, match="RANK is not set in a run of 2 processes"):
         loralab.train(tiny.run_config(base, rows, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

@@ -115,7 +115,7 @@ def test_one_process_says_that_it_has_nobody_to_share_with(way: str, tmp_path: P
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="the extra deepspeed is installed")
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_missing_package_is_named_before_anything_is_read(way: str, tmp_path: Path) -> None:
     config = write_run(tmp_path, weight_decay=0.01)
     answers = run_team("train", config, f"training.distributed={way}", "data.train=nowhere.json", folder=tmp_path)

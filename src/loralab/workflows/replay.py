@@ -9,12 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from loralab.config.load import LoadedConfig, load_config
 from loralab.config.metric_checks import asked_metrics, watched_metric
 from loralab.config.metric_facts import is_outside
-from loralab.errors import ConfigError, Problem, ProofError, RunFolderError, excerpt
+from loralab.errors import ConfigError, ModelError, Problem, ProofError, RunFolderError, excerpt
 from loralab.models.adapters import WEIGHTS_FILE, adapter_sha256
 from loralab.progress import Reporter
 from loralab.run import Json, RunFolder, file_sha256, open_run, read_json, read_metrics
@@ -306,7 +304,7 @@ def _evidence_flaws(folder: RunFolder, record: Mapping[str, Any]) -> Iterator[Pr
     weights = folder.adapter / WEIGHTS_FILE
     try:
         same = adapter_sha256(folder.adapter) == record.get("adapter_sha256")
-    except (SafetensorError, OSError):
+    except ModelError:  # missing or damaged
         same = False
     if not same:
         yield Problem("the adapter in the run folder is not the recorded one", str(weights), "restore the file")
