@@ -84,6 +84,7 @@ def check_resumed(world: World, settings: tuple[str, ...], run: Path) -> None:
     assert (run / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_killed_in_a_save_and_in_an_evaluation(world: World, tmp_path: Path) -> None:
     run, settings = tmp_path / "run", SETTINGS[0]
     kills = [Kill("save", 2, 0.004), Kill("evaluation", 1, 0.004)]
