@@ -26,6 +26,7 @@ LAYERS = (
 SIDEWAYS = {
     ("layout", "data"): "the planner lays out tokenized examples",
     ("judging", "reports"): "one reports/html.py renders every page, and pictures are found one way",
+    ("data", "hub"): "which revision of a data set is a commit, that never moves",
     ("models", "hub"): "what of a base lies in the cache, so that its loading asks the Hub nothing",
     ("evaluation", "training"): "one loop in training/loss.py runs every forward that has a loss",
 }

@@ -6,17 +6,17 @@ three lines before anything is loaded. Does not own which names are Hub ids: the
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionResolutionError
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from loralab.errors import HubError
 from loralab.hub.access import NETWORK_ERRORS, explain, is_offline, open_hub, status_of
 from loralab.hub.cache import INDEX, Kind, is_commit, is_fetched, is_whole, shards, small_files
+from loralab.hub.quiet import without_bars
 
 _NOT_ASKED = "all its files are in the cache, and the Hub is not asked for them"
 _WORDS = {"model": "the model", "dataset": "the data set"}
@@ -102,7 +102,7 @@ def fetch_model(name: str, commit: str, *, where: str, progress: Callable[[int, 
         wanted = small_files(files)
         wanted += _weights(name, commit, files, where=where)
         # This alone keeps the list of files, by which the cache is known to be whole from now on.
-        with _without_bars():
+        with without_bars():
             snapshot_download(name, revision=commit, allow_patterns=[constants.CONFIG_NAME])
         for done, file in enumerate(wanted):
             hf_hub_download(name, file, revision=commit)
@@ -111,17 +111,6 @@ def fetch_model(name: str, commit: str, *, where: str, progress: Callable[[int, 
         cause = (error.__cause__ or error) if isinstance(error, LocalEntryNotFoundError) else error
         instead = "or set HF_HUB_OFFLINE=1 to use what the cache has of it" if is_fetched(name, commit) else None
         raise explain(cause, f"the model {name!r}", where=where, instead=instead) from error
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()  # progress is the reporter's
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()
 
 
 def _weights(name: str, commit: str, files: list[str], *, where: str) -> list[str]:

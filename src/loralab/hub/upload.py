@@ -4,22 +4,20 @@ Owns attempts and waits, the check of what arrived, and the thread in which push
 Files that the repository has already are skipped by the client, so that a push that broke off is taken up again.
 """
 
-import contextlib
 import hashlib
-import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from loralab.errors import HubError
 from loralab.hub.access import NETWORK_ERRORS, explain, may_pass, open_hub, retry_after, status_of
+from loralab.hub.quiet import without_bars, without_remark
 from loralab.hub.repository import Repository
 from loralab.run import file_sha256
 
@@ -33,8 +31,6 @@ LONGEST_OBEYED_SECONDS = 300.0
 LONGEST_SILENCE_SECONDS = 900.0
 # Files from this size on are brought up before the commit, one by one.
 _LARGE_BYTES = 1 << 20
-# What the client logs where the repository has every file already.
-_NOTHING_NEW = "No files have been modified since last commit"
 # The client wraps what fails in a thread of its own (RuntimeError), and refuses answers that it does not know.
 _FAILURES: tuple[type[Exception], ...] = (*NETWORK_ERRORS, RuntimeError, ValueError)
 
@@ -136,49 +132,28 @@ def _wait_seconds(error: BaseException, attempt: int, seconds: float) -> float |
 
 def _commit(repository: Repository, push: Push, hashes: Mapping[str, str], *, create_pr: bool) -> tuple[str, str]:
     api = open_hub()
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()  # progress is the reporter's
     additions = [CommitOperationAdd(name, str(path)) for name, path in push.files.items()]
     large = [each for each in additions if push.files[each.path_in_repo].stat().st_size >= _LARGE_BYTES]
-    try:
+    with without_bars(), without_remark():
         # Several at once go through a pool of threads, which keeps a process that was told to stop until they end.
         for each in large:
             api.preupload_lfs_files(
                 repository.name, [each], revision=repository.revision, create_pr=create_pr, free_memory=False
             )
-        with _without_remark():
-            made = api.create_commit(
-                repository.name,
-                additions,
-                commit_message=push.title,
-                commit_description=push.description,
-                revision=repository.revision,
-                create_pr=create_pr,
-            )
-    finally:
-        if shown:
-            enable_progress_bars()
+        made = api.create_commit(
+            repository.name,
+            additions,
+            commit_message=push.title,
+            commit_description=push.description,
+            revision=repository.revision,
+            create_pr=create_pr,
+        )
     found = api.get_paths_info(repository.name, list(push.files), revision=made.pr_revision or made.oid)
     files = {file.path: file for file in found if isinstance(file, RepoFile)}
     wrong = [name for name, path in push.files.items() if not _arrived(files.get(name), path, hashes[name])]
     if wrong:
         raise ConnectionError(f"the repository does not have {wrong[0]} as it was sent")
     return made.oid, str(made.pr_url or made.commit_url)
-
-
-@contextlib.contextmanager
-def _without_remark() -> Iterator[None]:
-    """Keep the client's remark on a commit that changes nothing out of what is said: all files are looked at anyway."""
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(_NOTHING_NEW)
-
-    logger = logging.getLogger("huggingface_hub.hf_api")
-    logger.addFilter(wanted)
-    try:
-        yield
-    finally:
-        logger.removeFilter(wanted)
 
 
 def _arrived(file: RepoFile | None, path: Path, sha256: str) -> bool:

@@ -25,7 +25,7 @@ from loralab.hub.cache import LICENCES, in_cache, is_whole
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # A repository may hold the same weights in another cut beside these.
-_WANTED = ("model.safetensors", "model-*.safetensors", "*.json", *LICENCES)
+_WANTED = ("model*.safetensors", "*-of-*.safetensors", "*.json", *LICENCES)
 
 
 @dataclass(frozen=True, slots=True)

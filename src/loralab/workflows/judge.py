@@ -27,6 +27,7 @@ from loralab.models.adapter_hash import WEIGHTS_FILE, adapter_sha256
 from loralab.progress import Reporter
 from loralab.reports.pictures import images_in, pictures_folder
 from loralab.run import RunFolder, read_json
+from loralab.workflows.first_look import check_run
 from loralab.workflows.thumbnails import keep_thumbnails
 
 DEFAULT_EXAMPLES = 30
@@ -159,7 +160,12 @@ def _find(path: Path, output: Path | None) -> tuple[Path, RunFolder]:
         inside = parent.exists() and path.resolve() == parent.adapter.resolve()
         adapter, own = path, parent if inside else None
     else:
-        raise _no_run(path)
+        check_run(path)
+        raise ModelError(
+            f"neither a run nor an adapter folder: {str(path)!r}",
+            where="argument RUN",
+            fix="give the folder that `loralab train` wrote",
+        )
     if output is not None:
         return adapter, RunFolder(output)
     if own is None:
@@ -178,16 +184,6 @@ def _no_adapter(run: RunFolder) -> ModelError:
         where="argument RUN",
         fix=f"finish it: loralab train {shlex.quote(str(run.config))} --resume",
     )
-
-
-def _no_run(path: Path) -> ModelError:
-    if path.exists():
-        what, fix = "neither a run nor an adapter folder", "give the folder that `loralab train` wrote"
-    else:
-        what, fix = "no such folder", "check the path"
-        if len(path.parts) == 2 and not path.parent.exists():
-            fix += f"; an adapter on the Hub is fetched first: hf download {path} --local-dir {path.name}"
-    return ModelError(f"{what}: {str(path)!r}", where="argument RUN", fix=fix)
 
 
 def _put_aside(place: RunFolder, folder: PreferenceFolder, reporter: Reporter) -> None:

@@ -19,9 +19,10 @@ import datasets.packaged_modules
 import pyarrow
 from datasets.exceptions import DatasetNotFoundError
 
-from loralab.data.reading.hub_cache import commit_of, is_commit, load_prepared
+from loralab.data.reading.hub_cache import commit_of, load_prepared
 from loralab.data.reading.rows import Row, excerpt
 from loralab.errors import DataError
+from loralab.hub.cache import is_commit
 from loralab.lookup import suggest
 from loralab.run import file_sha256
 

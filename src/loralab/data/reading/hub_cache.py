@@ -4,7 +4,6 @@ The library keeps what it prepares in a folder that is named by the commit, but 
 the Hub does not answer. Owns taking the named one or none.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import _CACHED_NO_EXIST, metadata_load, try_to_load_from_cache
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+from loralab.hub.cache import is_commit
+
 _DEFAULT = "default"
 
 
@@ -44,11 +44,6 @@ def load_prepared(name: str, config: str | None, commit: str | None, *, split: s
         hash=commit,
     )
     return builder.as_dataset(split=split)
-
-
-def is_commit(revision: str | None) -> bool:
-    """Return whether a revision is a commit by its whole hash, which never moves."""
-    return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
 def commit_of(dataset: datasets.Dataset) -> str | None:
