@@ -94,7 +94,12 @@ def alone(config: Path, run: Path, *settings: str) -> None:
         pytest.param(25, ["training.token_budget=64", "lora.dropout=0.1"], marks=pytest.mark.slow),
         pytest.param(27, ["training.token_budget=1"], marks=pytest.mark.slow),
         pytest.param(27, ["model.quantization=nf4"], marks=pytest.mark.slow),
-        pytest.param(27, ["training.layout=shared", "lora.dropout=0.1"], marks=pytest.mark.slow),
+        # In Adam's first steps a gradient of almost zero counts as a whole one: here rounding alone came to 1.1e-5.
+        pytest.param(
+            27,
+            ["training.layout=shared", "lora.dropout=0.1", "advanced.trainer_args={adam_epsilon: 1e-4}"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_two_processes_give_the_curve_of_one(rows: int, settings: Sequence[str], world: World, tmp_path: Path) -> None:
